@@ -1,0 +1,65 @@
+"""Importance criteria: a score for every channel of a bound plan, from one pass over the weights."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .ops import channel_reduce
+from .plan.bind import Binding
+from .plan.types import TensorMap
+
+SCORED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+
+
+class Criterion(Protocol):
+    """Anything that scores channels."""
+
+    def score(self, binding: Binding) -> Tensor:
+        """Importance of every channel: ``[N]``, on the model's device; less is pruned first."""
+        ...
+
+
+def is_scored(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
+    """Weights of convolutions, linear layers, batch and layer norms count; biases do not."""
+    return local == "weight" and isinstance(owner, SCORED)
+
+
+class GroupNorm:
+    """Group magnitude: the mean over a group's members of ``sum |w|^p`` over what belongs to the channel.
+
+    ``score[c] = (1 / members) * sum_members sum |w_c|^p``, divided by its mean over the group, so that
+    groups can be compared. A member is one side (outputs or inputs) of one layer; see Fang et al.,
+    "DepGraph: Towards Any Structural Pruning", CVPR 2023, https://arxiv.org/abs/2301.12900. Equal to
+    ``torch_pruning.importance.GroupMagnitudeImportance(p)`` with its defaults.
+
+    Args:
+        p: 1 or 2 (any positive exponent works).
+    Raises:
+        ConfigError: ``p`` is not positive.
+    """
+
+    def __init__(self, p: float = 2.0) -> None:
+        if not p > 0:
+            raise ConfigError(f"p must be a positive exponent (1 or 2, say), got {p!r}")
+        self.p = float(p)
+
+    @torch.no_grad()
+    def score(self, binding: Binding) -> Tensor:
+        """Scores ``[N]``: float32, or float64 where the model is."""
+        raw = self.magnitude(binding)
+        return raw / binding.group_mean(raw)
+
+    def magnitude(self, binding: Binding) -> Tensor:
+        """The same before it is divided by the group's mean: ``[N]``."""
+        total: Tensor | None = None
+        for tiles in binding.tiles("scored", is_scored):
+            sums = channel_reduce(tiles.tensors, tiles.table, f="pow", p=self.p)
+            found = binding.to_channels(tiles, sums).to(binding.device)
+            total = found if total is None else total + found
+        if total is None:
+            return torch.zeros(binding.plan.n_channels, device=binding.device)
+        return total / binding.member_count("scored")

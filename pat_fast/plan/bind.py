@@ -1,0 +1,215 @@
+"""A plan bound to a live model: its tensors, tile tables over them, and sums back onto channels.
+
+A binding is rebuilt after surgery; a plan never holds a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import PlanError
+from ..ops.tiles import NONE, Tile, TileTable
+from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
+
+Extent = tuple[int, int]  # size and stride of a dimension
+
+
+def collapse(extents: Iterable[Extent]) -> list[Extent]:
+    """Merge dimensions that lie behind one another in memory; largest stride first, size 1 dropped."""
+    merged: list[Extent] = []
+    for size, stride in sorted((e for e in extents if e[0] != 1), key=lambda e: -e[1]):
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+@dataclass(frozen=True)
+class Block:
+    """A tile before it has slots: offset, extents of rows, columns and kernel, and their channels."""
+
+    offset: int
+    row: Extent
+    col: Extent
+    kernel: Extent
+    row_channels: ChannelArray | None
+    col_channels: ChannelArray | None
+    group: int
+
+
+def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] | None = None) -> list[Block]:
+    """The tiles ``[R, C, K]`` of a tensor with these strides; one per group of a grouped convolution.
+
+    Rows are the axis with the larger stride, so that a row of a dense tensor is one run of memory.
+    ``order`` are the strides to go by instead (those of the tensor that this one is copied from).
+    """
+    order = strides if order is None else order
+    shape = tensor_map.shape
+    by_dim = {a.dim: a for a in tensor_map.axes}
+    grouped = any(is_grouped(tensor_map, a) for a in tensor_map.axes)
+    if grouped:
+        by_dim.setdefault(0, Axis(0, np.full(shape[0], -1, np.int32), "both"))
+    dims = sorted(by_dim, key=lambda d: -order[d])
+    rest = collapse((shape[d], strides[d]) for d in range(len(shape)) if d not in dims)
+    spare = 1 if len(dims) == 2 else 2
+    inner, outer = rest[-spare:] if rest else [], rest[:-spare] if len(rest) > spare else []
+    kernel = inner[-1] if inner else (1, 1)
+    found = []
+    for steps in product(*(range(size) for size, _ in outer)):
+        offset = sum(step * stride for step, (_, stride) in zip(steps, outer, strict=True))
+        for group in range(tensor_map.groups if grouped else 1):
+            sizes, channels, base = {}, {}, offset
+            for d in dims:
+                own = by_dim[d].channels
+                n = len(own) // (tensor_map.groups if grouped else 1)
+                channels[d] = own[group * n : (group + 1) * n]
+                sizes[d] = n
+                base += group * n * strides[d] if grouped and d == 0 else 0
+            row = (sizes[dims[0]], strides[dims[0]])
+            if len(dims) == 2:
+                col, col_channels = (sizes[dims[1]], strides[dims[1]]), _if_any(channels[dims[1]])
+            else:
+                col, col_channels = (inner[0] if len(inner) == 2 else (1, 1)), None
+            found.append(Block(base, row, col, kernel, _if_any(channels[dims[0]]), col_channels, group))
+    return found
+
+
+def _if_any(channels: ChannelArray) -> ChannelArray | None:
+    return channels if (channels >= 0).any() else None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tensors of one device and dtype, their tile table, and the channel of every slot.
+
+    ``slot_channel [slots]`` int64 on the tensors' device; a slot without a channel holds ``n_channels``.
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    table: TileTable
+    slot_channel: Tensor
+
+
+class Binding:
+    """The tensors of ``model`` that ``plan`` names.
+
+    Raises:
+        PlanError: the model has no such tensor, or one of another shape (it was changed since).
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        self.plan = plan
+        self.model = model
+        named = dict(model.named_parameters(remove_duplicate=False))
+        named.update(model.named_buffers(remove_duplicate=False))
+        self.tensors: dict[str, Tensor] = {}
+        for tensor_map in plan.tensors:
+            tensor = named.get(tensor_map.name)
+            if tensor is None or tuple(tensor.shape) != tensor_map.shape:
+                got = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise PlanError(
+                    f"{tensor_map.name}: the plan expects shape {tensor_map.shape}, the model has {got}; "
+                    "build a new plan after changing the model"
+                )
+            self.tensors[tensor_map.name] = tensor
+        self.device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
+        self.unit = torch.from_numpy(plan.unit.astype(np.int64)).to(self.device)
+        self.group_of = torch.from_numpy(plan.group_of.astype(np.int64)).to(self.device)
+        self._members: dict[str, Tensor] = {}
+        self._cache: dict[str, tuple[tuple[Tiles, ...], tuple[tuple[int, ...], ...]]] = {}
+
+    def owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds tensor ``name``, and the tensor's name in it."""
+        path, _, local = name.rpartition(".")
+        return self.model.get_submodule(path), local
+
+    def tiles(self, key: str, wanted: Callable[[TensorMap, nn.Module, str], bool]) -> tuple[Tiles, ...]:
+        """Tile tables over the tensors for which ``wanted(map, owner, local name)`` holds.
+
+        Kept under ``key``; made anew when a tensor's memory layout has changed since.
+        """
+        layout = tuple(t.stride() for t in self.tensors.values())
+        cached = self._cache.get(key)
+        if cached is not None and cached[1] == layout:
+            return cached[0]
+        buckets: dict[tuple[torch.device, torch.dtype], list[TensorMap]] = {}
+        for tensor_map in self.plan.tensors:
+            tensor = self.tensors[tensor_map.name]
+            if wanted(tensor_map, *self.owner(tensor_map.name)):
+                buckets.setdefault((tensor.device, tensor.dtype), []).append(tensor_map)
+        made = tuple(self._tabulate(maps) for maps in buckets.values())
+        self._cache[key] = (made, layout)
+        return made
+
+    def _tabulate(self, maps: list[TensorMap]) -> Tiles:
+        tensors = [self.tensors[m.name] for m in maps]
+        tiles: list[Tile] = []
+        slots: list[ChannelArray] = []
+        at = 0
+        for i, (tensor_map, tensor) in enumerate(zip(maps, tensors, strict=True)):
+            for block in blocks(tensor_map, tensor.stride()):
+                starts = []
+                for channels in (block.row_channels, block.col_channels):
+                    starts.append(at if channels is not None else NONE)
+                    if channels is not None:
+                        slots.append(channels)
+                        at += len(channels)
+                (r, sr), (c, sc), (k, sk) = block.row, block.col, block.kernel
+                tiles.append(Tile(i, block.offset, (r, c, k), (sr, sc, sk), *starts))
+        channel = np.concatenate([np.zeros(0, np.int32), *slots]).astype(np.int64)
+        channel[channel < 0] = self.plan.n_channels
+        table = TileTable.from_tiles(tensors, tiles, slots=at)
+        slot_channel = torch.from_numpy(channel).to(tensors[0].device)
+        return Tiles(tuple(m.name for m in maps), tuple(tensors), table, slot_channel)
+
+    def to_channels(self, tiles: Tiles, values: Tensor) -> Tensor:
+        """Sum ``values [slots]`` onto channels: ``[N]``."""
+        sums = values.new_zeros(self.plan.n_channels + 1)
+        return sums.index_add_(0, tiles.slot_channel, values)[:-1]
+
+    def to_slots(self, tiles: Tiles, values: Tensor, fill: float) -> Tensor:
+        """Spread ``values [N]`` over slots; slots without a channel get ``fill``."""
+        dtype = torch.float64 if tiles.tensors[0].dtype == torch.float64 else torch.float32
+        padded = torch.cat([values.to(tiles.slot_channel.device, dtype), values.new_full((1,), fill, dtype=dtype)])
+        return padded[tiles.slot_channel]
+
+    def member_count(self, key: str) -> Tensor:
+        """For each channel, how many axes of its group are among the tiles made under ``key``: ``[N]``."""
+        if key not in self._members:
+            names = {name for tiles in self._cache[key][0] for name in tiles.names}
+            count = [sum(name in names for name, _ in g.members) for g in self.plan.groups]
+            per_group = torch.tensor(count, dtype=torch.float32, device=self.device).clamp_min_(1)
+            self._members[key] = per_group[self.group_of]
+        return self._members[key]
+
+    def group_mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values [N]`` over each group, spread back to its channels: ``[N]``."""
+        groups = len(self.plan.groups)
+        total = values.new_zeros(groups).index_add_(0, self.group_of, values)
+        count = values.new_zeros(groups).index_add_(0, self.group_of, torch.ones_like(values))
+        return (total / count.clamp_min(1))[self.group_of]
+
+    def group_extreme(self, values: Tensor, which: str) -> Tensor:
+        """``"amax"`` or ``"amin"`` of ``values [N]`` over each group, spread back: ``[N]``."""
+        found = values.new_zeros(len(self.plan.groups))
+        found.scatter_reduce_(0, self.group_of, values, which, include_self=False)
+        return found[self.group_of]
+
+    def unit_mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values [N]`` over the channels of each unit: ``[U]``."""
+        total = values.new_zeros(self.plan.n_units).index_add_(0, self.unit, values)
+        count = values.new_zeros(self.plan.n_units).index_add_(0, self.unit, torch.ones_like(values))
+        return total / count
+
+
+def bind(plan: Plan, model: nn.Module) -> Binding:
+    """Bind ``plan`` to the live tensors of ``model``; see :class:`Binding`."""
+    return Binding(plan, model)

@@ -1,0 +1,317 @@
+"""From a model to its plan: trace, read Torch-Pruning's graph for the order of roots, number the channels."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from ..errors import PlanError
+from .labels import IntArray, Solution
+from .trace import Leaf, Tracer, output_tensors
+from .types import Axis, Frozen, Group, Plan, TensorMap, Width, WorkTerm, by_first_use, fold_fixed
+
+# Layers whose weights may be summed over or put out: surgery knows their attributes.
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+# Inside these the code relies on the sizes of the whole: their parameters stay.
+CLOSED = (nn.MultiheadAttention, nn.RNNBase)
+
+
+class _Skeleton(tp.DependencyGraph):
+    """Torch-Pruning's graph of the traced forward: its nodes and their order, without its index maps.
+
+    The maps (slices, reshapes) are what makes its queries quadratic on DenseNet and endless on rotary
+    embeddings, and they do not know shapes; pat_fast takes maps from its own trace.
+    """
+
+    def roots(self, model: nn.Module, forward: Any) -> list[str]:
+        """Names of the layers in the order in which Torch-Pruning visits them as roots of groups."""
+        self.verbose = False
+        self.model = model
+        self._module2name = {module: name for name, module in model.named_modules()}
+        self.ignored_params: list[nn.Parameter] = []
+        self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        nodes = self._trace(model, None, lambda *_: forward(), output_transform=None)
+        return [self._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in self._module2name]
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run ``model``: a dict is keyword arguments, a tuple or list positional ones, anything else one argument."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run forwards in eval mode with gradients enabled, and leave nothing behind.
+
+    Restored: the train/eval flag of every module, buffers, ``requires_grad``, and the random state.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one fused op for a whole layer would hide its structure
+        model.eval()
+        for p, _ in flags:
+            if p.is_floating_point():
+                p.requires_grad_(True)  # a frozen layer has channels like any other
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for module, training in modes:
+            module.training = training
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        with torch.no_grad():
+            for b, version, before in buffers:
+                if b._version != version:
+                    b.copy_(before)
+
+
+def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
+    """Trace ``model`` once and lower it to a plan.
+
+    Args:
+        model: any module; it is run once, in eval mode, and left as it was.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward.
+    Raises:
+        PlanError: the forward fails on these inputs.
+    """
+    tracer = Tracer(model)
+    tracing: dict[str, Any] = {}
+
+    def forward() -> list[torch.Tensor]:
+        with tracer.scopes(), tracer:
+            out = call(model, example_inputs)
+        tracing["outputs"] = output_tensors(out)
+        for tensor in tracing["outputs"]:
+            tracer.freeze(tracer.mark(tensor).factors, "is an output of the model")
+        return [t for t in tracing["outputs"] if t.grad_fn is not None]
+
+    notes: list[str] = []
+    with undisturbed(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            order = _Skeleton().roots(model, forward)
+        except Exception as error:
+            if "outputs" not in tracing:
+                raise PlanError(
+                    f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
+            order = []
+    return _number(model, tracer, order, _batch(example_inputs), tuple(notes))
+
+
+def _shapes(inputs: Any) -> str:
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    return ", ".join(str(tuple(t.shape)) if isinstance(t, torch.Tensor) else type(t).__name__ for t in leaves)
+
+
+def _batch(inputs: Any) -> int:
+    for leaf in torch.utils._pytree.tree_leaves(inputs):
+        if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
+            return max(leaf.shape[0], 1)
+    return 1
+
+
+def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, notes: tuple[str, ...]) -> Plan:
+    leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
+    _freeze_unknown_owners(model, tracer, leaves)
+    solution = tracer.slots.solve()
+    if _freeze_third_axes(tracer, leaves, solution):
+        solution = tracer.slots.solve()
+    roots = _roots(leaves, order, tracer.module_order)
+    numbers = _Numbers(solution, roots)
+    channel = numbers.channel
+    tensors = []
+    for leaf in leaves:
+        axes = tuple(
+            Axis(dim, channel[leaf.axes[dim]], _role(leaf, dim))
+            for dim in sorted(leaf.axes)
+            if (channel[leaf.axes[dim]] >= 0).any()
+        )
+        if axes:
+            shape = tuple(leaf.tensor.shape)
+            tensors.append(TensorMap(leaf.name, leaf.is_parameter, shape, leaf.groups, leaf.whole_groups, axes))
+    mapped = {t.name for t in tensors}
+    other = sum(p.numel() for n, p in model.named_parameters() if n not in mapped)
+    work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel[a] for a in w.axes))) for w in tracer.work)
+    widths = {(m, d): channel[slots] for m, d, slots in tracer.widths}
+    return Plan(
+        n_channels=numbers.count,
+        n_units=numbers.n_units,
+        unit=numbers.unit,
+        groups=numbers.groups(tensors),
+        tensors=tuple(tensors),
+        frozen=tuple(numbers.frozen),
+        work=work,
+        widths=tuple(Width(m, d, c) for (m, d), c in widths.items() if (c >= 0).any()),
+        batch=batch,
+        other_params=other,
+        notes=notes,
+    )
+
+
+def _owner(leaf: Leaf) -> tuple[str, str]:
+    module, _, local = leaf.name.rpartition(".")
+    return module, local
+
+
+def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
+    """A weight that is multiplied inside a module of unknown kind stays: its attributes are not known."""
+    closed = [name for name, m in model.named_modules() if isinstance(m, CLOSED)]
+    for leaf in leaves:
+        path, local = _owner(leaf)
+        owner = model.get_submodule(path)
+        inside = next((c for c in closed if path == c or path.startswith(c + ".")), None)
+        if inside is not None:
+            reason = f"belongs to {type(model.get_submodule(inside)).__name__} {inside}, whose sizes are tied"
+        elif (leaf.producers or leaf.consumers) and not (isinstance(owner, LAYERS) and local == "weight"):
+            reason = f"{leaf.name} is multiplied in a {type(owner).__name__}, a layer of unknown kind"
+        else:
+            continue
+        for slots in leaf.axes.values():
+            tracer.slots.freeze(slots, reason)
+
+
+def _freeze_third_axes(tracer: Tracer, leaves: list[Leaf], solution: Solution) -> bool:
+    """A tile has rows and columns: of a tensor with more prunable axes the last ones stay."""
+    changed = False
+    for leaf in leaves:
+        loose = [d for d in sorted(leaf.axes) if any(u not in solution.frozen for u in solution.unit[leaf.axes[d]])]
+        for dim in loose[2:]:
+            tracer.slots.freeze(leaf.axes[dim], f"{leaf.name} has more than two prunable dimensions")
+            changed = True
+    return changed
+
+
+def _roots(leaves: list[Leaf], order: list[str], executed: list[str]) -> list[tuple[Leaf, int]]:
+    """Output axes of weights: Torch-Pruning's roots in its order, then the others, last executed first."""
+    rank = {name: i for i, name in enumerate(reversed(list(dict.fromkeys(executed))), start=len(order))}
+    rank.update({name: i for i, name in enumerate(order)})
+    found = [(leaf, dim) for leaf in leaves if leaf.is_parameter for dim in leaf.producers if dim in leaf.axes]
+    return sorted(found, key=lambda root: rank.get(_owner(root[0])[0], len(rank) + len(order)))
+
+
+def _role(leaf: Leaf, dim: int) -> str:
+    if dim in leaf.producers:
+        return "out"
+    return "in" if dim in leaf.consumers else "both"
+
+
+class _Numbers:
+    """Numbers the free channels: group by group, in the order of the root layer's outputs."""
+
+    def __init__(self, solution: Solution, roots: list[tuple[Leaf, int]]) -> None:
+        self.solution = solution
+        self.roots = roots
+        self.frozen: list[Frozen] = []
+        frozen_unit = np.zeros(len(solution.unit), dtype=np.bool_)
+        frozen_unit[list(solution.frozen)] = True
+        self._is_frozen = frozen_unit[solution.unit]
+        claims = self._claim()
+        claims = self._merge_coupled(claims)
+        classes = np.concatenate([np.zeros(0, np.int64), *[c for _, c in claims]])
+        self.count = len(classes)
+        number = np.full(len(solution.channel), -1, dtype=np.int32)
+        number[classes] = np.arange(self.count, dtype=np.int32)
+        self.channel = number[solution.channel]
+        self.unit = by_first_use(solution.unit[classes])
+        self.n_units = int(self.unit.max()) + 1 if self.count else 0
+        self._claims = claims
+
+    def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
+        """Each root takes the free channels of its axis that no earlier root has taken."""
+        solution = self.solution
+        claims: list[tuple[list[Leaf], IntArray]] = []
+        taken = np.zeros(len(solution.channel), dtype=np.bool_)
+        for leaf, dim in self.roots:
+            slots = leaf.axes[dim]
+            stuck = self._is_frozen[slots]
+            if stuck.any():
+                reason = solution.frozen[int(solution.unit[slots[stuck][0]])]
+                self.frozen.append(Frozen(_owner(leaf)[0] or leaf.name, int(stuck.sum()), reason))
+            classes, first = np.unique(solution.channel[slots[~stuck]], return_index=True)
+            classes = classes[np.argsort(first)]
+            classes = classes[~taken[classes]]
+            if classes.size:
+                taken[classes] = True
+                claims.append(([leaf], classes))
+        return self._only_complete_units(claims, taken)
+
+    def _only_complete_units(
+        self, claims: list[tuple[list[Leaf], IntArray]], taken: np.ndarray
+    ) -> list[tuple[list[Leaf], IntArray]]:
+        """A unit that reaches into an axis that no layer makes cannot be removed as a whole: it stays."""
+        solution = self.solution
+        is_class = solution.channel == np.arange(len(solution.channel))
+        orphan = np.zeros(len(solution.channel), dtype=np.bool_)
+        orphan[solution.unit[is_class & ~taken & ~self._is_frozen]] = True
+        complete = []
+        for leaves, classes in claims:
+            torn = orphan[solution.unit[classes]]
+            if torn.any():
+                name = _owner(leaves[0])[0]
+                self.frozen.append(Frozen(name, int(torn.sum()), "goes together with channels that no layer makes"))
+            if not torn.all():
+                complete.append((leaves, classes[~torn]))
+        return complete
+
+    def _merge_coupled(self, claims: list[tuple[list[Leaf], IntArray]]) -> list[tuple[list[Leaf], IntArray]]:
+        """Groups that share a unit are ranked together: they become one."""
+        home: dict[int, int] = {}
+        target = list(range(len(claims)))
+        for i, (_, classes) in enumerate(claims):
+            for unit in np.unique(self.solution.unit[classes]).tolist():
+                first = home.setdefault(unit, target[i])
+                if first != target[i]:
+                    low, high = sorted((first, target[i]))
+                    target = [low if t == high else t for t in target]
+                    home = {u: low if t == high else t for u, t in home.items()}
+        merged: dict[int, tuple[list[Leaf], list[IntArray]]] = {}
+        for t, (leaves, classes) in zip(target, claims, strict=True):
+            entry = merged.setdefault(t, ([], []))
+            entry[0].extend(leaves)
+            entry[1].append(classes)
+        return [(leaves, np.concatenate(parts)) for leaves, parts in merged.values()]
+
+    def groups(self, tensors: list[TensorMap]) -> tuple[Group, ...]:
+        """The groups, with every tensor axis that holds their channels."""
+        of_channel = np.repeat(np.arange(len(self._claims)), [len(c) for _, c in self._claims])
+        members: list[list[tuple[str, int]]] = [[] for _ in self._claims]
+        layers: list[list[str]] = [[] for _ in self._claims]
+        for tensor in tensors:
+            for axis in tensor.axes:
+                for i in np.unique(of_channel[axis.channels[axis.channels >= 0]]).tolist():
+                    members[i].append((tensor.name, axis.dim))
+                    if axis.role == "out":
+                        layers[i].append(tensor.name.rpartition(".")[0])
+        found, start = [], 0
+        for i, (leaves, classes) in enumerate(self._claims):
+            noted = next((self.solution.noted[c] for c in classes.tolist() if c in self.solution.noted), None)
+            root = _owner(leaves[0])[0] or leaves[0].name
+            stop = start + len(classes)
+            found.append(Group(root, start, stop, tuple(layers[i]), tuple(members[i]), noted))
+            start = stop
+        return tuple(found)
+
+
+def total_params(model: nn.Module) -> int:
+    """Elements of all parameters of ``model``."""
+    return sum(math.prod(p.shape) for p in model.parameters())

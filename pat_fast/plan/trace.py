@@ -1,0 +1,284 @@
+"""Run a model once and label every activation with the channels it carries.
+
+The tracer is a dispatch mode: it sees each ATen op with its real arguments and shapes, after autograd and
+below every Python wrapper, so attention, concatenation, windowing and bare Parameters need no special
+case. What an op does to labels is said in :mod:`pat_fast.plan.rules`; an op that no rule knows is a
+*barrier*: the channels that enter it are frozen, with its name as the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .labels import Factors, IntArray, Slots, varying
+
+
+@dataclass
+class Leaf:
+    """A parameter or buffer that the forward used, and the slots of its axes."""
+
+    name: str
+    tensor: Tensor
+    is_parameter: bool
+    groups: int = 1  # of a grouped convolution: dimension 1 then has `groups * shape[1]` slots
+    whole_groups: bool = False  # such a convolution that loses whole groups (depthwise)
+    axes: dict[int, IntArray] = field(default_factory=dict)  # dimension -> slots
+    producers: list[int] = field(default_factory=list)  # dimensions whose slots label what an op puts out
+    consumers: list[int] = field(default_factory=list)  # dimensions that an op sums over
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known of one tensor: its factors, and the leaf that it is a mere view or copy of."""
+
+    factors: Factors
+    leaf: Leaf | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of one op: ``scale * prod(number of kept positions of each axis)``."""
+
+    scale: float
+    axes: tuple[IntArray, ...]
+
+
+class Tracer(TorchDispatchMode):
+    """Labels what a forward computes. Use as a context manager around the forward, then read the fields."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.slots = Slots()
+        self.work: list[Work] = []
+        self.leaves: dict[int, Leaf] = {}
+        self.module_order: list[str] = []
+        self.widths: list[tuple[str, int | None, IntArray]] = []  # module, dim from the end, slots
+        self._marks = WeakTensorKeyDictionary()
+        self._model = model
+        self._path: list[str] = []
+        self._op = ""
+        for name, parameter in model.named_parameters():
+            self.leaves[id(parameter)] = Leaf(name, parameter, True)
+        for name, buffer in model.named_buffers():
+            self.leaves.setdefault(id(buffer), Leaf(name, buffer, False))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._observe(func, args, kwargs, out)
+        return out
+
+    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        from . import rules
+
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not any(self.labelled(t) for t in inputs):
+            return
+        self._op = func._schema.name
+        rule = rules.find(func)
+        if rule is not None:
+            rule(self, func, args, kwargs, out)
+        else:
+            self.barrier(inputs, "no rule for this op")
+
+    # What rules call
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The innermost module that is running."""
+        return self._model.get_submodule(self._path[-1]) if self._path else None
+
+    def width(self, slots: IntArray, dim: int | None = None) -> None:
+        """Note that the running module keeps the number of ``slots`` as an attribute."""
+        self.widths.append((self._path[-1], dim, slots.reshape(-1)))
+
+    def where(self) -> str:
+        """The op being traced and the module that called it, for messages."""
+        path = self._path[-1] if self._path else ""
+        return f"{self._op} in {path}" if path else self._op
+
+    def mark(self, tensor: Tensor) -> Mark:
+        """What is known of ``tensor``; a parameter gets slots on all its axes the first time."""
+        leaf = self.leaves.get(id(tensor))
+        if leaf is not None:
+            for dim, n in enumerate(tensor.shape):
+                if n > 1 and dim not in leaf.axes:
+                    leaf.axes[dim] = self.slots.new(n)
+            return Mark(self.leaf_factors(leaf), leaf)
+        return self._marks.get(tensor, Mark(()))
+
+    def leaf_factors(self, leaf: Leaf) -> Factors:
+        """Factors of a parameter seen as an ordinary tensor."""
+        ndim = leaf.tensor.ndim
+        factors = []
+        for dim, slots in leaf.axes.items():
+            n = leaf.tensor.shape[dim]
+            if len(slots) != n:  # a grouped convolution's weight used elsewhere too: its groups go together
+                self.slots.unify(slots.reshape(-1, n)[:1], slots.reshape(-1, n))
+            shape = [1] * ndim
+            shape[dim] = n
+            factors.append(slots[:n].reshape(shape))
+        return tuple(factors)
+
+    def labelled(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` carries channels, or is a parameter or buffer (which get slots when used)."""
+        return id(tensor) in self.leaves or tensor in self._marks
+
+    def set(self, tensor: Tensor, factors: Sequence[IntArray], leaf: Leaf | None = None) -> None:
+        """Label ``tensor``; factors that depend on nothing are dropped."""
+        kept = tuple(f for f in factors if f.size > 1)
+        if id(tensor) in self.leaves:
+            return  # an in-place op on a parameter or buffer does not relabel it
+        if kept or leaf is not None or tensor in self._marks:
+            self._marks[tensor] = Mark(kept, leaf)
+
+    def freeze(self, factors: Sequence[IntArray], reason: str) -> None:
+        """Freeze whole factors."""
+        for factor in factors:
+            self.slots.freeze(factor, f"{reason} ({self.where()})")
+
+    def pin(self, factor: IntArray, dim: int, reason: str) -> None:
+        """Say that dimension ``dim`` must keep its size: what varies along it goes together, or stays."""
+        if varying(factor) == (dim,):
+            self.freeze((factor,), reason)
+        else:
+            self.slots.unify(factor, factor.take([0], axis=dim))
+
+    def barrier(self, inputs: Sequence[Tensor], reason: str) -> None:
+        """Freeze all channels that enter the op; what leaves it is of fixed size."""
+        for tensor in inputs:
+            self.freeze(self.mark(tensor).factors, reason)
+
+    def merge(self, operands: Sequence[tuple[Sequence[int], Factors]], shape: Sequence[int]) -> Factors:
+        """Relate the labels of operands that are broadcast against each other to ``shape``.
+
+        Where two operands both have extent, their labels are the same channels; where one is labelled
+        and the other has a fixed extent, the labelled one is pinned.
+        """
+        n = len(shape)
+        aligned = [
+            ((1,) * (n - len(s)) + tuple(s), [f.reshape((1,) * (n - f.ndim) + f.shape) for f in fs])
+            for s, fs in operands
+        ]
+        merged: list[IntArray] = []
+        for i, (_, factors) in enumerate(aligned):
+            for factor in factors:
+                for j, (other_shape, others) in enumerate(aligned):
+                    if i != j:
+                        self._relate(factor, other_shape, others, once=j > i)
+                merged.append(factor)
+        return _independent(merged)
+
+    def _relate(self, factor: IntArray, shape: Sequence[int], others: list[IntArray], once: bool) -> None:
+        dims = varying(factor)
+        covered: set[int] = set()
+        for other in others:
+            shared = set(varying(other))
+            if shared & set(dims):
+                covered |= shared
+                if once:
+                    self.slots.unify(factor, other)
+        for dim in dims:
+            if shape[dim] > 1 and dim not in covered:
+                self.pin(factor, dim, "meets a tensor of fixed size")
+
+    def reduce(self, factors: Factors, dims: Sequence[int], keepdim: bool = False) -> Factors:
+        """Labels after a reduction over ``dims``: what is summed over entirely is gone."""
+        left = []
+        for factor in factors:
+            gone = [d for d in varying(factor) if d in dims]
+            if gone and len(gone) == len(varying(factor)):
+                continue
+            for dim in gone:  # the sum disappears only when all that it sums over has
+                self.slots.unify(factor, factor.take([0], axis=dim))
+                factor = factor.take([0], axis=dim)
+            if not keepdim:
+                factor = factor.reshape([n for d, n in enumerate(factor.shape) if d not in dims])
+            left.append(factor)
+        return tuple(left)
+
+    def contract(
+        self, a: Mark, a_shape: Sequence[int], b: Mark, b_shape: Sequence[int], shape: Sequence[int]
+    ) -> Factors:
+        """Labels of ``sum over the last dim of (a * b)``, both broadcast to ``shape``; records the work."""
+        merged = self.merge([(a_shape, a.factors), (b_shape, b.factors)], shape)
+        self.count_work(merged, shape)
+        last = len(shape) - 1
+        for mark in (a, b):
+            if mark.leaf is not None:
+                for factor in mark.factors:
+                    self.use(mark.leaf, factor, last in varying(factor))
+        return self.reduce(merged, [last])
+
+    def count_work(self, factors: Factors, shape: Sequence[int], scale: float = 1.0) -> None:
+        """Record an op of ``scale * prod(shape)`` multiply-accumulates, labelled by ``factors``."""
+        labelled = {d for f in factors for d in varying(f)}
+        scale *= math.prod(n for d, n in enumerate(shape) if d not in labelled)
+        self.work.append(Work(scale, tuple(f.reshape(-1) for f in factors)))
+
+    def use(self, leaf: Leaf, slots: IntArray, consumed: bool) -> None:
+        """Note that an op sums over the axis of ``leaf`` that owns ``slots``, or puts it out."""
+        first = slots.reshape(-1)[0]
+        for dim, own in leaf.axes.items():
+            if own[0] <= first <= own[-1]:
+                uses = leaf.consumers if consumed else leaf.producers
+                if dim not in uses:
+                    uses.append(dim)
+
+    # Around the forward
+
+    @contextmanager
+    def scopes(self) -> Iterator[None]:
+        """Keep track of which module is running, so that messages can name it."""
+
+        def enter(name: str) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self._path.append(name)
+                self.module_order.append(name)
+
+            return hook
+
+        def leave(*_: Any) -> None:
+            self._path.pop()
+
+        handles = []
+        for name, module in self._model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _independent(factors: list[IntArray]) -> Factors:
+    """Drop factors whose dimensions another one (already related to it) covers."""
+    kept: list[IntArray] = []
+    for factor in sorted(factors, key=lambda f: -len(varying(f))):
+        dims = set(varying(factor))
+        if dims and not any(dims <= set(varying(k)) for k in kept):
+            kept.append(factor)
+    return tuple(kept)
+
+
+def output_tensors(out: Any) -> list[Tensor]:
+    """All tensors in what a model returned: nested lists, tuples, dicts and dataclasses are searched."""
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, dict):
+        return [t for v in out.values() for t in output_tensors(v)]
+    if isinstance(out, (list, tuple)):
+        return [t for v in out for t in output_tensors(v)]
+    if hasattr(out, "__dataclass_fields__"):
+        return [t for k in out.__dataclass_fields__ for t in output_tensors(getattr(out, k))]
+    return []

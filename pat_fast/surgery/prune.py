@@ -1,0 +1,272 @@
+"""The prune: everything that can be refused is checked, everything new is made, then it is swapped in.
+
+Until the swap nothing of the model has been touched, and every swap can be undone, so a prune happens as a
+whole or not at all. Parameters and buffers keep their identity: optimizers, schedulers, hooks and the
+user's own references stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import PatError, PlanError, SurgeryError
+from ..ops import NONE, Tile, TileTable, channel_compact
+from ..plan.bind import Binding, Block, blocks
+from ..plan.types import TensorMap, groups_left, shrunk_shape
+from .modules import Change, apply_changes, attributes_from_shape, attributes_from_width
+from .optimizer import StateTensor, state_tensors
+
+Undo = Callable[[], None]
+
+
+@dataclass
+class Cut:
+    """One parameter or buffer that shrinks, with everything that shrinks along with it."""
+
+    tensor_map: TensorMap
+    smaller: TensorMap  # same axes, only what is kept
+    kept: list[NDArray[np.int64]]
+    tensor: Tensor
+    states: list[StateTensor] = field(default_factory=list)
+    # made by _compact, in the order data, gradient (if any), states
+    new: list[Tensor] = field(default_factory=list)
+
+    def sources(self) -> list[Tensor]:
+        """Tensors of the parameter's own shape: data, gradient, element-wise state."""
+        found = [self.tensor.detach()]
+        if self.tensor.grad is not None:
+            found.append(self.tensor.grad)
+        return found + [s.tensor for s in self.states if not s.factored]
+
+
+@torch.no_grad()
+def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterable[Optimizer] = ()) -> Binding:
+    """Remove the channels ``~keep`` from the model, and from what trains it.
+
+    Args:
+        binding: the plan, bound to the model.
+        keep: bool ``[N]``; whole units, and something left of every axis.
+        optimizers: whose state is to shrink along.
+    Returns:
+        The binding of the smaller plan to the same model.
+    Raises:
+        PlanError: ``keep`` is not possible, or the model is not the one that the plan was made for.
+        SurgeryError: an optimizer's state cannot be shrunk, or an error came up while the new tensors
+            were made; model and optimizers are as they were.
+    """
+    keep = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
+    plan = binding.plan.shrink(keep)
+    cuts = _cuts(binding, keep, list(optimizers))
+    changes = _attribute_changes(binding, keep, cuts)
+    undo: list[Undo] = []
+    attributes: list[Change] = []
+    try:
+        _compact(cuts)
+        for cut in cuts:
+            _swap(cut, undo)
+        apply_changes(changes, attributes)
+        return Binding(plan, binding.model)
+    except BaseException as error:
+        apply_changes(list(reversed(attributes)), [])
+        for step in reversed(undo):
+            step()
+        if isinstance(error, PatError) or not isinstance(error, Exception):
+            raise
+        raise SurgeryError(
+            f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
+            "as they were"
+        ) from error
+
+
+def _cuts(binding: Binding, keep: NDArray[np.bool_], optimizers: list[Optimizer]) -> list[Cut]:
+    found = []
+    for tensor_map in binding.plan.tensors:
+        kept = tensor_map.kept(keep)
+        shape = shrunk_shape(tensor_map, kept)
+        if shape == tensor_map.shape:
+            continue
+        tensor = binding.tensors[tensor_map.name]
+        if tuple(tensor.shape) != tensor_map.shape:
+            raise PlanError(
+                f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the model "
+                "was changed since the plan was bound; build a new plan"
+            )
+        axes = tuple(replace(a, channels=a.channels[k]) for a, k in zip(tensor_map.axes, kept, strict=True))
+        smaller = replace(tensor_map, shape=shape, groups=groups_left(tensor_map, kept), axes=axes)
+        cut = Cut(tensor_map, smaller, kept, tensor)
+        if isinstance(tensor, nn.Parameter):
+            cut.states = state_tensors(optimizers, tensor, tensor_map.name)
+        if tensor.grad is not None and tensor.grad.layout != torch.strided:
+            raise SurgeryError(f"{tensor_map.name} has a sparse gradient; call zero_grad() before pruning")
+        found.append(cut)
+    return found
+
+
+def _attribute_changes(binding: Binding, keep: NDArray[np.bool_], cuts: list[Cut]) -> list[Change]:
+    changes: list[Change] = []
+    for cut in cuts:
+        module, local = binding.owner(cut.tensor_map.name)
+        changes += attributes_from_shape(module, local, cut.smaller.shape, cut.smaller.groups)
+    for width in binding.plan.widths:
+        left = int(((width.channels < 0) | keep[width.channels]).sum())
+        if left != len(width.channels):
+            changes += attributes_from_width(binding.model.get_submodule(width.module), width, left)
+    return changes
+
+
+# Making the new tensors
+
+
+def _compact(cuts: list[Cut]) -> None:
+    """Fill ``cut.new`` for all cuts: one op call per device and dtype."""
+    batches: dict[tuple[torch.device, torch.dtype], _Batch] = {}
+    for cut in cuts:
+        for source in cut.sources():
+            batch = batches.setdefault((source.device, source.dtype), _Batch())
+            cut.new.append(batch.add(cut, source))
+        cut.new += [_factored(cut, s.tensor) for s in cut.states if s.factored]
+    for batch in batches.values():
+        batch.run()
+
+
+class _Batch:
+    """Copies of one device and dtype, gathered into one call of ``channel_compact``."""
+
+    def __init__(self) -> None:
+        self.xs: list[Tensor] = []
+        self.outs: list[Tensor] = []
+        self.tiles: list[Tile] = []
+        self.out_tiles: list[Tile] = []
+        self.index: list[NDArray[np.int32]] = []
+        self._length = 0
+        self._known: dict[tuple[int, int, int], int] = {}
+
+    def add(self, cut: Cut, source: Tensor) -> Tensor:
+        """Plan the copy of what is kept of ``source``; returns the tensor that will hold it."""
+        out = torch.empty_strided(
+            cut.smaller.shape,
+            dense_strides(cut.smaller.shape, source.stride()),
+            dtype=source.dtype,
+            device=source.device,
+        )
+        number = len(self.xs)
+        self.xs.append(source)
+        self.outs.append(out)
+        sources = blocks(cut.tensor_map, source.stride())
+        if cut.tensor_map.groups != cut.smaller.groups:
+            sources = [b for b in sources if _survives(cut, b)]
+        targets = blocks(cut.smaller, out.stride(), order=source.stride())
+        for one, two in zip(sources, targets, strict=True):
+            (r, sr), (c, sc), (k, sk) = one.row, one.col, one.kernel
+            self.tiles.append(Tile(number, one.offset, (r, c, k), (sr, sc, sk)))
+            rows = self._list(cut, one, one.row_channels, r, two.row[0])
+            cols = self._list(cut, one, one.col_channels, c, two.col[0])
+            (r, sr), (c, sc), (k, sk) = two.row, two.col, two.kernel
+            self.out_tiles.append(Tile(number, two.offset, (r, c, k), (sr, sc, sk), rows, cols))
+        return out
+
+    def _list(self, cut: Cut, block: Block, channels: NDArray[np.int32] | None, before: int, after: int) -> int:
+        """Offset in the index of the kept positions along one side of a block."""
+        if before == after:
+            return NONE
+        assert channels is not None
+        for axis, kept in zip(cut.tensor_map.axes, cut.kept, strict=True):
+            start = _offset_in(axis.channels, channels)
+            if start is not None:
+                key = (id(kept), start, before)
+                if key not in self._known:
+                    inside = kept[(kept >= start) & (kept < start + before)] - start
+                    self._known[key] = self._length
+                    self._length += len(inside)
+                    self.index.append(inside.astype(np.int32))
+                return self._known[key]
+        raise AssertionError("a block's channels are not a part of its axes")
+
+    def run(self) -> None:
+        """Copy."""
+        index = torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *self.index]))
+        table = TileTable.from_tiles(self.xs, self.tiles)
+        out_table = TileTable.from_tiles(self.outs, self.out_tiles, slots=len(index), shared_slots=True)
+        device = self.xs[0].device
+        channel_compact(self.outs, self.xs, table, out_table, index.to(device))
+
+
+def _offset_in(axis: NDArray[np.int32], part: NDArray[np.int32]) -> int | None:
+    """Where the view ``part`` begins in ``axis``, or None if it is a view of something else."""
+    start = part.__array_interface__["data"][0] - axis.__array_interface__["data"][0]
+    if not 0 <= start < max(axis.nbytes, 1):
+        return None
+    return start // axis.itemsize
+
+
+def _survives(cut: Cut, block: Block) -> bool:
+    """Whether the group of a depthwise convolution that ``block`` is stays."""
+    per_group = len(cut.tensor_map.axes[0].channels) // cut.tensor_map.groups
+    return bool(np.isin(block.group * per_group, cut.kept[0]))
+
+
+def dense_strides(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a dense tensor of ``shape`` whose dimensions lie in the order of the strides ``like``."""
+    strides = [1] * len(shape)
+    step = 1
+    for dim in sorted(range(len(shape)), key=lambda d: (like[d], -d)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
+
+
+def _factored(cut: Cut, state: Tensor) -> Tensor:
+    """Row or column statistics: the dimensions that the state has are gathered, those of size 1 stay."""
+    for axis, kept in zip(cut.tensor_map.axes, cut.kept, strict=True):
+        size = cut.tensor_map.shape[axis.dim]
+        if state.shape[axis.dim] != size or size == 1:
+            continue
+        if len(axis.channels) != size:
+            raise SurgeryError(
+                f"{cut.tensor_map.name}: the factored optimizer state of a grouped convolution's inputs is shared by "
+                "its groups and cannot be pruned; use an optimizer with element-wise state"
+            )
+        state = state.index_select(axis.dim, torch.from_numpy(kept).to(state.device))
+    return state
+
+
+# Swapping them in
+
+
+def _swap(cut: Cut, undo: list[Undo]) -> None:
+    new = iter(cut.new)
+    data = next(new)
+    grad = next(new) if cut.tensor.grad is not None else None
+    undo.append(_restorer(cut.tensor, cut.tensor.data, cut.tensor.grad))
+    set_tensor(cut.tensor, data, grad)
+    ordered = [s for s in cut.states if not s.factored] + [s for s in cut.states if s.factored]
+    for state, value in zip(ordered, new, strict=True):
+        entry = state.optimizer.state[cut.tensor]
+        undo.append(lambda entry=entry, state=state: entry.__setitem__(state.key, state.tensor))  # type: ignore[misc]
+        entry[state.key] = value
+
+
+def _restorer(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Undo:
+    return lambda: set_tensor(tensor, data, grad)
+
+
+def set_tensor(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Give ``tensor`` other data and another gradient, in place: the object and its hooks stay.
+
+    While an earlier output or loss is alive, autograd keeps the tensor's gradient accumulator, which
+    remembers the old shape and would refuse the next backward. Assigning data of another dtype in between
+    makes autograd drop it.
+    """
+    tensor.grad = None
+    if tensor.requires_grad:
+        other = torch.float64 if data.dtype != torch.float64 else torch.float32
+        tensor.data = torch.empty(0, dtype=other, device=data.device)
+    tensor.data = data
+    tensor.grad = grad
