@@ -51,7 +51,8 @@ class GroupNorm:
     def score(self, binding: Binding) -> Tensor:
         """Scores ``[N]``: float32, or float64 where the model is."""
         raw = self.magnitude(binding)
-        return raw / binding.group_mean(raw)
+        mean = binding.group_mean(raw)
+        return raw / mean.where(mean > 0, torch.ones_like(mean))  # a group of zeros: all equally unimportant
 
     def magnitude(self, binding: Binding) -> Tensor:
         """The same before it is divided by the group's mean: ``[N]``."""

@@ -52,7 +52,7 @@ class GroupNormRegularizer:
         low, high = binding.group_extreme(norm, "amin"), binding.group_extreme(norm, "amax")
         span = high - low
         place = torch.where(span > 0, (high - norm) / span.where(span > 0, torch.ones_like(span)), 0.0)
-        return self.alpha**place
+        return self.alpha ** place.clamp(0.0, 1.0)
 
     @torch.no_grad()
     def apply(self, binding: Binding, scale: float = 1.0, where: Tensor | None = None) -> None:

@@ -5,7 +5,7 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -120,9 +120,12 @@ class Binding:
                     "build a new plan after changing the model"
                 )
             self.tensors[tensor_map.name] = tensor
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in named.items():
+            self._names.setdefault(id(tensor), []).append(name)
         self.device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
-        self.unit = torch.from_numpy(plan.unit.astype(np.int64)).to(self.device)
         self.group_of = torch.from_numpy(plan.group_of.astype(np.int64)).to(self.device)
+        self.alive: Tensor | None = None  # bool [N] while channels are masked
         self._members: dict[str, Tensor] = {}
         self._cache: dict[str, tuple[tuple[Tiles, ...], tuple[tuple[int, ...], ...]]] = {}
 
@@ -130,6 +133,10 @@ class Binding:
         """The module that holds tensor ``name``, and the tensor's name in it."""
         path, _, local = name.rpartition(".")
         return self.model.get_submodule(path), local
+
+    def owners(self, name: str) -> list[tuple[nn.Module, str]]:
+        """All modules that hold tensor ``name``: more than one when it is tied."""
+        return [self.owner(n) for n in self._names[id(self.tensors[name])]]
 
     def tiles(self, key: str, wanted: Callable[[TensorMap, nn.Module, str], bool]) -> tuple[Tiles, ...]:
         """Tile tables over the tensors for which ``wanted(map, owner, local name)`` holds.
@@ -149,8 +156,17 @@ class Binding:
         self._cache[key] = (made, layout)
         return made
 
-    def _tabulate(self, maps: list[TensorMap]) -> Tiles:
-        tensors = [self.tensors[m.name] for m in maps]
+    def each(self, tiles: Tiles) -> Iterator[Tiles]:
+        """``tiles``, one tensor at a time."""
+        for name in tiles.names:
+            yield self.tiles(f"one: {name}", lambda m, *_, name=name: m.name == name)[0]  # type: ignore[misc]
+
+    def like(self, name: str, tensor: Tensor) -> Tiles:
+        """A table over ``tensor``, which has the shape of the plan's tensor ``name``."""
+        return self._tabulate([self.plan.tensor(name)], [tensor])
+
+    def _tabulate(self, maps: list[TensorMap], given: list[Tensor] | None = None) -> Tiles:
+        tensors = [self.tensors[m.name] for m in maps] if given is None else given
         tiles: list[Tile] = []
         slots: list[ChannelArray] = []
         at = 0
@@ -191,23 +207,20 @@ class Binding:
         return self._members[key]
 
     def group_mean(self, values: Tensor) -> Tensor:
-        """Mean of ``values [N]`` over each group, spread back to its channels: ``[N]``."""
+        """Mean of ``values [N]`` over the living channels of each group, spread back: ``[N]``."""
+        weight = torch.ones_like(values) if self.alive is None else self.alive.to(values.dtype)
         groups = len(self.plan.groups)
-        total = values.new_zeros(groups).index_add_(0, self.group_of, values)
-        count = values.new_zeros(groups).index_add_(0, self.group_of, torch.ones_like(values))
-        return (total / count.clamp_min(1))[self.group_of]
+        total = values.new_zeros(groups).index_add_(0, self.group_of, values * weight)
+        count = values.new_zeros(groups).index_add_(0, self.group_of, weight)
+        return (total / count)[self.group_of]
 
     def group_extreme(self, values: Tensor, which: str) -> Tensor:
-        """``"amax"`` or ``"amin"`` of ``values [N]`` over each group, spread back: ``[N]``."""
+        """``"amax"`` or ``"amin"`` of ``values [N]`` over the living of each group, spread back: ``[N]``."""
+        if self.alive is not None:
+            values = values.masked_fill(~self.alive, -torch.inf if which == "amax" else torch.inf)
         found = values.new_zeros(len(self.plan.groups))
         found.scatter_reduce_(0, self.group_of, values, which, include_self=False)
         return found[self.group_of]
-
-    def unit_mean(self, values: Tensor) -> Tensor:
-        """Mean of ``values [N]`` over the channels of each unit: ``[U]``."""
-        total = values.new_zeros(self.plan.n_units).index_add_(0, self.unit, values)
-        count = values.new_zeros(self.plan.n_units).index_add_(0, self.unit, torch.ones_like(values))
-        return total / count
 
 
 def bind(plan: Plan, model: nn.Module) -> Binding:

@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
 from .labels import IntArray, Solution
@@ -42,8 +44,18 @@ class _Skeleton(tp.DependencyGraph):
         return [self._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in self._module2name]
 
 
+@dataclass(frozen=True)
+class Call:
+    """Example inputs that are positional and keyword arguments both."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """Run ``model``: a dict is keyword arguments, a tuple or list positional ones, anything else one argument."""
+    if isinstance(example_inputs, Call):
+        return model(*example_inputs.args, **example_inputs.kwargs)
     if isinstance(example_inputs, dict):
         return model(**example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -118,13 +130,17 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     return _number(model, tracer, order, _batch(example_inputs), tuple(notes))
 
 
+def _leaves(inputs: Any) -> list[Any]:
+    return tree_leaves((inputs.args, inputs.kwargs) if isinstance(inputs, Call) else inputs)
+
+
 def _shapes(inputs: Any) -> str:
-    leaves = torch.utils._pytree.tree_leaves(inputs)
+    leaves = _leaves(inputs)
     return ", ".join(str(tuple(t.shape)) if isinstance(t, torch.Tensor) else type(t).__name__ for t in leaves)
 
 
 def _batch(inputs: Any) -> int:
-    for leaf in torch.utils._pytree.tree_leaves(inputs):
+    for leaf in _leaves(inputs):
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
             return max(leaf.shape[0], 1)
     return 1
@@ -177,17 +193,22 @@ def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf])
     """A weight that is multiplied inside a module of unknown kind stays: its attributes are not known."""
     closed = [name for name, m in model.named_modules() if isinstance(m, CLOSED)]
     for leaf in leaves:
-        path, local = _owner(leaf)
-        owner = model.get_submodule(path)
-        inside = next((c for c in closed if path == c or path.startswith(c + ".")), None)
-        if inside is not None:
-            reason = f"belongs to {type(model.get_submodule(inside)).__name__} {inside}, whose sizes are tied"
-        elif (leaf.producers or leaf.consumers) and not (isinstance(owner, LAYERS) and local == "weight"):
-            reason = f"{leaf.name} is multiplied in a {type(owner).__name__}, a layer of unknown kind"
-        else:
-            continue
-        for slots in leaf.axes.values():
-            tracer.slots.freeze(slots, reason)
+        reasons = [_why_kept(model, closed, leaf, name) for name in leaf.names]
+        reason = next((r for r in reasons if r is not None), None)
+        if reason is not None:
+            for slots in leaf.axes.values():
+                tracer.slots.freeze(slots, reason)
+
+
+def _why_kept(model: nn.Module, closed: list[str], leaf: Leaf, name: str) -> str | None:
+    path, _, local = name.rpartition(".")
+    owner = model.get_submodule(path)
+    inside = next((c for c in closed if path == c or path.startswith(c + ".")), None)
+    if inside is not None:
+        return f"belongs to {type(model.get_submodule(inside)).__name__} {inside}, whose sizes are tied"
+    if (leaf.producers or leaf.consumers) and not (isinstance(owner, LAYERS) and local == "weight"):
+        return f"{name} is multiplied in a {type(owner).__name__}, a layer of unknown kind"
+    return None
 
 
 def _freeze_third_axes(tracer: Tracer, leaves: list[Leaf], solution: Solution) -> bool:

@@ -84,6 +84,11 @@ def same(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
         tr.set(result, mark.factors, mark.leaf)
 
 
+@rule("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full")
+def fresh(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Only the dtype and device of the input are used; the size is written in the code."""
+
+
 def _note(tr: Tracer, factors: Sequence[IntArray], what: str) -> None:
     for factor in factors:
         tr.slots.note(factor, f"{what} over the channels ({tr.where()})")
@@ -226,6 +231,16 @@ def _matching(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[i
                 b, j = b * target[j], j + 1
         runs.append(run)
     return runs
+
+
+@rule("as_strided")
+def restride(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Pooling to 1 x 1 in channels_last rewrites the strides of its size-1 dimensions; that moves nothing."""
+    extents = [(n, s) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]
+    dense = all(extents[i][1] == math.prod(n for n, _ in extents[i + 1 :]) for i in range(len(extents)))
+    if out is args[0] and dense and len(extents) <= 2:
+        return
+    tr.barrier([args[0]], "is viewed with strides written in the code")
 
 
 @rule("repeat", "tile")

@@ -26,7 +26,7 @@ from .labels import Factors, IntArray, Slots, varying
 class Leaf:
     """A parameter or buffer that the forward used, and the slots of its axes."""
 
-    name: str
+    names: list[str]  # more than one when it is tied
     tensor: Tensor
     is_parameter: bool
     groups: int = 1  # of a grouped convolution: dimension 1 then has `groups * shape[1]` slots
@@ -34,6 +34,10 @@ class Leaf:
     axes: dict[int, IntArray] = field(default_factory=dict)  # dimension -> slots
     producers: list[int] = field(default_factory=list)  # dimensions whose slots label what an op puts out
     consumers: list[int] = field(default_factory=list)  # dimensions that an op sums over
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,10 @@ class Tracer(TorchDispatchMode):
         self._model = model
         self._path: list[str] = []
         self._op = ""
-        for name, parameter in model.named_parameters():
-            self.leaves[id(parameter)] = Leaf(name, parameter, True)
-        for name, buffer in model.named_buffers():
-            self.leaves.setdefault(id(buffer), Leaf(name, buffer, False))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.leaves.setdefault(id(parameter), Leaf([], parameter, True)).names.append(name)
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            self.leaves.setdefault(id(buffer), Leaf([], buffer, False)).names.append(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

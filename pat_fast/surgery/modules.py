@@ -1,8 +1,9 @@
-"""The sizes that layers keep as attributes, as their tensors' new shapes demand."""
+"""The sizes that layers keep as attributes, and the shapes of their tensors that follow from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,30 +11,98 @@ from torch import nn
 from ..plan.types import Width
 
 Change = tuple[nn.Module, str, Any]  # module, attribute, new value
+Shape = tuple[int, ...]
 
 
-def attributes_from_shape(module: nn.Module, local: str, shape: tuple[int, ...], groups: int) -> list[Change]:
+@dataclass(frozen=True)
+class SizeRule:
+    """The attributes of a kind of layer that take part in its forward, and what they say of its tensors.
+
+    ``from_weight(module, shape, groups)`` are the attributes of a layer whose weight has that shape;
+    ``shape(module, attributes, local)`` is the shape of tensor ``local``, None if they do not tell.
+    """
+
+    attributes: tuple[str, ...]
+    from_weight: Callable[[Any, Shape, int], dict[str, Any]]
+    shape: Callable[[Any, dict[str, Any], str], Shape | None]
+
+
+def _conv_sizes(module: Any, shape: Shape, groups: int) -> dict[str, Any]:
+    if module.transposed:
+        return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
+    return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
+
+
+def _conv_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
+    c_in, c_out, groups = sizes["in_channels"], sizes["out_channels"], sizes["groups"]
+    if local == "bias":
+        return (c_out,)
+    pair = (c_in, c_out // groups) if module.transposed else (c_out, c_in // groups)
+    return (*pair, *module.kernel_size) if local == "weight" else None
+
+
+def _linear_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
+    shapes = {"weight": (sizes["out_features"], sizes["in_features"]), "bias": (sizes["out_features"],)}
+    return shapes.get(local)
+
+
+def _vector_shape(attribute: str) -> Callable[[Any, dict[str, Any], str], Shape | None]:
+    def shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
+        vectors = ("weight", "bias", "running_mean", "running_var")
+        return (sizes[attribute],) if local in vectors else None
+
+    return shape
+
+
+def _nothing(module: Any, shape: Shape, groups: int) -> dict[str, Any]:
+    return {}  # normalisation layers follow their plan's widths: they may have no weight
+
+
+SIZES: dict[type[nn.Module], SizeRule] = {
+    nn.modules.conv._ConvNd: SizeRule(("in_channels", "out_channels", "groups"), _conv_sizes, _conv_shape),
+    nn.Linear: SizeRule(
+        ("in_features", "out_features"),
+        lambda module, shape, groups: {"in_features": shape[1], "out_features": shape[0]},
+        _linear_shape,
+    ),
+    nn.Embedding: SizeRule(
+        ("num_embeddings", "embedding_dim"),
+        lambda module, shape, groups: {"num_embeddings": shape[0], "embedding_dim": shape[1]},
+        lambda module, sizes, local: (sizes["num_embeddings"], sizes["embedding_dim"]) if local == "weight" else None,
+    ),
+    nn.PReLU: SizeRule(
+        ("num_parameters",), lambda module, shape, groups: {"num_parameters": shape[0]}, _vector_shape("num_parameters")
+    ),
+    nn.modules.batchnorm._NormBase: SizeRule(("num_features",), _nothing, _vector_shape("num_features")),
+    nn.GroupNorm: SizeRule(("num_channels",), _nothing, _vector_shape("num_channels")),
+    nn.LayerNorm: SizeRule(
+        ("normalized_shape",), _nothing, lambda module, sizes, local: tuple(sizes["normalized_shape"])
+    ),
+    nn.RMSNorm: SizeRule(
+        ("normalized_shape",), _nothing, lambda module, sizes, local: tuple(sizes["normalized_shape"])
+    ),
+}
+
+
+def _rule(module: nn.Module) -> SizeRule | None:
+    return next((rule for kind, rule in SIZES.items() if isinstance(module, kind)), None)
+
+
+def sizes(module: nn.Module) -> dict[str, Any]:
+    """The sizes that ``module`` keeps as attributes; empty for a kind of layer that keeps none."""
+    rule = _rule(module)
+    return {} if rule is None else {name: getattr(module, name) for name in rule.attributes}
+
+
+def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: int) -> list[Change]:
     """What ``module`` must say of itself when its tensor ``local`` has this shape.
 
-    Covers the layers whose attributes take part in their forward; the same values as Torch-Pruning's own
-    layer pruners set, wherever those are right.
+    The same values as Torch-Pruning's own layer pruners set, wherever those are right.
     """
-    if local != "weight":
+    rule = _rule(module)
+    if rule is None or local != "weight":
         return []
-    values: dict[str, int] = {}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        c_out, c_in = (shape[1], shape[0]) if module.transposed else (shape[0], shape[1])
-        if module.transposed:
-            c_out *= groups
-        else:
-            c_in *= groups
-        values = {"out_channels": c_out, "in_channels": c_in, "groups": groups}
-    elif isinstance(module, nn.Linear):
-        values = {"out_features": shape[0], "in_features": shape[1]}
-    elif isinstance(module, nn.Embedding):
-        values = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
-    elif isinstance(module, nn.PReLU):
-        values = {"num_parameters": shape[0]}
+    values = rule.from_weight(module, shape, groups)
     return [(module, name, value) for name, value in values.items() if getattr(module, name) != value]
 
 
@@ -51,8 +120,3 @@ def apply_changes(changes: list[Change], undo: list[Change]) -> None:
     for module, name, value in changes:
         undo.append((module, name, getattr(module, name)))
         setattr(module, name, value)
-
-
-def summary(changes: list[Change], names: Mapping[nn.Module, str]) -> dict[str, Any]:
-    """``{"layer1.0.conv1.out_channels": 12, ...}`` for logs and errors."""
-    return {f"{names[module]}.{attribute}": value for module, attribute, value in changes}

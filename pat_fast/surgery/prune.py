@@ -112,8 +112,8 @@ def _cuts(binding: Binding, keep: NDArray[np.bool_], optimizers: list[Optimizer]
 def _attribute_changes(binding: Binding, keep: NDArray[np.bool_], cuts: list[Cut]) -> list[Change]:
     changes: list[Change] = []
     for cut in cuts:
-        module, local = binding.owner(cut.tensor_map.name)
-        changes += attributes_from_shape(module, local, cut.smaller.shape, cut.smaller.groups)
+        for module, local in binding.owners(cut.tensor_map.name):
+            changes += attributes_from_shape(module, local, cut.smaller.shape, cut.smaller.groups)
     for width in binding.plan.widths:
         left = int(((width.channels < 0) | keep[width.channels]).sum())
         if left != len(width.channels):
@@ -160,7 +160,7 @@ class _Batch:
         self.xs.append(source)
         self.outs.append(out)
         sources = blocks(cut.tensor_map, source.stride())
-        if cut.tensor_map.groups != cut.smaller.groups:
+        if cut.tensor_map.groups != cut.smaller.groups and len(sources) > 1:
             sources = [b for b in sources if _survives(cut, b)]
         targets = blocks(cut.smaller, out.stride(), order=source.stride())
         for one, two in zip(sources, targets, strict=True):

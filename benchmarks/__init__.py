@@ -1,0 +1,1 @@
+"""Benchmarks of pat_fast against Torch-Pruning, and the model zoo that the tests share."""

@@ -1,0 +1,68 @@
+// pat_fast._C: hands addresses to the engine. Lists hold tensors' addresses as Python ints.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/engine.h"
+
+namespace py = pybind11;
+
+namespace {
+
+pat::Addresses addresses(const py::list& list) {
+  pat::Addresses found(list.size());
+  for (size_t i = 0; i < found.size(); ++i) found[i] = PyLong_AsVoidPtr(PyList_GET_ITEM(list.ptr(), i));
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void reduce(const py::list& xs, const py::list& ys, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
+            uintptr_t out, int64_t slots, int threads) {
+  const pat::Addresses x = addresses(xs), y = addresses(ys);
+  const py::gil_scoped_release unlocked;
+  pat::channel_reduce(x, y, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype),
+                      static_cast<pat::Func>(func), p, pointer<void>(out), slots, threads);
+}
+
+void axpy(const py::list& ys, const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uintptr_t coef,
+          int threads) {
+  const pat::Addresses y = addresses(ys), x = addresses(xs);
+  const py::gil_scoped_release unlocked;
+  pat::channel_axpy(y, x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype), pointer<void>(coef),
+                    threads);
+}
+
+void scale(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uintptr_t values, int threads) {
+  const pat::Addresses x = addresses(xs);
+  const py::gil_scoped_release unlocked;
+  pat::channel_scale(x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype), pointer<void>(values),
+                     threads);
+}
+
+void compact(const py::list& outs, const py::list& xs, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles,
+             int64_t element_bytes, uintptr_t index, int threads) {
+  const pat::Addresses out = addresses(outs), x = addresses(xs);
+  const py::gil_scoped_release unlocked;
+  pat::channel_compact(out, x, pointer<pat::Tile>(tiles), pointer<pat::Tile>(out_tiles), n_tiles, element_bytes,
+                       pointer<int32_t>(index), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of pat_fast. Arguments are trusted; call pat_fast.ops instead.";
+  m.def("reduce", &reduce);
+  m.def("axpy", &axpy);
+  m.def("scale", &scale);
+  m.def("compact", &compact);
+  m.def("isa", &pat::isa, "Instruction set in use.");
+  m.def("isas", &pat::isas, "Instruction sets that this machine runs, best last.");
+  m.def("set_isa", &pat::set_isa, "For tests: use another instruction set; False if it cannot run here.");
+  m.def("has_openmp", &pat::has_openmp);
+  m.attr("DTYPES") = py::make_tuple("float32", "float64", "bfloat16", "float16");
+  m.attr("FUNCS") = py::make_tuple("abs", "square", "power", "mul", "absmul", "sqmul");
+}

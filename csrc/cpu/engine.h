@@ -1,0 +1,35 @@
+// The four ops over tables of tiles. Arguments are trusted: the Python wrappers checked them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace pat {
+
+// One row of a table, as pat_fast/ops/tiles.py lays it out.
+struct Tile {
+  int64_t tensor, offset, r, c, k, sr, sc, sk, row, col;
+};
+
+using Addresses = std::vector<void*>;
+
+// out: [slots] in the accumulator type of `dtype`; overwritten. `ys` is empty for functions of x alone.
+void channel_reduce(const Addresses& xs, const Addresses& ys, const Tile* tiles, int64_t n_tiles, DType dtype,
+                    Func func, double p, void* out, int64_t slots, int threads);
+void channel_axpy(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype,
+                  const void* coef, int threads);
+void channel_scale(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, const void* scale,
+                   int threads);
+void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* tiles, const Tile* out_tiles,
+                     int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads);
+
+std::vector<std::string> isas();        // that this machine can run, best last
+const std::string& isa();               // in use
+bool set_isa(const std::string& name);  // false: unknown or unsupported here
+bool has_openmp();
+const Kernels& kernels();
+
+}  // namespace pat

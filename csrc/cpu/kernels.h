@@ -1,0 +1,37 @@
+// What the engine and the ISA-specific kernels say to each other. Plain C types only: this header is
+// compiled with several instruction sets, and no inline function may be shared between them.
+#pragma once
+
+#include <stdint.h>
+
+namespace pat {
+
+enum DType { kF32, kF64, kBF16, kF16, kDTypes };
+enum Func { kAbs, kSquare, kPower, kMul, kAbsMul, kSqMul, kFuncs };
+
+// A block of rows of a tile. A row is `outer` runs of `inner` elements. Strides are in elements.
+struct Rows {
+  int64_t n, stride;
+  int64_t outer, outer_stride;
+  int64_t inner, inner_stride;
+  int64_t after;  // rows that follow the block at the same stride: worth fetching ahead
+};
+
+// Sums, coefficients and scales are double for kF64 and float for the other dtypes. A vector over the
+// elements of a row is [outer * inner]; a vector over rows is [n]. Both may be null.
+struct Kernels {
+  // row_sums[r] += sum over the row; acc[j] += sum over the rows.
+  void (*reduce[kDTypes][kFuncs])(const void* x, const void* y, const Rows* rows, double p, void* row_sums, void* acc);
+  // y += (row_coef[r] + col_coef[j]) * x; null counts as 0.
+  void (*axpy[kDTypes])(void* y, const void* x, const Rows* rows, const void* row_coef, const void* col_coef);
+  // x *= row_scale[r] * col_scale[j]; null counts as 1; a product of 0 writes 0.
+  void (*scale[kDTypes])(void* x, const Rows* rows, const void* row_scale, const void* col_scale);
+};
+
+const Kernels* kernels_base();
+#if defined(__x86_64__)
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+#endif
+
+}  // namespace pat

@@ -1,0 +1,50 @@
+"""Structured pruning of PyTorch models while they train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .criteria import GroupNorm
+from .errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    OpError,
+    PatError,
+    PlanError,
+    SurgeryError,
+)
+from .plan import Plan, build_plan
+from .pruner import Pruner
+from .regularizers import GroupNormRegularizer
+from .report import StepReport
+from .surgery import register_state_layout
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "GroupNorm",
+    "GroupNormRegularizer",
+    "OpError",
+    "PatError",
+    "Plan",
+    "PlanError",
+    "Pruner",
+    "StepReport",
+    "SurgeryError",
+    "build_plan",
+    "load",
+    "register_state_layout",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "save"):  # these import safetensors, which a training step does not need
+        from . import checkpoint
+
+        return getattr(checkpoint, name)
+    raise AttributeError(f"module 'pat_fast' has no attribute {name!r}")

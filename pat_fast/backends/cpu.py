@@ -1,0 +1,115 @@
+"""Glue to the C++ kernels: takes addresses out of tensors and hands them over.
+
+Arguments are those of the op schemas; they were checked by the public wrappers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _load() -> tuple[Any, str | None]:
+    # torch is imported by now, so that both use one OpenMP runtime and its threads.
+    try:
+        return importlib.import_module("pat_fast._C"), None
+    except ImportError as error:
+        return None, f"the C++ extension is not there ({error})"
+
+
+_C, _WHY = _load()
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FUNCS = {"pow": 2, "mul": 3, "absmul": 4, "sqmul": 5}
+_POWERS = {1.0: 0, 2.0: 1}
+
+
+def unavailable() -> str | None:
+    """Return why the C++ kernels cannot run, or None if they can."""
+    return _WHY
+
+
+def details() -> dict[str, Any]:
+    """Return ``isa`` (in use), ``isas`` (that run here, best last) and ``openmp``."""
+    return {"isa": _C.isa(), "isas": _C.isas(), "openmp": _C.has_openmp()}
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def channel_reduce(
+    xs: Sequence[Tensor], ys: Sequence[Tensor], tiles: Tensor, slots: int, f: str, p: float
+) -> Tensor:
+    """Return the row and column sums of ``f``: ``[slots]``."""
+    dtype = xs[0].dtype if xs else torch.float32
+    out = torch.empty(slots, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    func = _POWERS.get(p, _FUNCS["pow"]) if f == "pow" else _FUNCS[f]
+    _C.reduce(
+        _addresses(xs),
+        _addresses(ys),
+        tiles.data_ptr(),
+        len(tiles),
+        _DTYPES[dtype],
+        func,
+        p,
+        out.data_ptr(),
+        slots,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, coef: Tensor) -> None:
+    """Add ``(coef[row] + coef[col]) * x`` to ``y``."""
+    if ys:
+        _C.axpy(
+            _addresses(ys),
+            _addresses(xs),
+            tiles.data_ptr(),
+            len(tiles),
+            _DTYPES[ys[0].dtype],
+            coef.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
+    """Multiply ``x`` by ``scale[row] * scale[col]``; a product of 0 writes 0 even over inf and nan."""
+    if xs:
+        _C.scale(
+            _addresses(xs),
+            tiles.data_ptr(),
+            len(tiles),
+            _DTYPES[xs[0].dtype],
+            scale.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+def channel_compact(
+    outs: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, out_tiles: Tensor, index: Tensor
+) -> None:
+    """Copy the rows and columns that ``index`` keeps."""
+    if xs:
+        _C.compact(
+            _addresses(outs),
+            _addresses(xs),
+            tiles.data_ptr(),
+            out_tiles.data_ptr(),
+            len(tiles),
+            xs[0].element_size(),
+            index.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+OPS = {
+    "channel_reduce": channel_reduce,
+    "channel_axpy_": channel_axpy_,
+    "channel_scale_": channel_scale_,
+    "channel_compact": channel_compact,
+}

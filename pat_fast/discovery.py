@@ -1,0 +1,147 @@
+"""Finding what a training script does not say: example inputs, and the optimizers that train the model."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import ConfigError
+from .plan.lower import Call
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
+
+class InputCatcher:
+    """Takes the inputs of the first forward, and two examples of them where that is possible."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._handle = model.register_forward_pre_hook(self._catch, with_kwargs=True)
+
+    def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        self._inputs = detached
+        self._handle.remove()
+
+    def take(self) -> list[Any] | None:
+        """Inputs to try, the smallest first; None if no forward was seen."""
+        if self._inputs is None:
+            return None
+        return [Call(*two) for two in (_first_two(self._inputs), self._inputs) if two is not None]
+
+    def close(self) -> None:
+        self._handle.remove()
+
+
+def _first_two(inputs: Any) -> Any:
+    """``inputs`` with the batch cut to two examples; None if it is not plain what the batch is."""
+    sizes = [t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim > 0]
+    if not sizes or sizes[0] <= 2:
+        return None
+    return tree_map(
+        lambda t: t[:2].clone() if isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == sizes[0] else t, inputs
+    )
+
+
+class Discovery:
+    """The optimizers that train a pruner's model, and the hooks on their steps.
+
+    Given optimizers are hooked themselves; else one pair of process-wide hooks watches all optimizers and
+    picks those that hold the model's parameters. Only weak references are kept.
+    """
+
+    def __init__(
+        self, pruner: Pruner, model: nn.Module, given: Optimizer | Sequence[Optimizer] | None, auto: bool
+    ) -> None:
+        self._pruner = weakref.ref(pruner)
+        self._model = weakref.ref(model)
+        self._ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._searches = given is None
+        self._handles: list[Any] = []
+        self.regularized = True
+        optimizers = [] if given is None else [given] if isinstance(given, Optimizer) else list(given)
+        for optimizer in optimizers:
+            self._ours[optimizer] = True
+        if auto:
+            me = weakref.WeakMethod(self._before)
+            after = weakref.WeakMethod(self._after)
+            if optimizers:
+                for optimizer in optimizers:
+                    self._handles.append(optimizer.register_step_pre_hook(_through(me)))
+                    self._handles.append(optimizer.register_step_post_hook(_through(after)))
+            else:
+                self._handles.append(register_optimizer_step_pre_hook(_through(me)))
+                self._handles.append(register_optimizer_step_post_hook(_through(after)))
+
+    def current(self) -> list[Optimizer]:
+        """Optimizers known to train the model. Those that have not stepped yet are looked for, too."""
+        model = self._model()
+        if self._searches and model is not None:
+            known = {id(p) for o in self._ours for group in o.param_groups for p in group["params"] if self._ours[o]}
+            if any(id(p) not in known for p in model.parameters() if p.requires_grad):
+                for thing in gc.get_objects():
+                    if isinstance(thing, Optimizer):
+                        self._is_ours(thing)
+        return [o for o, ours in self._ours.items() if ours]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _is_ours(self, optimizer: Optimizer) -> bool:
+        known = self._ours.get(optimizer)
+        if known is None:
+            model = self._model()
+            own = {id(p) for p in model.parameters()} if model is not None else set()
+            known = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+            self._ours[optimizer] = known
+        return known
+
+    def _before(self, optimizer: Optimizer) -> None:
+        pruner = self._pruner()
+        if pruner is not None and self._is_ours(optimizer):
+            scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
+            pruner.regularize(1.0 if scale is None else float(scale))
+            self.regularized = True
+
+    def _after(self, optimizer: Optimizer) -> None:
+        pruner = self._pruner()
+        if pruner is not None and self._is_ours(optimizer):
+            pruner.hold()
+
+
+def _through(method: weakref.WeakMethod[Any]) -> Any:
+    """A hook that does not keep its owner alive."""
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        bound = method()
+        if bound is not None:
+            bound(optimizer)
+
+    return hook
+
+
+def check_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raise :class:`ConfigError` unless the optimizers hold every parameter of ``model`` that is trained."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        total = sum(p.requires_grad for p in model.parameters())
+        raise ConfigError(
+            f"optimizer: {len(missing)} of the model's {total} trained parameters are not in it ({missing[0]}, "
+            "say); was it built for another copy of the model? Pass all optimizers that train the model, or set "
+            "requires_grad=False on what is not trained"
+        )
+

@@ -1,0 +1,68 @@
+"""What ``pat-fast env`` prints: versions, the C++ extension, and which backend runs which op."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from pat_fast import backends
+from pat_fast.backends import cpu
+
+PACKAGES = ("pat-fast", "torch", "torch-pruning", "numpy", "safetensors", "triton")
+
+
+def report() -> dict[str, Any]:
+    """Return versions, threads, the extension's state and the backend of each (op, device type).
+
+    Keys: ``python``, ``platform``, ``versions`` (package -> version or None), ``threads``, ``extension``
+    (``built``, ``why``, ``isa``, ``isas``, ``openmp``), ``override`` (``PAT_FAST_BACKEND`` or None) and
+    ``backends`` (a list of ``device``, ``op``, ``backend``, ``why``).
+    """
+    why = cpu.unavailable()
+    extension: dict[str, Any] = {"built": why is None, "why": why, "isa": None, "isas": [], "openmp": False}
+    if why is None:
+        extension |= cpu.details()
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "extension": extension,
+        "override": os.environ.get(backends.ENV) or None,
+        "backends": backends.describe(),
+    }
+
+
+def render() -> str:
+    """Return :func:`report` as lines of text."""
+    found = report()
+    extension = found["extension"]
+    built = "no"
+    if extension["built"]:
+        built = f"yes, {extension['isa']} (can run: {', '.join(extension['isas'])})"
+        built += "" if extension["openmp"] else ", without OpenMP: one thread"
+    lines = [("python", f"{found['python']} on {found['platform']}")]
+    lines += [(name, version or "not installed") for name, version in found["versions"].items()]
+    lines += [("threads", str(found["threads"])), ("C++ extension", built)]
+    if extension["why"]:
+        lines.append(("", extension["why"]))
+    # One line for each device and backend, not for each op.
+    for device in dict.fromkeys(row["device"] for row in found["backends"]):
+        rows = [row for row in found["backends"] if row["device"] == device]
+        for backend, why in dict.fromkeys((row["backend"], row["why"]) for row in rows):
+            names = ", ".join(row["op"] for row in rows if row["backend"] == backend)
+            where = "elsewhere" if device == backends.ANY else f"on {device}"
+            lines.append((where, f"{backend} ({why}): {names}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,91 @@
+"""Objects named in a configuration or on the command line as ``package.module:callable``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pat_fast.errors import ConfigError, did_you_mean
+
+
+def find_callable(name: str, key: str) -> Callable[..., Any]:
+    """Import the callable ``package.module:attribute``; the working directory is searched as well.
+
+    Args:
+        key: where the name was given, for the error messages.
+
+    Raises:
+        ConfigError: there is no such module or attribute, it is not callable, or its module fails to import.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ConfigError(f"{key}: expected 'package.module:callable', got {name!r}")
+    with _working_directory_on_path():
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{key}: expected a module {module_name!r}, got: {error}") from error
+        except Exception as error:
+            raise ConfigError(
+                f"{key}: expected the module {module_name!r} to import, got {type(error).__name__}: {error}"
+            ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = did_you_mean(part, [known for known in dir(found) if not known.startswith("_")])
+            raise ConfigError(f"{key}: expected {part!r} in {module_name!r}, got no such name{near}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"{key}: expected {name!r} to be callable, got {type(found).__name__}")
+    return found
+
+
+def call_factory(name: str, args: Mapping[str, Any], key: str) -> Any:
+    """Call ``package.module:callable`` with ``args``.
+
+    Raises:
+        ConfigError: as :func:`find_callable`, or the call itself fails.
+    """
+    factory = find_callable(name, key)
+    try:
+        with _working_directory_on_path():
+            return factory(**args)
+    except ConfigError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{k}={v!r}" for k, v in args.items())
+        raise ConfigError(
+            f"{key}: expected {name}({given}) to succeed, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def build_model(name: str, args: Mapping[str, Any], key: str = "model") -> nn.Module:
+    """Call a factory that returns a network.
+
+    Raises:
+        ConfigError: as :func:`call_factory`, or what comes back is not an ``nn.Module``.
+    """
+    model = call_factory(name, args, key)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{key}: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+@contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    # An installed command, unlike `python -m`, does not search the directory it is started in.
+    here = str(Path.cwd())
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)

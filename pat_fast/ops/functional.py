@@ -1,0 +1,213 @@
+"""The public ops: one pass over all tiles of a list of tensors.
+
+Each wrapper checks its arguments once against the tile table and calls ``torch.ops.pat_fast``. They
+run without autograd: a leaf that requires grad is modified in place, and its version counter moves as
+with any in-place op, so a backward that needs the old values fails instead of using the new ones.
+
+All tensors of a call share one device and one of the dtypes float32, float64, bfloat16, float16.
+Sums, coefficients and scales are float32 (float64 for float64 tensors): the *accumulator dtype*.
+Tensors that are written share no memory with one another or with tensors that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from pat_fast.errors import OpError, did_you_mean
+from pat_fast.ops.schema import accumulator
+from pat_fast.ops.tiles import COL, ROW, C, K, R, TileTable
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FUNCTIONS = ("pow", "mul", "absmul", "sqmul")
+MOVABLE_BYTES = (1, 2, 4, 8)
+
+_ops = torch.ops.pat_fast
+
+
+@torch.no_grad()
+def channel_reduce(
+    xs: Sequence[Tensor], table: TileTable, ys: Sequence[Tensor] | None = None, f: str = "pow", p: float = 2.0
+) -> Tensor:
+    """Sum a function of every element over rows and over columns, reading each element once.
+
+    ``out[ROW + r] = sum_ck f(x[r, c, k])`` and ``out[COL + c] = sum_rk f(x[r, c, k])`` for each tile.
+
+    Args:
+        xs: the tensors that ``table`` describes.
+        ys: tensors with the shapes and strides of ``xs``; for every ``f`` but ``"pow"``.
+        f: ``"pow"``: ``|x|^p``; ``"mul"``: ``x*y``; ``"absmul"``: ``|x*y|``; ``"sqmul"``: ``x*x*y``.
+        p: exponent of ``"pow"``.
+
+    Returns:
+        ``[table.slots]`` in the accumulator dtype; 0 for slots that no tile names.
+
+    Raises:
+        OpError: tensors that do not fit the table, an unknown ``f``, ``ys`` missing or superfluous.
+    """
+    if f not in FUNCTIONS:
+        _fail(f"f to be one of {', '.join(FUNCTIONS)}", f"{f!r}{did_you_mean(str(f), FUNCTIONS)}")
+    if (ys is None) != (f == "pow"):
+        wanted = "no ys" if f == "pow" else "ys like xs"
+        _fail(f"{wanted} for f={f!r}", "none" if ys is None else f"{len(ys)} tensors")
+    _check_tensors("xs", xs, table)
+    if ys is not None:
+        _check_tensors("ys", ys, table, like=xs)
+    return _ops.channel_reduce.default(xs, ys or (), table.table, table.slots, f, float(p))
+
+
+@torch.no_grad()
+def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], table: TileTable, coef: Tensor) -> None:
+    """Add ``(coef[ROW + r] + coef[COL + c]) * x[r, c, k]`` to ``y[r, c, k]``, in place, for each tile.
+
+    Rows (columns) without slots count as coefficient 0. Computed in the accumulator dtype and rounded
+    once. Elements outside the tiles stay as they are.
+
+    Args:
+        ys: tensors to change, with the shapes and strides of ``xs``.
+        xs: the tensors that ``table`` describes.
+        coef: ``[table.slots]`` in the accumulator dtype, on the tensors' device.
+
+    Raises:
+        OpError: tensors that do not fit the table, tiles that overlap.
+    """
+    _check_tensors("ys", ys, table)
+    _check_tensors("xs", xs, table, like=ys)
+    _check_slots("coef", coef, table, ys)
+    _check_writable("ys", table)
+    _ops.channel_axpy_.default(ys, xs, table.table, coef)
+
+
+@torch.no_grad()
+def channel_scale_(xs: Sequence[Tensor], table: TileTable, scale: Tensor) -> None:
+    """Multiply ``x[r, c, k]`` by ``scale[ROW + r] * scale[COL + c]``, in place, for each tile.
+
+    Rows (columns) without slots count as scale 1. A product of 0 writes 0, over inf and nan too.
+
+    Args:
+        xs: the tensors that ``table`` describes.
+        scale: ``[table.slots]`` in the accumulator dtype, on the tensors' device.
+
+    Raises:
+        OpError: tensors that do not fit the table, tiles that overlap.
+    """
+    _check_tensors("xs", xs, table)
+    _check_slots("scale", scale, table, xs)
+    _check_writable("xs", table)
+    _ops.channel_scale_.default(xs, table.table, scale)
+
+
+@torch.no_grad()
+def channel_compact(
+    outs: Sequence[Tensor], xs: Sequence[Tensor], table: TileTable, out_table: TileTable, index: Tensor
+) -> None:
+    """Copy the kept rows and columns of each tile: ``out[i, j, k] = x[rows[i], cols[j], k]``.
+
+    Bits are moved, not converted: any dtype of 1, 2, 4 or 8 bytes will do.
+
+    Args:
+        outs: tensors to fill; they share no storage with ``xs``.
+        xs: the tensors that ``table`` describes.
+        out_table: one tile for each tile of ``table``, over ``outs``. Its ``ROW`` (``COL``) is the
+            offset in ``index`` of the ascending list of its R (C) kept rows (columns), or -1 to keep
+            all. Build it with ``shared_slots=True`` and ``slots=len(index)``.
+        index: int32 vector.
+
+    Raises:
+        OpError: tensors that do not fit their table, lists that are out of bounds or not ascending,
+            ``outs`` that overlap ``xs``.
+    """
+    _check_tensors("xs", xs, table, dtypes=None)
+    _check_tensors("outs", outs, out_table, dtypes=None)
+    if xs and outs and (outs[0].dtype != xs[0].dtype or outs[0].device != xs[0].device):
+        _fail("outs of the dtype and device of xs", f"{outs[0].dtype} on {outs[0].device}")
+    if xs and xs[0].element_size() not in MOVABLE_BYTES:
+        _fail(f"elements of {MOVABLE_BYTES} bytes", f"{xs[0].dtype} ({xs[0].element_size()} bytes)")
+    _check_writable("outs", out_table)
+    _check_index(table, out_table, index)
+    if not torch.compiler.is_compiling():
+        sources = {x.untyped_storage().data_ptr() for x in xs if x.numel()}
+        if any(out.numel() and out.untyped_storage().data_ptr() in sources for out in outs):
+            _fail("outs with storage of their own", "an output that shares its storage with an input")
+    _ops.channel_compact.default(outs, xs, table.table, out_table.table, index)
+
+
+def _fail(expected: str, got: str, todo: str = "") -> NoReturn:
+    raise OpError(f"expected {expected}; got {got}" + (f"; {todo}" if todo else ""))
+
+
+def _check_tensors(
+    name: str,
+    xs: Sequence[Tensor],
+    table: TileTable,
+    *,
+    dtypes: Sequence[torch.dtype] | None = FLOATS,
+    like: Sequence[Tensor] | None = None,
+) -> None:
+    """Compare a tensor list with the layouts of ``table``; this loop is most of a call's overhead."""
+    if len(xs) != table.n_tensors:
+        _fail(f"{table.n_tensors} tensors in {name}, as in the table", str(len(xs)))
+    if not len(xs):
+        return
+    first = like[0] if like is not None else xs[0]
+    dtype, device = first.dtype, first.device
+    if dtypes is not None and dtype not in dtypes:
+        _fail(f"{name} of dtype {', '.join(str(d) for d in dtypes)}", str(dtype))
+    for i, (x, (shape, strides)) in enumerate(zip(xs, table.layouts)):  # noqa: B905 (length checked above)
+        if x.shape != shape or x.stride() != strides:
+            _fail(
+                f"{name}[{i}] of shape {shape} and strides {strides}, as in the table",
+                f"{tuple(x.shape)} and {x.stride()}",
+                "build a new table after a tensor changes",
+            )
+        if x.dtype is not dtype or x.device != device:
+            _fail(f"{name}[{i}] of {dtype} on {device}, as its companions", f"{x.dtype} on {x.device}")
+
+
+def _check_slots(name: str, values: Tensor, table: TileTable, xs: Sequence[Tensor]) -> None:
+    dtype = accumulator(xs[0].dtype) if len(xs) else values.dtype
+    device = xs[0].device if len(xs) else values.device
+    wanted = (dtype, (table.slots,), device)
+    if (values.dtype, values.shape, values.device) != wanted or not values.is_contiguous():
+        _fail(
+            f"{name} contiguous of shape [{table.slots}], {dtype} on {device}",
+            f"{list(values.shape)}, {values.dtype} on {values.device}, strides {values.stride()}",
+        )
+
+
+def _check_writable(name: str, table: TileTable) -> None:
+    if not table.writable:
+        _fail(f"tiles that name each element of {name} once", "tiles or strides that overlap")
+
+
+def _check_index(table: TileTable, out_table: TileTable, index: Tensor) -> None:
+    fits = index.dim() == 1 and index.is_contiguous() and len(index) >= out_table.slots
+    if index.dtype != torch.int32 or not fits:
+        _fail(f"index int32 of shape [>= {out_table.slots}]", f"{list(index.shape)} {index.dtype}")
+    if len(table) != len(out_table):
+        _fail(f"{len(table)} output tiles, one for each tile", str(len(out_table)))
+    seen: set[tuple[int, int, int]] = set()
+    pairs = zip(table.table.tolist(), out_table.table.tolist(), strict=True)
+    for number, (source, target) in enumerate(pairs):
+        if source[K] != target[K]:
+            _fail(f"output tile {number} with K = {source[K]}, as its source", str(target[K]))
+        for size, start in ((R, ROW), (C, COL)):
+            if target[start] < 0 and target[size] != source[size]:
+                _fail(
+                    f"output tile {number} to keep {source[size]} entries, as its list is -1",
+                    str(target[size]),
+                )
+            if target[start] >= 0:
+                seen.add((target[start], target[size], source[size]))
+    if not index.is_cpu or torch.compiler.is_compiling():
+        return
+    for start, size, bound in seen:
+        kept = index[start : start + size]
+        if size and (int(kept[0]) < 0 or int(kept[-1]) >= bound or bool((kept[1:] <= kept[:-1]).any())):
+            _fail(
+                f"ascending indices in [0, {bound}) at index[{start}:{start + size}]",
+                f"{kept[:8].tolist()}{'...' if size > 8 else ''}",
+            )

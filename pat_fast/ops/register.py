@@ -1,0 +1,38 @@
+"""Hands the chosen backends to ``torch.library``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pat_fast.backends import ANY, select
+from pat_fast.ops.schema import LIB
+
+_WRITES = ("channel_axpy_", "channel_scale_", "channel_compact")
+
+
+@cache
+def register() -> None:
+    """Register one implementation per (op, device type), once.
+
+    Raises:
+        BackendError: ``PAT_FAST_BACKEND`` names a backend that cannot run here.
+    """
+    for choice in select():
+        key = "CompositeExplicitAutograd" if choice.device == ANY else choice.device.upper()
+        LIB.impl(choice.op, _bumping(choice.run) if choice.op in _WRITES else choice.run, key)
+
+
+def _bumping(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an op that writes its first argument so that autograd sees the tensors change."""
+
+    def run_and_bump(written: Sequence[Tensor], *rest: Any) -> None:
+        run(written, *rest)
+        # Inference tensors have no version counter.
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+    return run_and_bump

@@ -1,0 +1,223 @@
+"""Tile tables: which part of which tensor an op works on, and where its rows and columns go.
+
+A *tile* is a view ``[R, C, K]`` (rows, columns, kernel) of one tensor of a list. A table is an int64
+CPU tensor ``[T, 10]``, one row per tile, with the columns named below. Rows and columns have *slots*:
+row ``r`` of a tile stands at entry ``ROW + r`` of a flat vector, column ``c`` at ``COL + c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pat_fast.errors import OpError
+
+TENSOR, OFFSET, R, C, K, SR, SC, SK, ROW, COL = range(10)
+WIDTH = 10
+NONE = -1
+"""In ``ROW`` or ``COL``: the rows (columns) of this tile have no slots."""
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One view ``[R, C, K]`` of one tensor.
+
+    Args:
+        tensor: index of the tensor in the list that the op is called with.
+        offset: elements from the tensor's first element to the view's first.
+        sizes: ``(R, C, K)``.
+        strides: ``(SR, SC, SK)`` in elements.
+        row: slot of row 0, or -1 when the rows have no slots.
+        col: slot of column 0, or -1 when the columns have no slots.
+    """
+
+    tensor: int
+    offset: int
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    row: int = NONE
+    col: int = NONE
+
+    def entry(self) -> tuple[int, ...]:
+        """Return the tile as one row of a table."""
+        return (self.tensor, self.offset, *self.sizes, *self.strides, self.row, self.col)
+
+
+class TileTable:
+    """A table of tiles that was checked once against the tensors it describes.
+
+    Attributes:
+        table: ``[T, 10]`` int64 on the CPU; do not write to it.
+        slots: length of the slot vector.
+        n_tensors: length of the tensor list.
+        layouts: ``(shape, strides)`` of each tensor; every call compares them with what it is given.
+    """
+
+    __slots__ = ("_writable", "layouts", "n_tensors", "slots", "table")
+
+    def __init__(
+        self, table: Tensor, tensors: Sequence[Tensor], slots: int, *, shared_slots: bool = False
+    ) -> None:
+        """Check ``table`` (``[T, 10]`` int64) against ``tensors``.
+
+        Args:
+            shared_slots: let tiles name the same slots. Tables for the destination of
+                :func:`channel_compact` need it, because there ``ROW`` and ``COL`` point into an index
+                that several tiles may share.
+
+        Raises:
+            OpError: a tile leaves its tensor, or its slots are out of range or taken twice.
+        """
+        if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != WIDTH or not table.is_cpu:
+            raise OpError(
+                f"expected a tile table of shape [T, {WIDTH}], int64, on the CPU; got {list(table.shape)} "
+                f"{table.dtype} on {table.device}"
+            )
+        self.table = table.contiguous()
+        self.slots = slots
+        self.n_tensors = len(tensors)
+        self.layouts: tuple[Layout, ...] = tuple((tuple(t.shape), tuple(t.stride())) for t in tensors)
+        self._writable: bool | None = None
+        rows = self.table.tolist()
+        extents = [_extent(layout) for layout in self.layouts]
+        for number, row in enumerate(rows):
+            _check_tile(number, row, extents, slots)
+        if not shared_slots:
+            _check_slots(rows)
+
+    @classmethod
+    def from_tiles(
+        cls,
+        tensors: Sequence[Tensor],
+        tiles: Iterable[Tile],
+        slots: int | None = None,
+        *,
+        shared_slots: bool = False,
+    ) -> TileTable:
+        """Build the table of ``tiles`` over ``tensors``.
+
+        Args:
+            slots: length of the slot vector; by default just long enough for the tiles' slots.
+
+        Raises:
+            OpError: as the constructor.
+        """
+        entries = [tile.entry() for tile in tiles]
+        if slots is None:
+            slots = max((end for entry in entries for _, end, _ in _slot_ranges(entry)), default=0)
+        table = torch.tensor(entries, dtype=torch.int64).reshape(len(entries), WIDTH)
+        return cls(table, tensors, slots, shared_slots=shared_slots)
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return int(self.table.shape[0])
+
+    def __repr__(self) -> str:
+        return f"TileTable({len(self)} tiles, {self.n_tensors} tensors, {self.slots} slots)"
+
+    @property
+    def writable(self) -> bool:
+        """Whether no element is named twice, so that every element can be written independently."""
+        if self._writable is None:
+            self._writable = _is_disjoint(self.table.tolist(), [_extent(layout) for layout in self.layouts])
+        return self._writable
+
+
+def _extent(layout: Layout) -> int:
+    """Return the elements from a tensor's first to its last, both included."""
+    shape, strides = layout
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _last(row: list[int]) -> int:
+    """Return the last element that a tile names."""
+    steps = zip(row[R : K + 1], row[SR : SK + 1], strict=True)
+    return row[OFFSET] + sum((size - 1) * stride for size, stride in steps)
+
+
+def _check_tile(number: int, row: list[int], extents: list[int], slots: int) -> None:
+    def fail(expected: str, got: Any) -> None:
+        raise OpError(f"tile {number}: expected {expected}; got {got}; build the table from these tensors")
+
+    tensor, offset = row[TENSOR], row[OFFSET]
+    sizes, strides = row[R : K + 1], row[SR : SK + 1]
+    if not 0 <= tensor < len(extents):
+        fail(f"a tensor index in [0, {len(extents)})", tensor)
+    if offset < 0 or min(sizes) < 0 or min(strides) < 0:
+        fail("no negative offset, size or stride", f"offset {offset}, sizes {sizes}, strides {strides}")
+    if 0 not in sizes:
+        last = _last(row)
+        if last >= extents[tensor]:
+            fail(
+                f"elements inside tensor {tensor}, which spans {extents[tensor]}",
+                f"element {last} (offset {offset}, sizes {sizes}, strides {strides})",
+            )
+    for name, start, size in (("ROW", row[ROW], row[R]), ("COL", row[COL], row[C])):
+        if start < NONE or (start >= 0 and start + size > slots):
+            fail(f"{name} = -1 or slots inside [0, {slots})", f"[{start}, {start + size})")
+
+
+def _slot_ranges(row: Sequence[int]) -> list[tuple[int, int, str]]:
+    """Return ``(start, end, axis)`` of the slots that a tile names."""
+    named = ((row[ROW], row[R], "rows"), (row[COL], row[C], "columns"))
+    return [(start, start + size, axis) for start, size, axis in named if start >= 0 and size > 0]
+
+
+def _check_slots(rows: list[list[int]]) -> None:
+    ranges = sorted(
+        (start, end, number, axis)
+        for number, row in enumerate(rows)
+        for start, end, axis in _slot_ranges(row)
+    )
+    for (_, end, tile, axis), (start, _, other, other_axis) in pairwise(ranges):
+        if start < end:
+            raise OpError(
+                f"expected every slot to belong to one row or column; got slot {start} for the {axis} of "
+                f"tile {tile} and the {other_axis} of tile {other}; give each its own slots"
+            )
+
+
+def _is_disjoint(rows: list[list[int]], extents: list[int]) -> bool:
+    by_tensor: dict[int, list[list[int]]] = {}
+    for row in rows:
+        if 0 not in row[R : K + 1]:
+            by_tensor.setdefault(row[TENSOR], []).append(row)
+    for tensor, tiles in by_tensor.items():
+        if not all(_is_injective(row) for row in tiles):
+            return False
+        if len(tiles) > 1 and not _are_apart(tiles, extents[tensor]):
+            return False
+    return True
+
+
+def _is_injective(row: list[int]) -> bool:
+    """Return whether the view names no element twice (strides nest; a few legal exotic views do not)."""
+    reach = 0
+    for stride, size in sorted(zip(row[SR : SK + 1], row[R : K + 1], strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += (size - 1) * stride
+    return True
+
+
+def _are_apart(tiles: list[list[int]], extent: int) -> bool:
+    spans = sorted((row[OFFSET], _last(row)) for row in tiles)
+    if all(last < start for (_, last), (start, _) in pairwise(spans)):
+        return True
+    marks = torch.zeros(extent, dtype=torch.bool)
+    for row in tiles:
+        view = marks.as_strided(row[R : K + 1], row[SR : SK + 1], row[OFFSET])
+        if view.any():
+            return False
+        view.fill_(True)
+    return True

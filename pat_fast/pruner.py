@@ -1,0 +1,465 @@
+"""The pruner: the only mutable state, the only orchestrator.
+
+It finds the example inputs (the first forward), the optimizer (its step hooks), decides by its schedule, and
+calls plan, criterion, regulariser, mask and surgery in turn.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
+
+from .criteria import Criterion, GroupNorm
+from .discovery import Discovery, InputCatcher, check_held
+from .errors import ConfigError, PlanError, did_you_mean
+from .masks import Mask
+from .plan import Binding, Group, Plan, bind, build_plan
+from .regularizers import GroupNormRegularizer
+from .report import StepReport
+from .schedules import Curve, Schedule
+from .selection import Limits, select
+from .surgery import prune
+
+log = logging.getLogger("pat_fast")
+
+DEFAULT_STEPS = 10
+
+
+class Pruner:
+    """Prunes ``model`` while it trains.
+
+    Call :meth:`step` once per epoch (or at whatever rhythm the schedule counts in). In between, before each
+    optimizer step, the regulariser adds to the gradients; both need no change of the training loop. Three
+    stages follow one another: ``"regularize"`` until ``start_epoch``, ``"prune"`` until the target is
+    reached, then ``"finetune"``, in which the regulariser rests.
+
+    Args:
+        model: the module to prune, in place. Parameters keep their identity.
+        target_sparsity: fraction of the prunable channels to remove, in ``[0, 1)``.
+        schedule: ``"linear"``, ``"cubic"``, ``"constant"`` or a function of the progress ``t`` in 0 .. 1.
+        example_inputs: a tensor, tuple or dict for one forward; by default the inputs of the first forward.
+        optimizer: the optimizer or optimizers whose state shrinks along; found by themselves by default.
+        mode: ``"prune"`` removes channels at each step; ``"mask"`` holds them at zero until
+            :meth:`finalize`.
+        start_epoch: pruning begins after this many steps.
+        end_epoch: the whole target is due at this step; ``start_epoch + 10`` by default.
+        interval: steps between prunes.
+        ranking: ``"global"`` ranks all channels together, ``"local"`` takes the same share of each group.
+        importance: ``"group_norm"`` or a criterion (anything with ``score(binding) -> [N]``).
+        p: exponent of the group norm, 1 or 2.
+        regularizer: ``"group_norm"``, None, or a :class:`GroupNormRegularizer`.
+        reg_strength: strength of ``"group_norm"``.
+        round_to: each group keeps a multiple of this many channels.
+        layers_to_prune: names of layers or blocks (a name covers everything under it); all by default. A
+            group is pruned if all layers that make its channels are covered.
+        ignored_layers: names or modules whose output channels stay.
+        mac_target: stop when the model is down to this fraction of its MACs, in ``(0, 1]``.
+        min_channels: what every group keeps at least (of its units).
+        auto: find inputs and optimizer, and regularise by hooks. If False, pass ``example_inputs`` and call
+            :meth:`regularize` after each backward yourself.
+    Raises:
+        ConfigError: a value is out of range, or a layer name matches nothing.
+        PlanError: the model cannot be traced, or nothing of it can be pruned (at once when
+            ``example_inputs`` are given, else at the first step).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_sparsity: float = 0.5,
+        schedule: str | Curve = "linear",
+        *,
+        example_inputs: Any = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        mode: str = "prune",
+        start_epoch: int = 0,
+        end_epoch: int | None = None,
+        interval: int = 1,
+        ranking: str = "global",
+        importance: str | Criterion = "group_norm",
+        p: float = 2,
+        regularizer: str | GroupNormRegularizer | None = "group_norm",
+        reg_strength: float = 1e-4,
+        round_to: int | None = None,
+        layers_to_prune: Sequence[str] | None = None,
+        ignored_layers: Sequence[str | nn.Module] | None = None,
+        mac_target: float | None = None,
+        min_channels: int = 1,
+        auto: bool = True,
+    ) -> None:
+        _check_model(model)
+        _check_range("target_sparsity", target_sparsity, 0.0 <= target_sparsity < 1.0, "in [0, 1)")
+        if mac_target is not None:
+            _check_range("mac_target", mac_target, 0.0 < mac_target <= 1.0, "in (0, 1]")
+        _check_range("min_channels", min_channels, min_channels >= 1, "at least 1")
+        _check_range("round_to", round_to, round_to is None or round_to >= 1, "at least 1, or None")
+        _check_choice("mode", mode, ("prune", "mask"))
+        _check_choice("ranking", ranking, ("global", "local"))
+        self.model = model
+        self.mode = mode
+        self.target_sparsity = target_sparsity
+        self.mac_target = mac_target
+        end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
+        self.schedule = Schedule(schedule, start_epoch, end, interval)
+        self.criterion = _criterion(importance, p)
+        self.regularizer = _regularizer(regularizer, reg_strength, self.criterion)
+        self.limits = Limits(ranking, round_to or 1, min_channels)
+        self.epoch = 0
+        self.done = False
+        self.binding: Binding | None = None
+        self.mask: Mask | None = None
+        self._scope = Scope(model, layers_to_prune, ignored_layers)
+        self._skipped: tuple[tuple[str, str], ...] = ()
+        self._example_inputs = example_inputs
+        self._graph: Any = None
+        if optimizer is not None:
+            check_held(model, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+        self._catcher: InputCatcher | None = None
+        if example_inputs is not None:
+            self._build(example_inputs)
+        elif auto:
+            self._catcher = InputCatcher(model)
+        else:
+            raise ConfigError("auto=False needs example_inputs: there is no hook to take them from a forward")
+        self._optimizers = Discovery(self, model, optimizer, auto)
+        if end_epoch is None:
+            log.warning(
+                "pat_fast: end_epoch was not given; the target of %.0f %% is reached at the %dth step()",
+                100 * target_sparsity,
+                end,
+            )
+
+    @classmethod
+    def from_config(cls, model: nn.Module, config: str | Path | Mapping[str, Any], **overrides: Any) -> Pruner:
+        """Build a pruner from a JSON file or a dict; see :class:`pat_fast.config.PruneConfig` for the keys.
+
+        Raises:
+            ConfigError: the file is missing or not JSON, a key is unknown, a value out of range.
+        """
+        from .config import PruneConfig, load_config
+
+        return cls(model, **{**load_config(config, PruneConfig).pruner_kwargs(), **overrides})
+
+    # State
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the model as it is, or None before the first forward."""
+        return self.binding.plan if self.binding is not None else None
+
+    @property
+    def stage(self) -> str:
+        """``"regularize"``, ``"prune"`` or ``"finetune"``."""
+        return self.schedule.stage(self.epoch, self.done)
+
+    @property
+    def DG(self) -> Any:  # noqa: N802 (the name that Torch-Pruning's pruners have)
+        """A Torch-Pruning ``DependencyGraph`` of the model as it is, traced when asked for."""
+        import torch_pruning as tp
+
+        from .plan.lower import call, undisturbed
+
+        plan = self._ready().plan
+        if self._graph is None or self._graph[0] is not plan:
+            with undisturbed(self.model):
+                graph = tp.DependencyGraph().build_dependency(
+                    self.model, self._example_inputs, forward_fn=call, verbose=False
+                )
+            self._graph = (plan, graph)
+        return self._graph[1]
+
+    # Work
+
+    def step(self) -> StepReport:
+        """Count an epoch and, when the schedule says so, prune or mask.
+
+        Raises:
+            PlanError: no forward was seen yet and no ``example_inputs`` were given, or the model cannot be
+                pruned.
+            SurgeryError: the prune was refused or failed; model and optimizers are as they were, and the
+                step is not counted.
+        """
+        binding = self._ready()
+        epoch = self.epoch + 1
+        before = self._counts()
+        changed: tuple[tuple[str, int, int], ...] = ()
+        ratio = self.target_sparsity * self.schedule.fraction(epoch)
+        if self.schedule.due(epoch) and not self.done:
+            changed = self._cut(binding, self._select(binding, ratio))
+        self.epoch = epoch
+        self.done = self.done or epoch >= self.schedule.end or self._reached_macs()
+        return self._report(before, ratio, changed)
+
+    def finalize(self) -> StepReport:
+        """End pruning: remove what is masked, take the hooks off; training may go on."""
+        binding = self._ready()
+        before = self._counts()
+        if self.mask is not None and self.mask.is_active:
+            alive = self.mask.alive
+            self.binding = prune(binding, alive, self._optimizers.current())
+            self.mask = Mask(self.binding)
+        self.done = True
+        self.close()
+        return self._report(before, self.target_sparsity * self.schedule.fraction(self.epoch), ())
+
+    @torch.no_grad()
+    def regularize(self, scale: float = 1.0) -> None:
+        """Add the regulariser to the gradients (and clear those of masked channels).
+
+        Done by the optimizer's hook when ``auto`` is on; else call it after backward (after ``unscale_``
+        under a ``GradScaler``), before the optimizer's step.
+
+        Args:
+            scale: a loss scale that is still in the gradients.
+        """
+        binding = self._ready()
+        if self.regularizer is not None and self.stage != "finetune":
+            alive = self.mask.alive if self.mask is not None else None
+            where = self._eligible if alive is None else self._eligible & alive
+            self.regularizer.apply(binding, scale, where)
+        if self.mask is not None and self.mask.is_active:
+            self.mask.hold_gradients()
+
+    def hold(self) -> None:
+        """Clear the weights of masked channels; done by the optimizer's hook when ``auto`` is on."""
+        if self.mask is not None and self.mask.is_active:
+            self.mask.hold_weights()
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        self._optimizers.close()
+        if self._catcher is not None:
+            self._catcher.close()
+
+    # Inside
+
+    def _ready(self) -> Binding:
+        """The binding, built from the first forward's inputs if need be, and true to the model."""
+        if self.binding is None:
+            inputs = self._catcher.take() if self._catcher is not None else None
+            if inputs is None:
+                raise PlanError(
+                    "no forward of the model was seen yet, so there are no example inputs; run one batch first, or "
+                    "pass example_inputs="
+                )
+            self._build_from_any(inputs)
+        assert self.binding is not None
+        return self.binding
+
+    def _build_from_any(self, candidates: list[Any]) -> None:
+        for i, inputs in enumerate(candidates):
+            try:
+                return self._build(inputs)
+            except PlanError:
+                if i == len(candidates) - 1:
+                    raise
+
+    def _build(self, example_inputs: Any) -> None:
+        plan = build_plan(self.model, example_inputs)
+        binding = bind(plan, self.model)
+        eligible, skipped = self._scope.apply(plan)
+        if not eligible.any():
+            reasons = [f"{f.layer}: {f.reason}" for f in plan.frozen] + [f"{n}: {r}" for n, r in skipped]
+            raise PlanError("nothing of this model can be pruned; " + ("; ".join(reasons[:8]) or "it has no layers"))
+        self._example_inputs = example_inputs
+        self.binding = binding
+        self._skipped = skipped
+        self._roots = {g.root: g.channels for g in plan.groups if eligible[g.start]}
+        self._dense = (int(eligible.sum()), plan.params(), plan.macs())
+        self._eligible = torch.from_numpy(eligible).to(binding.device)
+        if self.mode == "mask":
+            self.mask = Mask(binding)
+
+    def _keep(self) -> NDArray[np.bool_]:
+        """Channels of the plan that live."""
+        assert self.binding is not None
+        if self.mask is None:
+            return np.ones(self.binding.plan.n_channels, dtype=np.bool_)
+        return self.mask.alive.cpu().numpy()
+
+    def _alive(self, plan: Plan, keep: NDArray[np.bool_], root: str | None = None) -> int:
+        """Living channels of one group or of all that may be pruned; a group's last channel counts too."""
+        found = {g.root: int(keep[g.start : g.stop].sum()) for g in plan.groups}
+        return sum(found.get(r, 1) for r in self._roots if root is None or r == root)
+
+    def _counts(self) -> tuple[int, int, int]:
+        assert self.binding is not None
+        plan, keep = self.binding.plan, self._keep()
+        return self._alive(plan, keep), plan.params(keep), plan.macs(keep)
+
+    def _reached_macs(self) -> bool:
+        return self.mac_target is not None and self._counts()[2] <= self.mac_target * self._dense[2]
+
+    def _select(self, binding: Binding, ratio: float) -> NDArray[np.bool_]:
+        plan, alive = binding.plan, self._keep()
+        scores = self.criterion.score(binding).double().cpu().numpy()
+        if scores.shape != (plan.n_channels,) or np.isnan(scores).any():
+            raise PlanError(
+                f"the criterion must give one score per channel ({plan.n_channels}) without NaN, got shape "
+                f"{scores.shape} with {int(np.isnan(scores).sum())} NaN; did the training diverge?"
+            )
+        scores[~alive] = -np.inf
+
+        def removable(root: str | None) -> int:
+            """Channels of the plan that are to be gone; masked ones among them."""
+            dense = sum(n for r, n in self._roots.items() if root is None or r == root)
+            wanted = int(dense * (1.0 - ratio) + 1e-9)
+            masked = self._alive(plan, np.ones_like(alive), root) - self._alive(plan, alive, root)
+            return max(self._alive(plan, alive, root) - wanted, 0) + masked
+
+        enough = None
+        if self.mac_target is not None:
+            limit = self.mac_target * self._dense[2]
+
+            def enough(keep: NDArray[np.bool_]) -> bool:
+                return plan.macs(keep) <= limit
+
+        return select(plan, scores, self._eligible.cpu().numpy(), removable, self.limits, enough)
+
+    def _cut(self, binding: Binding, keep: NDArray[np.bool_]) -> tuple[tuple[str, int, int], ...]:
+        plan, alive = binding.plan, self._keep()
+        changed = tuple(
+            (g.root, int(alive[g.start : g.stop].sum()), int(keep[g.start : g.stop].sum()))
+            for g in plan.groups
+            if (alive[g.start : g.stop] != keep[g.start : g.stop]).any()
+        )
+        if not changed:
+            return ()
+        if self.mask is not None:
+            plan.check_keep(keep)
+            self.mask.set(torch.from_numpy(keep), self._optimizers.current())
+        else:
+            self.binding = prune(binding, keep, self._optimizers.current())
+            self._eligible = torch.from_numpy(self._scope.apply(self.binding.plan)[0]).to(self.binding.device)
+        return changed
+
+    def _report(
+        self, before: tuple[int, int, int], ratio: float, changed: tuple[tuple[str, int, int], ...]
+    ) -> StepReport:
+        assert self.binding is not None
+        plan, after = self.binding.plan, self._counts()
+        return StepReport(
+            step=self.epoch,
+            epoch=self.epoch,
+            stage=self.stage,
+            ratio=ratio,
+            channels=(before[0], after[0]),
+            params=(before[1], after[1]),
+            macs=(before[2], after[2]),
+            dense_channels=self._dense[0],
+            dense_params=self._dense[1],
+            dense_macs=self._dense[2],
+            changed=changed,
+            frozen=tuple((f.layer, f.reason) for f in plan.frozen) + self._skipped,
+            notes=self._notes(plan),
+        )
+
+    def _notes(self, plan: Plan) -> tuple[str, ...]:
+        notes = list(plan.notes)
+        if self.mode == "mask" and any(g.statistic for g in plan.groups):
+            notes.append("a norm takes statistics over masked channels: the model changes when they are removed")
+        if not self._optimizers.regularized and self.regularizer is not None and self.stage != "finetune":
+            notes.append("no optimizer step was seen since the last step(): nothing was regularised")
+        self._optimizers.regularized = False
+        return tuple(notes)
+
+
+class Scope:
+    """Which groups the user wants pruned."""
+
+    def __init__(
+        self, model: nn.Module, wanted: Sequence[str] | None, ignored: Sequence[str | nn.Module] | None
+    ) -> None:
+        names = [name for name, _ in model.named_modules() if name]
+        of_module = {module: name for name, module in model.named_modules()}
+        self._wanted = None if wanted is None else [_known("layers_to_prune", w, names) for w in wanted]
+        if self._wanted == []:
+            raise ConfigError("layers_to_prune: expected at least one name, got an empty list; leave it out for all")
+        self._ignored = []
+        for layer in ignored or ():
+            if isinstance(layer, nn.Module):
+                if layer not in of_module:
+                    raise ConfigError(f"ignored_layers: {type(layer).__name__} is not a part of the model")
+                self._ignored.append(of_module[layer])
+            else:
+                self._ignored.append(_known("ignored_layers", layer, names))
+
+    def apply(self, plan: Plan) -> tuple[NDArray[np.bool_], tuple[tuple[str, str], ...]]:
+        """Which channels may be pruned (bool ``[N]``), and the groups left out with the reason."""
+        eligible = np.zeros(plan.n_channels, dtype=np.bool_)
+        skipped = []
+        for group in plan.groups:
+            reason = self._reason(group)
+            if reason is None:
+                eligible[group.start : group.stop] = True
+            else:
+                skipped.append((group.root, reason))
+        return eligible, tuple(skipped)
+
+    def _reason(self, group: Group) -> str | None:
+        held = [name for name in group.layers if _covered(name, self._ignored)]
+        if held:
+            return f"{held[0]} is in ignored_layers"
+        if self._wanted is None:
+            return None
+        outside = [name for name in group.layers if not _covered(name, self._wanted)]
+        if not outside:
+            return None
+        if len(outside) == len(group.layers):
+            return "not in layers_to_prune"
+        return f"shares its channels with {outside[0]}, which is not in layers_to_prune"
+
+
+def _covered(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+def _known(argument: str, name: str, names: list[str]) -> str:
+    if not isinstance(name, str) or name not in names:
+        raise ConfigError(
+            f"{argument}: {name!r} matches no layer of the model{did_you_mean(str(name), names)} "
+            f"(layers are named as in model.named_modules())"
+        )
+    return name
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_range(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: expected a value {expected}, got {value!r}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def _criterion(importance: str | Criterion, p: float) -> Criterion:
+    if isinstance(importance, str):
+        _check_choice("importance", importance, ("group_norm",))
+        return GroupNorm(p)
+    if not isinstance(getattr(importance, "score", None), Callable):  # type: ignore[arg-type]
+        raise ConfigError(f"importance: expected 'group_norm' or an object with score(binding), got {importance!r}")
+    return importance
+
+
+def _regularizer(
+    regularizer: str | GroupNormRegularizer | None, strength: float, criterion: Criterion
+) -> GroupNormRegularizer | None:
+    if isinstance(regularizer, str):
+        _check_choice("regularizer", regularizer, ("group_norm",))
+        return GroupNormRegularizer(strength, criterion=criterion)
+    return regularizer

@@ -1,0 +1,55 @@
+"""What a step of the pruner did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Change = tuple[int, int]  # before and after
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One call of ``Pruner.step()`` or ``Pruner.finalize()``.
+
+    ``channels``, ``params`` and ``macs`` are pairs (before, after) of this step; in mask mode they count what
+    the model will have once it is finalised. MACs are per example. ``frozen`` lists what stays and why.
+    """
+
+    step: int
+    epoch: int
+    stage: str
+    ratio: float  # of the dense channels that the schedule asks to be gone by now
+    channels: Change
+    params: Change
+    macs: Change
+    dense_channels: int
+    dense_params: int
+    dense_macs: int
+    changed: tuple[tuple[str, int, int], ...] = ()  # group, channels before, channels after
+    frozen: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the dense channels that are gone: 0 .. 1."""
+        return 1.0 - self.channels[1] / self.dense_channels if self.dense_channels else 0.0
+
+    def __str__(self) -> str:
+        def part(name: str, pair: Change, dense: int) -> str:
+            before, after = pair
+            share = f"{after / dense:.1%} of dense" if dense else "-"
+            moved = f"{before:,} -> {after:,}" if before != after else f"{after:,}"
+            return f"{name} {moved} ({share})"
+
+        lines = [
+            f"epoch {self.epoch} [{self.stage}] "
+            + ", ".join(
+                (
+                    part("channels", self.channels, self.dense_channels),
+                    part("parameters", self.params, self.dense_params),
+                    part("MACs", self.macs, self.dense_macs),
+                )
+            )
+        ]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)

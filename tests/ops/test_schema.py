@@ -1,0 +1,67 @@
+"""The ops as PyTorch sees them: opcheck, torch.compile, version counters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pat_fast import ops
+from pat_fast.ops import TileTable
+from tests.ops.layouts import make
+
+
+def samples(op: str) -> list[tuple]:
+    x, y, twin = make((4, 3, 2)), make((4, 3, 2), seed=1), make((4, 3, 2), seed=2)
+    bias = torch.randn(4)
+    table = TileTable.from_tiles([x.x], [x.tile("both")], 9).table
+    values, double = torch.rand(9), torch.rand(9, dtype=torch.float64)
+    x64 = make((4, 3, 2), "rkc", dtype=torch.float64)
+    if op == "channel_reduce":
+        return [
+            ([x.x], [], table, 9, "pow", 2.0),
+            ([x.x, bias], [y.x, bias.clone()], table, 9, "mul", 0.0),
+            ([x64.x], [], x64.table(length=9).table, 9, "pow", 3.0),
+        ]
+    if op == "channel_axpy_":
+        return [([y.x], [x.x], table, values), ([x64.twin().x], [x64.x], x64.table(length=9).table, double)]
+    if op == "channel_scale_":
+        return [([twin.x], table, values), ([x64.x], x64.table(length=9).table, double)]
+    out = torch.zeros(2, 3, 2)
+    out_table = torch.tensor([[0, 0, 2, 3, 2, 6, 2, 1, 0, -1]])
+    return [([out], [x.x], table, out_table, torch.tensor([1, 3], dtype=torch.int32))]
+
+
+@pytest.mark.parametrize("op", ["channel_reduce", "channel_axpy_", "channel_scale_", "channel_compact"])
+def test_opcheck(op: str) -> None:
+    for arguments in samples(op):
+        torch.library.opcheck(getattr(torch.ops.pat_fast, op).default, arguments)
+
+
+def test_the_wrappers_run_under_torch_compile() -> None:
+    x, y = make((4, 3, 2)), make((4, 3, 2), seed=1)
+    table = x.table()
+
+    def shrink(w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        norms = ops.channel_reduce([w], table)
+        ops.channel_axpy_([g], [w], table, norms.rsqrt())
+        ops.channel_scale_([w], table, torch.full_like(norms, 0.5))
+        return norms * 2
+
+    compiled = torch.compile(shrink, backend="aot_eager", fullgraph=True)
+    w, g = x.x.contiguous().clone(), y.x.contiguous().clone()
+    w2, g2 = w.clone(), g.clone()
+    torch.testing.assert_close(compiled(w, g), shrink(w2, g2))
+    torch.testing.assert_close((w, g), (w2, g2))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_writes_move_the_version_counter(wrapped: bool) -> None:
+    x, y = make((4, 3, 2)), make((4, 3, 2), seed=1)
+    table, coef = x.table(), torch.rand(7)
+    read, written = x.x._version, y.x._version
+    if wrapped:
+        ops.channel_axpy_([y.x], [x.x], table, coef)
+    else:
+        torch.ops.pat_fast.channel_axpy_.default([y.x], [x.x], table.table, coef)
+    assert y.x._version > written
+    assert x.x._version == read

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pat_fast.cli import app
+
+pytest.importorskip("sklearn")
+
+CONFIG: dict[str, Any] = {
+    "name": "tiny",
+    "model": {"factory": "pat_fast.models:resnet20", "args": {"width": 4}},
+    "data": {"name": "digits", "size": 8, "batch_size": 128, "test_fraction": 0.5},
+    "optimizer": {"lr": 0.05},
+    "epochs": 2,
+    "device": "cpu",
+    "threads": 1,
+    "pruning": {"start_epoch": 0, "end_epoch": 1, "target_sparsity": 0.3},
+}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+def invoke(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "-m", "pat_fast.cli", *map(str, args)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_help_names_the_commands() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for name in ("train", "plan", "env", "--version"):
+        assert name in result.stdout
+
+
+def test_the_command_line_imports_nothing_slow_by_itself() -> None:
+    code = (
+        "import sys, pat_fast; package = set(sys.modules); import pat_fast.cli;"
+        "print({'torch', 'pydantic', 'matplotlib', 'sklearn', 'numpy'} & (set(sys.modules) - package))"
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_run_as_a_stranger_starts_it(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        command("train", config, "--out", out, "--epochs", "1", "--seed", "3", "--set", "optimizer.lr=0.01"),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "1/1" in done.stdout
+    resolved = json.loads((out / "config.json").read_text())
+    assert (resolved["epochs"], resolved["seed"], resolved["optimizer"]["lr"]) == (1, 3, 0.01)
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == {"dense", "pruned", "seconds"}
+
+
+def test_an_interrupt_ends_quietly_and_keeps_the_log(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command("train", config, "--out", out, "--epochs", "10000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    log = out / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in stderr
+    assert f"interrupted; the log is in {out}" in stdout
+    assert all(json.loads(line)["epoch"] for line in log.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "digit.json"], "digit.json: expected a JSON configuration file, got no such file"),
+        (["train", "tiny.json", "--set", "pruning.target_sparsity=1.5"], "pruning.target_sparsity: expected"),
+        (["train", "tiny.json", "--set", "pruning.taget_sparsity=0.5"], "did you mean 'target_sparsity'"),
+        (["train", "tiny.json", "--epochs", "0"], "epochs: expected an integer >= 1, got 0"),
+        (["train", "tiny.json", "--set", "epochs"], "--set: expected key=value"),
+        (["train", "tiny.json", "--out", "."], "--out: expected a new or an empty folder"),
+        (["train", "tiny.json", "--set", "model.args.width=-1"], "to succeed, got RuntimeError"),
+        (["plan", "pat_fast.models"], "expected 'package.module:callable', got 'pat_fast.models'"),
+        (["plan", "pat_fast.models:resnet21"], "did you mean 'resnet20'"),
+        (["plan", "pat_fast.models:resnet20", "--input", "1,x"], "--input: expected sizes >= 1"),
+        (["plan", "pat_fast.models:resnet20", "--input", "1,2:float31"], "expected a torch type"),
+        (["plan", "pat_fast.models:resnet20", "--args", "{"], "--args: expected a JSON object"),
+        (["plan", "pat_fast.models:resnet20", "--args", "[]"], "--args: expected a JSON object, got '[]'"),
+        (["plan", "pat_fast.models:resnet20", "--input", "1,3,16,16"], "expected input[1, 3, 16, 16]"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    config: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
+) -> None:
+    monkeypatch.chdir(config.parent)
+    result = invoke(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert list(config.parent.iterdir()) == [config]
+
+
+def test_debug_shows_the_error_itself(tmp_path: Path) -> None:
+    result = invoke("train", tmp_path / "no.json", "--debug")
+    assert type(result.exception).__name__ == "ConfigError"
+
+
+def test_plan_shows_groups_members_and_what_is_frozen() -> None:
+    result = invoke("plan", "pat_fast.models:resnet20", "--input", "1,1,16,16", "--args", '{"width": 8}')
+    assert result.exit_code == 0, result.output
+    for part in (
+        "layer3.0.shortcut.0",
+        "layer1.0.bn1: weight 0, bias 0",
+        "frozen",
+        "fc",
+        "output of the model",
+    ):
+        assert part in result.stdout
+
+
+def test_plan_finds_a_network_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
+    (tmp_path / "my_network_file.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    result = invoke("plan", "my_network_file:net", "--input", "2,4")
+    assert result.exit_code == 0, result.output
+    assert "8 channels in 1 groups" in result.stdout
+
+
+def test_env_and_version() -> None:
+    result = invoke("env")
+    assert result.exit_code == 0, result.output
+    assert "torch" in result.stdout
+    assert invoke("--version").stdout.startswith("pat-fast ")
