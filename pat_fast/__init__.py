@@ -14,7 +14,8 @@ from .errors import (
     PlanError,
     SurgeryError,
 )
-from .plan import Plan, build_plan
+from .plan import Plan
+from .proof import build_plan
 from .pruner import Pruner
 from .regularizers import GroupNormRegularizer
 from .report import StepReport

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pat_fast.errors import ConfigError, PatError
+from .errors import ConfigError, PatError
 
 if TYPE_CHECKING:
     import torch
 
-    from pat_fast.plan import Group, Plan
+    from .plan import Group, Plan
 
 BAD_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT
 
@@ -72,13 +72,13 @@ def train(
 ) -> None:
     """Train a network and prune it while it trains, beside a dense twin."""
     with _errors(debug):
-        from pat_fast.config import TrainConfig, load_config, parse_overrides
+        from .config import TrainConfig, load_config, parse_overrides
 
         overrides = parse_overrides(settings or ())
         overrides |= {key: value for key, value in (("epochs", epochs), ("seed", seed)) if value is not None}
         resolved = load_config(config, TrainConfig, overrides=overrides)
 
-        from pat_fast.train import run
+        from .train import run
 
         run(resolved, out=out)
 
@@ -108,8 +108,8 @@ def plan(
         keywords = _json_object(args, "--args")
         example = tuple(_example(text) for text in inputs or ("1,3,224,224",))
 
-        from pat_fast.factory import build_model
-        from pat_fast.plan import build_plan
+        from .factory import build_model
+        from .plan import build_plan
 
         model = build_model(factory, keywords, "FACTORY")
         _show_plan(build_plan(model, example if len(example) > 1 else example[0]))
@@ -118,7 +118,7 @@ def plan(
 @app.command()
 def env() -> None:
     """Show the versions, the devices and the kernel backends in use."""
-    from pat_fast.env import render
+    from .env import render
 
     typer.echo(render())
 

@@ -18,7 +18,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from pat_fast.errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean
 
 FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 TARGET_NAMES = ("target_sparsity", "global_sparsity")

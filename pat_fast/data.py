@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from pat_fast.config import AugmentConfig, DataConfig
-from pat_fast.errors import ConfigError
-from pat_fast.factory import call_factory
+from .config import AugmentConfig, DataConfig
+from .errors import ConfigError
+from .factory import call_factory
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tiff", ".webp", ".ppm", ".pgm"})
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -87,9 +87,9 @@ class Discovery:
         if self._searches and model is not None:
             known = {id(p) for o in self._ours for group in o.param_groups for p in group["params"] if self._ours[o]}
             if any(id(p) not in known for p in model.parameters() if p.requires_grad):
-                for thing in gc.get_objects():
-                    if isinstance(thing, Optimizer):
-                        self._is_ours(thing)
+                kinds = _subclasses(Optimizer)
+                for thing in [o for o in gc.get_objects() if type(o) in kinds]:
+                    self._is_ours(thing)
         return [o for o, ours in self._ours.items() if ours]
 
     def close(self) -> None:
@@ -117,6 +117,10 @@ class Discovery:
         pruner = self._pruner()
         if pruner is not None and self._is_ours(optimizer):
             pruner.hold()
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
 
 
 def _through(method: weakref.WeakMethod[Any]) -> Any:

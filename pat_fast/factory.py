@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from pat_fast.errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean
 
 
 def find_callable(name: str, key: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pat_fast.runlog import Record, human
+from .runlog import Record, human
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#d5dbe1"
 COLOURS = {"dense": "#8a94a0", "pruned": "#0b6fb8"}

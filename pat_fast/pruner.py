@@ -21,7 +21,8 @@ from .criteria import Criterion, GroupNorm
 from .discovery import Discovery, InputCatcher, check_held
 from .errors import ConfigError, PlanError, did_you_mean
 from .masks import Mask
-from .plan import Binding, Group, Plan, bind, build_plan
+from .plan import Binding, Group, Plan, bind
+from .proof import build_plan
 from .regularizers import GroupNormRegularizer
 from .report import StepReport
 from .schedules import Curve, Schedule
@@ -63,6 +64,7 @@ class Pruner:
         ignored_layers: names or modules whose output channels stay.
         mac_target: stop when the model is down to this fraction of its MACs, in ``(0, 1]``.
         min_channels: what every group keeps at least (of its units).
+        verify: let the plan prove itself (see :func:`pat_fast.build_plan`); costs a few forwards, once.
         auto: find inputs and optimizer, and regularise by hooks. If False, pass ``example_inputs`` and call
             :meth:`regularize` after each backward yourself.
     Raises:
@@ -93,6 +95,7 @@ class Pruner:
         ignored_layers: Sequence[str | nn.Module] | None = None,
         mac_target: float | None = None,
         min_channels: int = 1,
+        verify: bool = True,
         auto: bool = True,
     ) -> None:
         _check_model(model)
@@ -118,6 +121,7 @@ class Pruner:
         self.mask: Mask | None = None
         self._scope = Scope(model, layers_to_prune, ignored_layers)
         self._skipped: tuple[tuple[str, str], ...] = ()
+        self._verify = verify
         self._example_inputs = example_inputs
         self._graph: Any = None
         if optimizer is not None:
@@ -263,7 +267,7 @@ class Pruner:
                     raise
 
     def _build(self, example_inputs: Any) -> None:
-        plan = build_plan(self.model, example_inputs)
+        plan = build_plan(self.model, example_inputs, verify=self._verify)
         binding = bind(plan, self.model)
         eligible, skipped = self._scope.apply(plan)
         if not eligible.any():

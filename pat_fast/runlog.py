@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from pat_fast.config import TrainConfig
-from pat_fast.errors import ConfigError
+from .config import TrainConfig
+from .errors import ConfigError
 
 Summary = dict[str, Any]
 
@@ -145,7 +145,7 @@ class RunLog:
         self.console.print()
         self.console.print(summary_table(summary, config))
         try:
-            from pat_fast.plotting import plot_run
+            from .plotting import plot_run
         except ImportError:
             self.note("no plot.png: matplotlib is not installed; install it with: pip install matplotlib")
         else:

@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from pat_fast import checkpoint
-from pat_fast.config import SchedulerConfig, TrainConfig
-from pat_fast.data import EpochSampler, Splits, augment, batches, epoch_generator, load_splits
-from pat_fast.errors import ConfigError, PatError
-from pat_fast.factory import build_model
-from pat_fast.measure import count_macs, count_params, evaluating, measure_latency
-from pat_fast.runlog import Record, RunLog, Summary, run_directory
+from . import checkpoint
+from .config import SchedulerConfig, TrainConfig
+from .data import EpochSampler, Splits, augment, batches, epoch_generator, load_splits
+from .errors import ConfigError, PatError
+from .factory import build_model
+from .measure import count_macs, count_params, evaluating, measure_latency
+from .runlog import Record, RunLog, Summary, run_directory
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -65,7 +65,8 @@ def run(config: TrainConfig, *, out: str | Path | None = None, log: RunLog | Non
     """Train as ``config`` says and return the run's folder.
 
     The folder holds ``config.json`` (with every default filled in), ``log.jsonl`` (an object per epoch and
-    twin, written as it happens), the trained network, ``plot.png`` and ``summary.json``.
+    twin, written as it happens), ``model.safetensors`` (the trained network, for :func:`pat_fast.load`),
+    ``plot.png`` and ``summary.json``.
 
     Args:
         out: the folder to make, instead of ``<output_dir>/<name>-<time>``.
@@ -96,7 +97,7 @@ def run(config: TrainConfig, *, out: str | Path | None = None, log: RunLog | Non
                     twin.pruner.close()
             log.close()
         summary["seconds"] = time.perf_counter() - started
-        checkpoint.save(twins[0].model, directory / "model")
+        checkpoint.save(twins[0].model, directory / "model.safetensors")
         log.finish(summary, config)
     return directory
 
@@ -166,7 +167,7 @@ def _prepare(config: TrainConfig) -> tuple[Job, list[Twin]]:
 
 
 def _make_twin(name: str, model: nn.Module, job: Job) -> Twin:
-    from pat_fast import Pruner
+    from . import Pruner
 
     config = job.config
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

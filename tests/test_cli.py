@@ -168,6 +168,14 @@ def test_plan_finds_a_network_in_the_working_directory(
     assert "8 channels in 1 groups" in result.stdout
 
 
+def test_the_quick_start_runs() -> None:
+    line = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
+    settings = environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, env=settings, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "(50.0% of dense)" in done.stdout
+
+
 def test_env_and_version() -> None:
     result = invoke("env")
     assert result.exit_code == 0, result.output

@@ -19,6 +19,7 @@ AS_IT_STANDS = {
     "mac_target": 0.7,
     "layers_to_prune": ["conv1", "layer2", "layer3"],
 }
+EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAIN = {"model": {"factory": "pat_fast.models:resnet20"}, "epochs": 3}
 
 
@@ -34,7 +35,14 @@ def test_the_json_of_the_design_is_accepted_as_it_stands() -> None:
     assert (config.start_epoch, config.end_epoch, config.interval) == (5, 50, 5)
     assert config.layers_to_prune == ["conv1", "layer2", "layer3"]
     assert "version" not in config.pruner_kwargs()
-    assert load_config(Path("examples/prune_config.json"), PruneConfig) == config
+    assert load_config(EXAMPLES / "prune_config.json", PruneConfig) == config
+
+
+def test_the_example_of_a_run_is_valid() -> None:
+    config = load_config(EXAMPLES / "digits.json", TrainConfig)
+    assert config.pruning is not None
+    assert config.pruning.mac_target == 0.5
+    assert config.dense_twin
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+import pat_fast
 from pat_fast import train as training
 from pat_fast.config import SchedulerConfig, TrainConfig, load_config
+from pat_fast.data import batches, load_splits
 from pat_fast.errors import ConfigError, PatError
 from pat_fast.measure import count_macs, count_params, evaluating, measure_latency
 from pat_fast.models import resnet20
@@ -43,7 +45,7 @@ TINY: dict[str, Any] = {
 SIDE = {"accuracy", "params", "macs", "latency_ms"}
 
 
-class Recorder(nn.Module):
+class Breakable(nn.Module):
     """A network of one linear layer with settings that break a run in one way each."""
 
     def __init__(self, classes: int = 10, train: bool = True, scale: float = 1.0) -> None:
@@ -93,8 +95,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_of_a_run(first: Path) -> None:
     names = {path.name for path in first.iterdir()}
-    assert {"config.json", "log.jsonl", "plot.png", "summary.json"} < names
-    assert any(name.startswith("model") for name in names)
+    assert names == {"config.json", "log.jsonl", "model.safetensors", "plot.png", "summary.json"}
     assert (first / "plot.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
     assert [(r["epoch"], r["twin"]) for r in records] == [
@@ -117,7 +118,7 @@ def test_the_summary_has_exactly_the_promised_keys(first: Path) -> None:
         assert summary[twin]["macs"] == last[twin]["macs"]
         assert summary[twin]["params"] == last[twin]["params"]
         assert summary[twin]["latency_ms"] > 0
-        assert 0.2 < summary[twin]["accuracy"] <= 1
+        assert 0 < summary[twin]["accuracy"] <= 1
     assert summary["pruned"]["macs"] < summary["dense"]["macs"]
     assert summary["seconds"] > 0
 
@@ -164,11 +165,21 @@ def test_the_dense_twin_trains_as_if_alone(first: Path, tmp_path: Path) -> None:
 
 
 def test_until_the_first_prune_both_twins_are_the_same(tmp_path: Path) -> None:
-    records, _ = train(tmp_path / "run", **{"pruning.regularizer": None, "pruning.start_epoch": 2})
-    for epoch in (1, 2):
+    pruning = {"start_epoch": 1, "end_epoch": 2, "regularizer": None}
+    records, _ = train(tmp_path / "run", pruning=pruning)
+    # The prune comes after the second epoch's training and before its evaluation.
+    for epoch, keys in ((1, ["train_loss", "train_accuracy", "loss", "accuracy", "lr"]), (2, ["train_loss"])):
         pruned, dense = (r for r in timeless(records) if r["epoch"] == epoch)
-        for key in ("train_loss", "train_accuracy", "loss", "accuracy", "lr"):
-            assert pruned[key] == dense[key]
+        assert [pruned[key] for key in keys] == [dense[key] for key in keys]
+
+
+def test_the_saved_network_is_the_pruned_one(first: Path) -> None:
+    summary = json.loads((first / "summary.json").read_text())
+    model = pat_fast.load(first / "model.safetensors", resnet20(width=4))
+    assert count_macs(model, torch.zeros(1, 1, 8, 8)) == summary["pruned"]["macs"]
+    config = load_config(TINY, TrainConfig)
+    test = batches(load_splits(config.data).test, config.data)
+    assert training.evaluate(model, test, torch.device("cpu"))[1] == summary["pruned"]["accuracy"]
 
 
 def test_without_a_dense_twin_there_is_still_its_cost(tmp_path: Path) -> None:
@@ -197,7 +208,7 @@ def test_mask_mode_and_other_optimizers(tmp_path: Path, name: str) -> None:
         ({"model": {"factory": f"{__name__}:not_a_module"}}, r"torch\.nn\.Module, got int"),
         ({"model.args": {"in_channels": 3}}, r"to take images of shape \(1, 1, 8, 8\), got RuntimeError"),
         ({"model.args": {"num_classes": 9}}, r"logits of shape \[1, 10\].*got \[1, 9\]"),
-        ({"model": {"factory": f"{__name__}:Recorder", "args": {"train": False}}}, "parameters to train"),
+        ({"model": {"factory": f"{__name__}:Breakable", "args": {"train": False}}}, "parameters to train"),
         ({"pruning.layers_to_prune": ["layer4"]}, "layer4"),
         ({"data": {"name": "image_folder", "root": "nowhere"}}, r"data\.root: expected a folder"),
     ],
@@ -236,7 +247,7 @@ def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_log(tmp_path: Path) -> None:
-    model = {"factory": f"{__name__}:Recorder", "args": {"scale": 1e38}}
+    model = {"factory": f"{__name__}:Breakable", "args": {"scale": 1e38}}
     with pytest.raises(PatError, match=r"expected a finite loss.*lower optimizer\.lr"):
         train(tmp_path / "run", model=model, pruning=None)
     assert (tmp_path / "run" / "log.jsonl").exists()
@@ -257,6 +268,13 @@ def test_an_interrupted_run_keeps_the_epochs_it_did(tmp_path: Path, monkeypatch:
     records = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(records) == 4
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_processes_that_load_data_change_nothing(tmp_path: Path) -> None:
+    # The parent has used the kernels' thread pool by the time the second epoch's batches are asked for.
+    alone, _ = train(tmp_path / "alone", epochs=2)
+    helped, _ = train(tmp_path / "helped", epochs=2, **{"data.workers": 1})
+    assert timeless(alone) == timeless(helped)
 
 
 def test_learning_rate_factors() -> None:

@@ -190,7 +190,7 @@ def _check_index(table: TileTable, out_table: TileTable, index: Tensor) -> None:
     if len(table) != len(out_table):
         _fail(f"{len(table)} output tiles, one for each tile", str(len(out_table)))
     seen: set[tuple[int, int, int]] = set()
-    pairs = zip(table.table.tolist(), out_table.table.tolist(), strict=True)
+    pairs = zip(table.rows, out_table.rows, strict=True)
     for number, (source, target) in enumerate(pairs):
         if source[K] != target[K]:
             _fail(f"output tile {number} with K = {source[K]}, as its source", str(target[K]))

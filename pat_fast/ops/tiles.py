@@ -58,9 +58,11 @@ class TileTable:
         slots: length of the slot vector.
         n_tensors: length of the tensor list.
         layouts: ``(shape, strides)`` of each tensor; every call compares them with what it is given.
+        rows: ``table`` as Python integers.
+        writable: whether no element is named twice, so that each can be written on its own.
     """
 
-    __slots__ = ("_writable", "layouts", "n_tensors", "slots", "table")
+    __slots__ = ("layouts", "n_tensors", "rows", "slots", "table", "writable")
 
     def __init__(
         self, table: Tensor, tensors: Sequence[Tensor], slots: int, *, shared_slots: bool = False
@@ -84,13 +86,13 @@ class TileTable:
         self.slots = slots
         self.n_tensors = len(tensors)
         self.layouts: tuple[Layout, ...] = tuple((tuple(t.shape), tuple(t.stride())) for t in tensors)
-        self._writable: bool | None = None
-        rows = self.table.tolist()
+        self.rows: list[list[int]] = self.table.tolist()
         extents = [_extent(layout) for layout in self.layouts]
-        for number, row in enumerate(rows):
+        for number, row in enumerate(self.rows):
             _check_tile(number, row, extents, slots)
         if not shared_slots:
-            _check_slots(rows)
+            _check_slots(self.rows)
+        self.writable = _is_disjoint(self.rows, extents)
 
     @classmethod
     def from_tiles(
@@ -117,17 +119,10 @@ class TileTable:
 
     def __len__(self) -> int:
         """Return the number of tiles."""
-        return int(self.table.shape[0])
+        return len(self.rows)
 
     def __repr__(self) -> str:
         return f"TileTable({len(self)} tiles, {self.n_tensors} tensors, {self.slots} slots)"
-
-    @property
-    def writable(self) -> bool:
-        """Whether no element is named twice, so that every element can be written independently."""
-        if self._writable is None:
-            self._writable = _is_disjoint(self.table.tolist(), [_extent(layout) for layout in self.layouts])
-        return self._writable
 
 
 def _extent(layout: Layout) -> int:

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_pruning as tp
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
 from .labels import IntArray, Solution
 from .trace import Leaf, Tracer, output_tensors
-from .types import Axis, Frozen, Group, Plan, TensorMap, Width, WorkTerm, by_first_use, fold_fixed
+from .types import Axis, ChannelArray, Frozen, Group, Plan, TensorMap, Width, WorkTerm, by_first_use, fold_fixed
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
@@ -26,22 +25,23 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 CLOSED = (nn.MultiheadAttention, nn.RNNBase)
 
 
-class _Skeleton(tp.DependencyGraph):
-    """Torch-Pruning's graph of the traced forward: its nodes and their order, without its index maps.
+def _roots_in_torch_prunings_order(model: nn.Module, forward: Any) -> list[str]:
+    """Names of the layers in the order in which Torch-Pruning visits them as roots of groups.
 
-    The maps (slices, reshapes) are what makes its queries quadratic on DenseNet and endless on rotary
-    embeddings, and they do not know shapes; pat_fast takes maps from its own trace.
+    Taken from its graph of the traced forward: the nodes and their order, without its index maps. The maps
+    (slices, reshapes) are what makes its queries quadratic on DenseNet and endless on rotary embeddings, and
+    they do not know shapes; pat_fast takes maps from its own trace.
     """
+    import torch_pruning as tp  # here, so that `import pat_fast` does not cost it
 
-    def roots(self, model: nn.Module, forward: Any) -> list[str]:
-        """Names of the layers in the order in which Torch-Pruning visits them as roots of groups."""
-        self.verbose = False
-        self.model = model
-        self._module2name = {module: name for name, module in model.named_modules()}
-        self.ignored_params: list[nn.Parameter] = []
-        self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
-        nodes = self._trace(model, None, lambda *_: forward(), output_transform=None)
-        return [self._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in self._module2name]
+    graph = tp.DependencyGraph()
+    graph.verbose = False
+    graph.model = model
+    graph._module2name = {module: name for name, module in model.named_modules()}
+    graph.ignored_params = []
+    graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
+    nodes = graph._trace(model, None, lambda *_: forward(), output_transform=None)
+    return [graph._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in graph._module2name]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     with undisturbed(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            order = _Skeleton().roots(model, forward)
+            order = _roots_in_torch_prunings_order(model, forward)
         except Exception as error:
             if "outputs" not in tracing:
                 raise PlanError(
@@ -154,21 +154,21 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         solution = tracer.slots.solve()
     roots = _roots(leaves, order, tracer.module_order)
     numbers = _Numbers(solution, roots)
-    channel = numbers.channel
+    channel = numbers.channels
     tensors = []
     for leaf in leaves:
         axes = tuple(
-            Axis(dim, channel[leaf.axes[dim]], _role(leaf, dim))
+            Axis(dim, channel(leaf.axes[dim]), _role(leaf, dim))
             for dim in sorted(leaf.axes)
-            if (channel[leaf.axes[dim]] >= 0).any()
+            if (channel(leaf.axes[dim]) >= 0).any()
         )
         if axes:
             shape = tuple(leaf.tensor.shape)
             tensors.append(TensorMap(leaf.name, leaf.is_parameter, shape, leaf.groups, leaf.whole_groups, axes))
     mapped = {t.name for t in tensors}
     other = sum(p.numel() for n, p in model.named_parameters() if n not in mapped)
-    work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel[a] for a in w.axes))) for w in tracer.work)
-    widths = {(m, d): channel[slots] for m, d, slots in tracer.widths}
+    work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel(a) for a in w.axes))) for w in tracer.work)
+    widths = {(m, d): channel(slots) for m, d, slots in tracer.widths}
     return Plan(
         n_channels=numbers.count,
         n_units=numbers.n_units,
@@ -252,10 +252,16 @@ class _Numbers:
         self.count = len(classes)
         number = np.full(len(solution.channel), -1, dtype=np.int32)
         number[classes] = np.arange(self.count, dtype=np.int32)
-        self.channel = number[solution.channel]
+        self._number = number[solution.channel]
+        self._shared: dict[bytes, ChannelArray] = {}
         self.unit = by_first_use(solution.unit[classes])
         self.n_units = int(self.unit.max()) + 1 if self.count else 0
         self._claims = claims
+
+    def channels(self, slots: IntArray) -> ChannelArray:
+        """The channels of ``slots``; equal vectors are one object."""
+        found = self._number[slots]
+        return self._shared.setdefault(found.tobytes(), found)
 
     def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
         """Each root takes the free channels of its axis that no earlier root has taken."""

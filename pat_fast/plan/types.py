@@ -7,7 +7,7 @@ be kept, compared and computed ahead: :meth:`Plan.shrink` is the plan of the mod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +16,29 @@ from numpy.typing import NDArray
 from ..errors import PlanError
 
 ChannelArray = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
+IndexArray = NDArray[np.int64]
+IntArray = IndexArray
+
+
+class Kept:
+    """Which indices of a channel vector survive ``keep [N]``.
+
+    Most axes of a plan share their vectors (a weight's rows, its bias, the norm behind it), so what is found
+    for a vector is remembered for the object.
+    """
+
+    def __init__(self, keep: BoolArray) -> None:
+        self.keep = keep
+        self._found: dict[int, tuple[ChannelArray, IndexArray]] = {}
+
+    def __call__(self, channels: ChannelArray) -> IndexArray:
+        """Indices into ``channels`` that stay: kept channels and fixed positions."""
+        known = self._found.get(id(channels))
+        if known is None:
+            known = (channels, np.flatnonzero((channels < 0) | self.keep[channels]))
+            self._found[id(channels)] = known
+        return known[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +65,9 @@ class TensorMap:
     whole_groups: bool  # a grouped convolution that loses groups as it shrinks (depthwise), not their widths
     axes: tuple[Axis, ...]
 
-    def kept(self, keep: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-        """For each axis, the indices into ``channels`` that survive ``keep [N]``."""
-        return [np.flatnonzero((a.channels < 0) | keep[a.channels]) for a in self.axes]
+    def kept(self, kept: Kept) -> list[IndexArray]:
+        """For each axis, the indices into its channels that stay."""
+        return [kept(a.channels) for a in self.axes]
 
 
 @dataclass(frozen=True)
@@ -121,57 +144,49 @@ class Plan:
 
     # Counts
 
-    def params(self, keep: NDArray[np.bool_] | None = None) -> int:
+    def params(self, keep: BoolArray | None = None) -> int:
         """Elements of all parameters, with only the channels ``keep [N]`` left."""
-        keep = self._all if keep is None else keep
-        total = self.other_params
-        for tensor in self.tensors:
-            if tensor.is_parameter:
-                total += math.prod(shrunk_shape(tensor, tensor.kept(keep)))
-        return total
+        kept = Kept(self._all if keep is None else keep)
+        shapes = (shrunk_shape(t, t.kept(kept)) for t in self.tensors if t.is_parameter)
+        return self.other_params + sum(math.prod(shape) for shape in shapes)
 
-    def macs(self, keep: NDArray[np.bool_] | None = None) -> int:
+    def macs(self, keep: BoolArray | None = None) -> int:
         """Multiply-accumulates of convolutions, linear layers and attention, per example."""
-        if keep is None:
-            keep = self._all
-        total = 0.0
-        for term in self.work:
-            count = term.scale
-            for axis in term.axes:
-                count *= int(((axis < 0) | keep[axis]).sum())
-            total += count
+        kept = Kept(self._all if keep is None else keep)
+        total = sum(term.scale * math.prod(len(kept(a)) for a in term.axes) for term in self.work)
         return round(total / self.batch)
 
     @property
-    def _all(self) -> NDArray[np.bool_]:
+    def _all(self) -> BoolArray:
         return np.ones(self.n_channels, dtype=np.bool_)
 
     # Changes
 
-    def check_keep(self, keep: NDArray[np.bool_]) -> None:
-        """Raise :class:`PlanError` unless ``keep`` takes whole units and empties no axis."""
+    def check_keep(self, keep: BoolArray) -> Kept:
+        """Raise :class:`PlanError` unless ``keep`` takes whole units and leaves enough of every axis."""
         if keep.shape != (self.n_channels,) or keep.dtype != np.bool_:
             raise PlanError(
                 f"keep must be a bool vector with one entry for each of the {self.n_channels} channels, "
                 f"got shape {keep.shape}, dtype {keep.dtype}"
             )
-        kept = np.bincount(self.unit[keep], minlength=self.n_units)
+        left = np.bincount(self.unit[keep], minlength=self.n_units)
         size = np.bincount(self.unit, minlength=self.n_units)
-        torn = np.flatnonzero((kept > 0) & (kept < size))
+        torn = np.flatnonzero((left > 0) & (left < size))
         if torn.size:
             group = self.groups[self.group_of[np.flatnonzero(self.unit == torn[0])[0]]]
             raise PlanError(
-                f"group {group.root}: keep takes {kept[torn[0]]} of the {size[torn[0]]} channels of a unit; "
+                f"group {group.root}: keep takes {left[torn[0]]} of the {size[torn[0]]} channels of a unit; "
                 "channels of a unit are kept or removed together"
             )
-        for tensor in self.tensors:
-            for axis, left in zip(tensor.axes, tensor.kept(keep), strict=True):
-                least = self.least(tensor, axis)
-                if left.size < least:
-                    raise PlanError(
-                        f"{tensor.name}: keep leaves {left.size} of the {len(axis.channels)} channels of dimension "
-                        f"{axis.dim}; at least {least} must stay"
-                    )
+        kept = Kept(keep)
+        for tensor, axis in self.axes():
+            least = self.least(tensor, axis)
+            if len(kept(axis.channels)) < least:
+                raise PlanError(
+                    f"{tensor.name}: keep leaves {len(kept(axis.channels))} of the {len(axis.channels)} channels of "
+                    f"dimension {axis.dim}; at least {least} must stay"
+                )
+        return kept
 
     def least(self, tensor: TensorMap, axis: Axis) -> int:
         """How many indices of ``axis`` must stay: one, or two per group of a grouped convolution.
@@ -182,43 +197,56 @@ class Plan:
         grouped = tensor.groups > 1 and not tensor.whole_groups
         return min(len(axis.channels), 2 * tensor.groups) if grouped else 1
 
-    def shrink(self, keep: NDArray[np.bool_]) -> Plan:
-        """The plan of the model after the channels ``~keep`` are gone. Equal to a plan lowered afresh.
+    def shrink(self, kept: Kept) -> Plan:
+        """The plan of the model after a prune (see :meth:`check_keep`). Equal to a plan lowered afresh."""
+        left = np.bincount(self.group_of[kept.keep], minlength=len(self.groups))
+        movable = kept.keep & (left[self.group_of] > 1)  # a group's last channel has no choice left: it is fixed
+        lonely = tuple(
+            Frozen(g.root, 1, "one channel is left") for g, n in zip(self.groups, left.tolist(), strict=True) if n == 1
+        )
+        return self._renumbered(kept, movable, lonely)
 
-        Raises :class:`PlanError` as :meth:`check_keep` does.
-        """
-        self.check_keep(keep)
-        per_group = np.add.reduceat(keep, [g.start for g in self.groups]) if self.groups else np.zeros(0, np.int64)
-        movable = keep & (per_group[self.group_of] > 1)  # a group's last channel has no choice left: it is fixed
-        renumber = np.where(movable, np.cumsum(movable) - 1, -1).astype(np.int32)
-        groups, lonely, stop = [], [], 0
-        for group, count in zip(self.groups, per_group.tolist(), strict=True):
-            if count > 1:
+    def _renumbered(self, kept: Kept, movable: BoolArray, frozen: tuple[Frozen, ...]) -> Plan:
+        """The plan with the channels ``~kept`` gone and, of the rest, only ``movable [N]`` still free."""
+        smaller = _Smaller(kept, np.where(movable, np.cumsum(movable) - 1, -1).astype(np.int32))
+        groups, stop = [], 0
+        for i, group in enumerate(self.groups):
+            count = int(movable[self.group_of == i].sum())
+            if count:
                 groups.append(replace(group, start=stop, stop=stop + count))
                 stop += count
-            else:
-                lonely.append(Frozen(group.root, 1, "one channel is left"))
-        units, unit = np.unique(self.unit[movable], return_inverse=True)
+        unit = by_first_use(self.unit[movable])
         tensors, fixed = [], 0
         for tensor in self.tensors:
-            smaller = _shrink_tensor(tensor, keep, renumber)
-            if smaller.axes:
-                tensors.append(smaller)
-            elif smaller.is_parameter:
-                fixed += math.prod(smaller.shape)
-        widths = (replace(w, channels=_shrink_channels(w.channels, keep, renumber)) for w in self.widths)
+            shrunk = smaller.tensor(tensor)
+            if shrunk.axes:
+                tensors.append(shrunk)
+            elif shrunk.is_parameter:
+                fixed += math.prod(shrunk.shape)
+        widths = (replace(w, channels=smaller(w.channels)) for w in self.widths)
+        work = (fold_fixed(WorkTerm(t.scale, tuple(smaller(a) for a in t.axes))) for t in self.work)
         return replace(
             self,
             n_channels=stop,
-            n_units=len(units),
-            unit=by_first_use(unit),
+            n_units=int(unit.max()) + 1 if stop else 0,
+            unit=unit,
             groups=tuple(groups),
             tensors=tuple(tensors),
-            frozen=self.frozen + tuple(lonely),
-            work=tuple(_shrink_term(t, keep, renumber) for t in self.work),
+            frozen=self.frozen + frozen,
+            work=tuple(work),
             widths=tuple(w for w in widths if (w.channels >= 0).any()),
             other_params=self.other_params + fixed,
         )
+
+    def freeze(self, groups: Iterable[int], reason: str) -> Plan:
+        """The plan with the groups of these indices left alone, for ``reason``; nothing else changes."""
+        held = sorted(set(groups))
+        if not held:
+            return self
+        keep = self._all
+        movable = ~np.isin(self.group_of, held)
+        frozen = tuple(Frozen(self.groups[i].root, self.groups[i].channels, reason) for i in held)
+        return self._renumbered(Kept(keep), movable, frozen)
 
     # Looking things up
 
@@ -258,14 +286,14 @@ def is_grouped(tensor: TensorMap, axis: Axis) -> bool:
     return tensor.groups > 1 and axis.dim == 1
 
 
-def groups_left(tensor: TensorMap, kept: list[NDArray[np.int64]]) -> int:
+def groups_left(tensor: TensorMap, kept: list[IndexArray]) -> int:
     """Convolution groups of ``tensor`` when the indices ``kept`` of each axis are left."""
     if not tensor.whole_groups:
         return tensor.groups
     return tensor.groups * len(kept[0]) // len(tensor.axes[0].channels)
 
 
-def shrunk_shape(tensor: TensorMap, kept: list[NDArray[np.int64]]) -> tuple[int, ...]:
+def shrunk_shape(tensor: TensorMap, kept: list[IndexArray]) -> tuple[int, ...]:
     """Shape of ``tensor`` when the indices ``kept`` of each axis are left."""
     shape = list(tensor.shape)
     for axis, left in zip(tensor.axes, kept, strict=True):
@@ -279,33 +307,35 @@ def fold_fixed(term: WorkTerm) -> WorkTerm:
     return WorkTerm(scale, tuple(a for a in term.axes if (a >= 0).any()))
 
 
-def _shrink_tensor(tensor: TensorMap, keep: NDArray[np.bool_], renumber: ChannelArray) -> TensorMap:
-    kept = tensor.kept(keep)
-    axes = tuple(
-        replace(a, channels=_renumbered(a.channels[k], renumber)) for a, k in zip(tensor.axes, kept, strict=True)
-    )
-    return replace(
-        tensor,
-        shape=shrunk_shape(tensor, kept),
-        groups=groups_left(tensor, kept),
-        axes=tuple(a for a in axes if (a.channels >= 0).any()),
-    )
+class _Smaller:
+    """Channel vectors after a prune; a vector that many axes share stays shared."""
 
+    def __init__(self, kept: Kept, renumber: ChannelArray) -> None:
+        self._kept = kept
+        self._renumber = renumber
+        self._found: dict[int, ChannelArray] = {}
 
-def _shrink_term(term: WorkTerm, keep: NDArray[np.bool_], renumber: ChannelArray) -> WorkTerm:
-    return fold_fixed(WorkTerm(term.scale, tuple(_shrink_channels(a, keep, renumber) for a in term.axes)))
+    def __call__(self, channels: ChannelArray) -> ChannelArray:
+        if id(channels) not in self._found:
+            left = channels[self._kept(channels)]
+            self._found[id(channels)] = np.where(left < 0, np.int32(-1), self._renumber[left]).astype(np.int32)
+        return self._found[id(channels)]
 
-
-def _shrink_channels(channels: ChannelArray, keep: NDArray[np.bool_], renumber: ChannelArray) -> ChannelArray:
-    return _renumbered(channels[(channels < 0) | keep[channels]], renumber)
-
-
-def _renumbered(channels: ChannelArray, renumber: ChannelArray) -> ChannelArray:
-    return np.where(channels < 0, np.int32(-1), renumber[channels]).astype(np.int32)
+    def tensor(self, tensor: TensorMap) -> TensorMap:
+        kept = tensor.kept(self._kept)
+        axes = (replace(a, channels=self(a.channels)) for a in tensor.axes)
+        return replace(
+            tensor,
+            shape=shrunk_shape(tensor, kept),
+            groups=groups_left(tensor, kept),
+            axes=tuple(a for a in axes if (a.channels >= 0).any()),
+        )
 
 
 def by_first_use(unit: NDArray[np.int64]) -> ChannelArray:
     """Unit numbers in the order in which the channels first name them."""
+    if not len(unit):
+        return unit.astype(np.int32)
     _, first, inverse = np.unique(unit, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int32)
     rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)

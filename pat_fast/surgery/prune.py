@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..errors import PatError, PlanError, SurgeryError
 from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
-from ..plan.types import TensorMap, groups_left, shrunk_shape
+from ..plan.types import Kept, TensorMap, groups_left, shrunk_shape
 from .modules import Change, apply_changes, attributes_from_shape, attributes_from_width
 from .optimizer import StateTensor, state_tensors
 
@@ -62,9 +62,10 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
             were made; model and optimizers are as they were.
     """
     keep = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
-    plan = binding.plan.shrink(keep)
-    cuts = _cuts(binding, keep, list(optimizers))
-    changes = _attribute_changes(binding, keep, cuts)
+    kept = binding.plan.check_keep(keep)
+    plan = binding.plan.shrink(kept)
+    cuts = _cuts(binding, kept, list(optimizers))
+    changes = _attribute_changes(binding, kept, cuts)
     undo: list[Undo] = []
     attributes: list[Change] = []
     try:
@@ -85,7 +86,7 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
         ) from error
 
 
-def _cuts(binding: Binding, keep: NDArray[np.bool_], optimizers: list[Optimizer]) -> list[Cut]:
+def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:
     found = []
     for tensor_map in binding.plan.tensors:
         kept = tensor_map.kept(keep)
@@ -109,13 +110,13 @@ def _cuts(binding: Binding, keep: NDArray[np.bool_], optimizers: list[Optimizer]
     return found
 
 
-def _attribute_changes(binding: Binding, keep: NDArray[np.bool_], cuts: list[Cut]) -> list[Change]:
+def _attribute_changes(binding: Binding, kept: Kept, cuts: list[Cut]) -> list[Change]:
     changes: list[Change] = []
     for cut in cuts:
         for module, local in binding.owners(cut.tensor_map.name):
             changes += attributes_from_shape(module, local, cut.smaller.shape, cut.smaller.groups)
     for width in binding.plan.widths:
-        left = int(((width.channels < 0) | keep[width.channels]).sum())
+        left = len(kept(width.channels))
         if left != len(width.channels):
             changes += attributes_from_width(binding.model.get_submodule(width.module), width, left)
     return changes

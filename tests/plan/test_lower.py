@@ -298,12 +298,12 @@ def test_a_layer_used_twice_and_tied_weights() -> None:
 def test_keep_is_checked() -> None:
     plan = build_plan(Small(), small_inputs())
     with pytest.raises(PlanError, match="bool vector with one entry for each"):
-        plan.shrink(np.ones(3, dtype=np.bool_))
+        plan.check_keep(np.ones(3, dtype=np.bool_))
     keep = np.ones(plan.n_channels, dtype=np.bool_)
     inner = group(plan, "inner")
     keep[inner.start : inner.stop] = False
     with pytest.raises(PlanError, match=r"inner.weight: keep leaves 0 of the 16"):
-        plan.shrink(keep)
+        plan.check_keep(keep)
 
 
 def test_half_a_unit_is_refused() -> None:
@@ -313,4 +313,4 @@ def test_half_a_unit_is_refused() -> None:
     keep = np.ones(8, dtype=np.bool_)
     keep[0] = False
     with pytest.raises(PlanError, match="channels of a unit are kept or removed together"):
-        plan.shrink(keep)
+        plan.check_keep(keep)

@@ -17,6 +17,7 @@ import pat_fast as pat
 from pat_fast.masks import Mask
 from pat_fast.plan import bind, build_plan
 from pat_fast.plan.lower import call
+from pat_fast.plan.types import Kept
 from pat_fast.surgery.prune import dense_strides, prune
 from tests.helpers import Case, Small, random_keep, small_inputs
 
@@ -139,7 +140,7 @@ def test_gradients_in_flight_are_cut_with_their_weights() -> None:
         if not tensor_map.is_parameter:
             continue
         data, grad = before[tensor_map.name]
-        for axis, kept in zip(tensor_map.axes, tensor_map.kept(keep), strict=True):
+        for axis, kept in zip(tensor_map.axes, tensor_map.kept(Kept(keep)), strict=True):
             data = data.index_select(axis.dim, torch.from_numpy(kept))
             grad = grad.index_select(axis.dim, torch.from_numpy(kept))
         now = dict(model.named_parameters())[tensor_map.name]
@@ -264,7 +265,7 @@ def test_torch_prunings_layer_pruners_set_the_same_attributes(name: str) -> None
         pruner = graph.get_pruner_of_module(module)
         if local != "weight" or isinstance(module, nn.GroupNorm) or pruner is None:
             continue
-        for axis, kept in zip(tensor_map.axes, tensor_map.kept(keep), strict=True):
+        for axis, kept in zip(tensor_map.axes, tensor_map.kept(Kept(keep)), strict=True):
             gone = sorted(set(range(len(axis.channels))) - set(kept.tolist()))
             transposed = getattr(module, "transposed", False)
             out = axis.dim == (1 if transposed else 0) or isinstance(module, nn.Embedding)

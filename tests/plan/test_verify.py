@@ -1,0 +1,169 @@
+"""The permutation test catches lying maps and names the group; the dry run catches hard-coded shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pat_fast as pat
+from pat_fast.plan import Plan, TensorMap, build_plan
+from pat_fast.plan.verify import bisect, draw, verify
+from pat_fast.surgery.dry_run import dry_run
+from tests.helpers import Case, small_inputs
+
+
+def test_plans_of_the_zoo_prove_themselves(case: Case) -> None:
+    plan = build_plan(case.model, case.inputs)
+    before = [p.detach().clone() for p in case.model.parameters()]
+    found = verify(plan, case.model, case.inputs)
+    assert found.wrong == ()
+    assert found.error < 1e-10
+    assert found.forwards == 3
+    assert dry_run(plan, case.model, case.inputs) == {}
+    assert all(torch.equal(a, b) for a, b in zip(before, case.model.parameters(), strict=True))
+
+
+def change(plan: Plan, number: int, axis: int, channels: np.ndarray) -> Plan:
+    """``plan`` with the channels of one axis of one tensor replaced."""
+    tensors = list(plan.tensors)
+    axes = list(tensors[number].axes)
+    axes[axis] = replace(axes[axis], channels=channels.astype(np.int32))
+    tensors[number] = replace(tensors[number], axes=tuple(axes))
+    return replace(plan, tensors=tuple(tensors))
+
+
+def free(tensor: TensorMap, axis: int) -> bool:
+    """An axis whose channels are all free and distinct: each mutation of it is a lie."""
+    channels = tensor.axes[axis].channels
+    return len(channels) >= 4 and (channels >= 0).all() and len(np.unique(channels)) == len(channels)
+
+
+def shifted(channels: np.ndarray) -> np.ndarray:
+    return np.roll(channels, 1)
+
+
+def swapped(channels: np.ndarray) -> np.ndarray:
+    half = len(channels) // 2
+    return np.concatenate([channels[half : 2 * half], channels[:half], channels[2 * half :]])
+
+
+def missing(channels: np.ndarray) -> np.ndarray:
+    return np.full_like(channels, -1)
+
+
+def repeated(channels: np.ndarray) -> np.ndarray:
+    wrong = channels.copy()
+    wrong[0], wrong[1] = channels[1], channels[1]
+    return wrong
+
+
+@pytest.mark.parametrize("lie", [shifted, swapped, missing, repeated])
+def test_a_lying_map_is_caught_and_its_group_named(case: Case, lie: Callable[[np.ndarray], np.ndarray]) -> None:
+    plan = build_plan(case.model, case.inputs)
+    rng = np.random.default_rng(len(case.name))
+    whole = np.bincount(plan.unit)  # only groups of single-channel units: elsewhere a lie may be a harmless one
+    spots = [
+        (i, j)
+        for i, tensor in enumerate(plan.tensors)
+        for j, axis in enumerate(tensor.axes)
+        if tensor.is_parameter and tensor.groups == 1 and free(tensor, j) and (whole[plan.unit[axis.channels]] == 1).all()
+    ]
+    if not spots:
+        pytest.skip("every axis of this model belongs to units of several channels")
+    i, j = spots[rng.integers(len(spots))]
+    channels = plan.tensors[i].axes[j].channels
+    lying = change(plan, i, j, lie(channels))
+    found = set(verify(lying, case.model, case.inputs).wrong)
+    if not found:  # a wrong repeat makes units that change places with nobody: they break when one is removed
+        found = set(dry_run(lying, case.model, case.inputs))
+    where = f"{lie.__name__} {plan.tensors[i].name} dim {plan.tensors[i].axes[j].dim}"
+    assert found, where
+    assert found <= set(plan.group_of[channels].tolist()), where
+
+
+def test_lying_groups_are_frozen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(5, 4)
+    honest = build_plan(model, x)
+    number = next(i for i, t in enumerate(honest.tensors) if t.name == "0.bias")
+    lying = change(honest, number, 0, np.roll(honest.tensors[number].axes[0].channels, 1))
+    monkeypatch.setattr("pat_fast.proof.lower", lambda *_: lying)
+    plan = pat.build_plan(model, x)
+    assert [g.root for g in plan.groups] == ["2"]
+    assert ("0", "map does not hold") in [(f.layer, f.reason[4:21]) for f in plan.frozen]
+    assert plan.params() == honest.params()
+    assert plan.macs() == honest.macs()
+
+
+def test_units_change_places_as_a_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=3), nn.Conv2d(12, 2, 1))
+    plan = build_plan(model, small_inputs())
+    permutation = draw(plan, np.random.default_rng(0))
+    assert (permutation != np.arange(plan.n_channels)).all()
+    for unit in range(plan.n_units):
+        assert len(np.unique(plan.unit[permutation[plan.unit == unit]])) == 1
+
+
+def test_bisection_finds_the_guilty_and_sets_that_fail_together() -> None:
+    assert bisect(list(range(9)), lambda g: bool({3, 7} & set(g))) == [3, 7]
+    assert bisect(list(range(4)), lambda g: {0, 3} <= set(g)) == [0, 1, 2, 3]
+
+
+class HardCoded(nn.Module):
+    """A flatten with its size in the code, and a layer that can shrink all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.hidden = nn.Conv2d(6, 8, 1)
+        self.fc = nn.Linear(8 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.hidden(self.first(x)).view(-1, 8 * 64))
+
+
+class SplitByNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).split(4, 1)
+        return self.last(a * b)
+
+
+def test_a_size_in_the_code_is_found_by_the_dry_run() -> None:
+    plan = pat.build_plan(HardCoded(), small_inputs())
+    assert [g.root for g in plan.groups] == ["first"]
+    reason = next(f.reason for f in plan.frozen if f.layer == "hidden")
+    assert "does not run when it is smaller (RuntimeError: shape '[-1, 512]' is invalid" in reason
+    plan = pat.build_plan(SplitByNumber(), small_inputs())
+    assert plan.n_channels == 0
+    assert "does not run when it is smaller" in next(f.reason for f in plan.frozen if f.layer == "first")
+
+
+def test_verification_can_be_left_out_and_says_what_it_cost() -> None:
+    assert any("verified in" in note for note in pat.build_plan(HardCoded(), small_inputs()).notes)
+    unproven = pat.build_plan(HardCoded(), small_inputs(), verify=False)
+    assert [g.root for g in unproven.groups] == ["hidden", "first"]
+
+
+def test_single_precision_code_is_verified_coarsely() -> None:
+    class Insists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            return self.b(hidden @ torch.eye(6) if hidden.dtype != torch.float32 else hidden)
+
+    plan = pat.build_plan(Insists(), torch.randn(3, 4))
+    assert [g.root for g in plan.groups] == ["a"]
+    assert any("verified in" in note for note in plan.notes)
