@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -26,19 +26,31 @@ class InputCatcher:
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._handle = model.register_forward_pre_hook(self._catch, with_kwargs=True)
 
+    @property
+    def has_inputs(self) -> bool:
+        """Whether a forward was seen."""
+        return self._inputs is not None
+
     def _catch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        detached = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
-        self._inputs = detached
+        self._inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
         self._handle.remove()
 
-    def take(self) -> list[Any] | None:
-        """Inputs to try, the smallest first; None if no forward was seen."""
+    def take(self) -> list[Any]:
+        """Inputs to try, the smallest first; empty if no forward was seen."""
         if self._inputs is None:
-            return None
-        return [Call(*two) for two in (_first_two(self._inputs), self._inputs) if two is not None]
+            return []
+        plain = tree_map(_outside_inference_mode, self._inputs)
+        return [Call(*two) for two in (_first_two(plain), plain) if two is not None]
 
     def close(self) -> None:
+        """Take the hook off and forget the inputs."""
         self._handle.remove()
+        self._inputs = None
+
+
+def _outside_inference_mode(value: Any) -> Any:
+    """A tensor made in inference mode takes no part in autograd; a copy of it does."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _first_two(inputs: Any) -> Any:
@@ -46,16 +58,20 @@ def _first_two(inputs: Any) -> Any:
     sizes = [t.shape[0] for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim > 0]
     if not sizes or sizes[0] <= 2:
         return None
-    return tree_map(
-        lambda t: t[:2].clone() if isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] == sizes[0] else t, inputs
-    )
+
+    def cut(value: Any) -> Any:
+        batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == sizes[0]
+        return value[:2].clone() if batched else value
+
+    return tree_map(cut, inputs)
 
 
 class Discovery:
     """The optimizers that train a pruner's model, and the hooks on their steps.
 
     Given optimizers are hooked themselves; else one pair of process-wide hooks watches all optimizers and
-    picks those that hold the model's parameters. Only weak references are kept.
+    picks those that hold the model's parameters. Only weak references are kept, and the hooks go with the
+    pruner.
     """
 
     def __init__(
@@ -66,8 +82,8 @@ class Discovery:
         self._ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._searches = given is None
         self._handles: list[Any] = []
-        self.regularized = True
-        optimizers = [] if given is None else [given] if isinstance(given, Optimizer) else list(given)
+        weakref.finalize(pruner, _remove, self._handles).atexit = False
+        optimizers = as_list(given)
         for optimizer in optimizers:
             self._ours[optimizer] = True
         if auto:
@@ -85,7 +101,7 @@ class Discovery:
         """Optimizers known to train the model. Those that have not stepped yet are looked for, too."""
         model = self._model()
         if self._searches and model is not None:
-            known = {id(p) for o in self._ours for group in o.param_groups for p in group["params"] if self._ours[o]}
+            known = _held(o for o, ours in self._ours.items() if ours)
             if any(id(p) not in known for p in model.parameters() if p.requires_grad):
                 kinds = _subclasses(Optimizer)
                 for thing in [o for o in gc.get_objects() if type(o) in kinds]:
@@ -93,25 +109,23 @@ class Discovery:
         return [o for o, ours in self._ours.items() if ours]
 
     def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Take the hooks off."""
+        _remove(self._handles)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
         known = self._ours.get(optimizer)
         if known is None:
             model = self._model()
             own = {id(p) for p in model.parameters()} if model is not None else set()
-            known = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+            known = not own.isdisjoint(_held([optimizer]))
             self._ours[optimizer] = known
         return known
 
     def _before(self, optimizer: Optimizer) -> None:
         pruner = self._pruner()
-        if pruner is not None and self._is_ours(optimizer):
+        if pruner is not None and pruner.is_ready and self._is_ours(optimizer):
             scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
             pruner.regularize(1.0 if scale is None else float(scale))
-            self.regularized = True
 
     def _after(self, optimizer: Optimizer) -> None:
         pruner = self._pruner()
@@ -119,8 +133,15 @@ class Discovery:
             pruner.hold()
 
 
-def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _subclasses(cls: type[Any]) -> set[type]:
+    found: set[type] = {cls}
+    return found.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
 
 
 def _through(method: weakref.WeakMethod[Any]) -> Any:
@@ -134,18 +155,29 @@ def _through(method: weakref.WeakMethod[Any]) -> Any:
     return hook
 
 
-def check_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Raise :class:`ConfigError` unless the optimizers hold every parameter of ``model`` that is trained."""
-    for optimizer in optimizers:
+def as_list(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """The optimizers that were given; raises :class:`ConfigError` if something else was."""
+    found: list[Any] = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
+    for optimizer in found:
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    return found
+
+
+def check_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raise :class:`ConfigError` unless the optimizers hold every parameter of ``model`` that is trained."""
+    held = _held(optimizers)
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if missing:
         total = sum(p.requires_grad for p in model.parameters())
         raise ConfigError(
-            f"optimizer: {len(missing)} of the model's {total} trained parameters are not in it ({missing[0]}, "
-            "say); was it built for another copy of the model? Pass all optimizers that train the model, or set "
-            "requires_grad=False on what is not trained"
+            f"optimizer: {len(missing)} of the model's {total} trained parameters are not in it (such as "
+            f"{missing[0]}); was it built for another copy of the model? Pass all optimizers that train the "
+            "model, or set requires_grad=False on what is not trained"
         )
+
+
+def _held(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Identities of all parameters that the optimizers hold."""
+    return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
 

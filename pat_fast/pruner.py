@@ -7,7 +7,9 @@ calls plan, criterion, regulariser, mask and surgery in turn.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .criteria import Criterion, GroupNorm
-from .discovery import Discovery, InputCatcher, check_held
+from .discovery import Discovery, InputCatcher, as_list, check_held
 from .errors import ConfigError, PlanError, did_you_mean
 from .masks import Mask
-from .plan import Binding, Group, Plan, bind
+from .plan import Binding, Plan, bind
 from .proof import build_plan
 from .regularizers import GroupNormRegularizer
 from .report import StepReport
 from .schedules import Curve, Schedule
-from .selection import Limits, select
+from .selection import Limits, Scope, select
 from .surgery import prune
 
 log = logging.getLogger("pat_fast")
@@ -99,11 +101,13 @@ class Pruner:
         auto: bool = True,
     ) -> None:
         _check_model(model)
-        _check_range("target_sparsity", target_sparsity, 0.0 <= target_sparsity < 1.0, "in [0, 1)")
+        _check("target_sparsity", target_sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
         if mac_target is not None:
-            _check_range("mac_target", mac_target, 0.0 < mac_target <= 1.0, "in (0, 1]")
-        _check_range("min_channels", min_channels, min_channels >= 1, "at least 1")
-        _check_range("round_to", round_to, round_to is None or round_to >= 1, "at least 1, or None")
+            _check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
+        _check_count("min_channels", min_channels, 1)
+        if round_to is not None:
+            _check_count("round_to", round_to, 1)
+        _check_count("start_epoch", start_epoch, 0)
         _check_choice("mode", mode, ("prune", "mask"))
         _check_choice("ranking", ranking, ("global", "local"))
         self.model = model
@@ -124,13 +128,15 @@ class Pruner:
         self._verify = verify
         self._example_inputs = example_inputs
         self._graph: Any = None
+        self._regularized = True  # since the last step
         if optimizer is not None:
-            check_held(model, [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+            check_held(model, as_list(optimizer))
         self._catcher: InputCatcher | None = None
         if example_inputs is not None:
             self._build(example_inputs)
         elif auto:
             self._catcher = InputCatcher(model)
+            weakref.finalize(self, self._catcher.close).atexit = False
         else:
             raise ConfigError("auto=False needs example_inputs: there is no hook to take them from a forward")
         self._optimizers = Discovery(self, model, optimizer, auto)
@@ -142,7 +148,9 @@ class Pruner:
             )
 
     @classmethod
-    def from_config(cls, model: nn.Module, config: str | Path | Mapping[str, Any], **overrides: Any) -> Pruner:
+    def from_config(
+        cls, model: nn.Module, config: str | Path | Mapping[str, Any], **overrides: Any
+    ) -> Pruner:
         """Build a pruner from a JSON file or a dict; see :class:`pat_fast.config.PruneConfig` for the keys.
 
         Raises:
@@ -160,12 +168,17 @@ class Pruner:
         return self.binding.plan if self.binding is not None else None
 
     @property
+    def is_ready(self) -> bool:
+        """Whether there is a plan, or example inputs to make it from."""
+        return self.binding is not None or (self._catcher is not None and self._catcher.has_inputs)
+
+    @property
     def stage(self) -> str:
         """``"regularize"``, ``"prune"`` or ``"finetune"``."""
         return self.schedule.stage(self.epoch, self.done)
 
     @property
-    def DG(self) -> Any:  # noqa: N802 (the name that Torch-Pruning's pruners have)
+    def DG(self) -> Any:
         """A Torch-Pruning ``DependencyGraph`` of the model as it is, traced when asked for."""
         import torch_pruning as tp
 
@@ -225,6 +238,7 @@ class Pruner:
             scale: a loss scale that is still in the gradients.
         """
         binding = self._ready()
+        self._regularized = True
         if self.regularizer is not None and self.stage != "finetune":
             alive = self.mask.alive if self.mask is not None else None
             where = self._eligible if alive is None else self._eligible & alive
@@ -248,23 +262,24 @@ class Pruner:
     def _ready(self) -> Binding:
         """The binding, built from the first forward's inputs if need be, and true to the model."""
         if self.binding is None:
-            inputs = self._catcher.take() if self._catcher is not None else None
-            if inputs is None:
+            if self._catcher is None or not self.is_ready:
                 raise PlanError(
-                    "no forward of the model was seen yet, so there are no example inputs; run one batch first, or "
-                    "pass example_inputs="
+                    "no forward of the model was seen yet, so there are no example inputs; run one batch first, "
+                    "or pass example_inputs="
                 )
-            self._build_from_any(inputs)
+            self._build_from_any(self._catcher.take())
+            self._catcher.close()
         assert self.binding is not None
         return self.binding
 
     def _build_from_any(self, candidates: list[Any]) -> None:
-        for i, inputs in enumerate(candidates):
+        for inputs in candidates[:-1]:
             try:
-                return self._build(inputs)
+                self._build(inputs)
             except PlanError:
-                if i == len(candidates) - 1:
-                    raise
+                continue
+            return
+        self._build(candidates[-1])
 
     def _build(self, example_inputs: Any) -> None:
         plan = build_plan(self.model, example_inputs, verify=self._verify)
@@ -272,7 +287,8 @@ class Pruner:
         eligible, skipped = self._scope.apply(plan)
         if not eligible.any():
             reasons = [f"{f.layer}: {f.reason}" for f in plan.frozen] + [f"{n}: {r}" for n, r in skipped]
-            raise PlanError("nothing of this model can be pruned; " + ("; ".join(reasons[:8]) or "it has no layers"))
+            why = "; ".join(reasons[:8]) or "it has no layers"
+            raise PlanError(f"nothing of this model can be pruned; {why}")
         self._example_inputs = example_inputs
         self.binding = binding
         self._skipped = skipped
@@ -369,70 +385,13 @@ class Pruner:
     def _notes(self, plan: Plan) -> tuple[str, ...]:
         notes = list(plan.notes)
         if self.mode == "mask" and any(g.statistic for g in plan.groups):
-            notes.append("a norm takes statistics over masked channels: the model changes when they are removed")
-        if not self._optimizers.regularized and self.regularizer is not None and self.stage != "finetune":
+            notes.append(
+                "a norm takes statistics over masked channels: the model changes when they are removed"
+            )
+        if not self._regularized and self.regularizer is not None and self.stage != "finetune":
             notes.append("no optimizer step was seen since the last step(): nothing was regularised")
-        self._optimizers.regularized = False
+        self._regularized = False
         return tuple(notes)
-
-
-class Scope:
-    """Which groups the user wants pruned."""
-
-    def __init__(
-        self, model: nn.Module, wanted: Sequence[str] | None, ignored: Sequence[str | nn.Module] | None
-    ) -> None:
-        names = [name for name, _ in model.named_modules() if name]
-        of_module = {module: name for name, module in model.named_modules()}
-        self._wanted = None if wanted is None else [_known("layers_to_prune", w, names) for w in wanted]
-        if self._wanted == []:
-            raise ConfigError("layers_to_prune: expected at least one name, got an empty list; leave it out for all")
-        self._ignored = []
-        for layer in ignored or ():
-            if isinstance(layer, nn.Module):
-                if layer not in of_module:
-                    raise ConfigError(f"ignored_layers: {type(layer).__name__} is not a part of the model")
-                self._ignored.append(of_module[layer])
-            else:
-                self._ignored.append(_known("ignored_layers", layer, names))
-
-    def apply(self, plan: Plan) -> tuple[NDArray[np.bool_], tuple[tuple[str, str], ...]]:
-        """Which channels may be pruned (bool ``[N]``), and the groups left out with the reason."""
-        eligible = np.zeros(plan.n_channels, dtype=np.bool_)
-        skipped = []
-        for group in plan.groups:
-            reason = self._reason(group)
-            if reason is None:
-                eligible[group.start : group.stop] = True
-            else:
-                skipped.append((group.root, reason))
-        return eligible, tuple(skipped)
-
-    def _reason(self, group: Group) -> str | None:
-        held = [name for name in group.layers if _covered(name, self._ignored)]
-        if held:
-            return f"{held[0]} is in ignored_layers"
-        if self._wanted is None:
-            return None
-        outside = [name for name in group.layers if not _covered(name, self._wanted)]
-        if not outside:
-            return None
-        if len(outside) == len(group.layers):
-            return "not in layers_to_prune"
-        return f"shares its channels with {outside[0]}, which is not in layers_to_prune"
-
-
-def _covered(name: str, prefixes: Iterable[str]) -> bool:
-    return any(name == p or name.startswith(p + ".") for p in prefixes)
-
-
-def _known(argument: str, name: str, names: list[str]) -> str:
-    if not isinstance(name, str) or name not in names:
-        raise ConfigError(
-            f"{argument}: {name!r} matches no layer of the model{did_you_mean(str(name), names)} "
-            f"(layers are named as in model.named_modules())"
-        )
-    return name
 
 
 def _check_model(model: object) -> None:
@@ -440,9 +399,17 @@ def _check_model(model: object) -> None:
         raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check_range(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}: expected a value {expected}, got {value!r}")
+def _check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
+    try:
+        good = holds(value)
+    except (TypeError, ValueError):  # not a number
+        good = False
+    if not good:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    _check(name, value, lambda v: isinstance(v, Integral) and int(v) >= least, f"a whole number, at least {least}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -456,7 +423,9 @@ def _criterion(importance: str | Criterion, p: float) -> Criterion:
         _check_choice("importance", importance, ("group_norm",))
         return GroupNorm(p)
     if not isinstance(getattr(importance, "score", None), Callable):  # type: ignore[arg-type]
-        raise ConfigError(f"importance: expected 'group_norm' or an object with score(binding), got {importance!r}")
+        raise ConfigError(
+            f"importance: expected 'group_norm' or an object with score(binding), got {importance!r}"
+        )
     return importance
 
 
@@ -466,4 +435,8 @@ def _regularizer(
     if isinstance(regularizer, str):
         _check_choice("regularizer", regularizer, ("group_norm",))
         return GroupNormRegularizer(strength, criterion=criterion)
+    if regularizer is not None and not hasattr(regularizer, "apply"):
+        raise ConfigError(
+            f"regularizer: expected 'group_norm', None or a GroupNormRegularizer, got {regularizer!r}"
+        )
     return regularizer

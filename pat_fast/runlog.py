@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -143,7 +143,7 @@ class RunLog:
         """Write ``summary.json`` and ``plot.png`` and print the final table."""
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         self.console.print()
-        self.console.print(summary_table(summary, config))
+        self.console.print(summary_table(summary, config, self.records))
         try:
             from .plotting import plot_run
         except ImportError:
@@ -200,10 +200,11 @@ def _epoch_line(records: list[Record], epochs: int) -> Text:
     return line
 
 
-def summary_table(summary: Summary, config: TrainConfig) -> Table:
-    """Dense against pruned: accuracy, parameters, MACs, latency."""
+def summary_table(summary: Summary, config: TrainConfig, records: Sequence[Record]) -> Table:
+    """Dense against pruned: accuracy, parameters, MACs, latency, and how long each took to train."""
     table = Table(title=title_of(config), title_justify="left", title_style="bold")
-    for name in ("", "dense", "pruned", "pruned / dense"):
+    twins = ("dense", "pruned")
+    for name in ("", *twins, "pruned / dense"):
         table.add_column(name, justify="right" if name else "left")
     rows: list[tuple[str, str, Callable[[Any], str]]] = [
         ("test accuracy", "accuracy", "{:.2%}".format),
@@ -212,10 +213,15 @@ def summary_table(summary: Summary, config: TrainConfig) -> Table:
         (f"latency, batch {config.latency_batch}", "latency_ms", "{:.2f} ms".format),
     ]
     for label, key, show in rows:
-        dense, pruned = (side[key] if side else None for side in (summary["dense"], summary["pruned"]))
-        shown = ["-" if value is None else show(value) for value in (dense, pruned)]
-        table.add_row(label, *shown, _against(key, dense, pruned))
+        values = [summary[twin][key] if summary[twin] else None for twin in twins]
+        table.add_row(label, *_shown(values, show), _against(key, *values))
+    took = [sum(r.seconds for r in records if r.twin == twin) or None for twin in twins]
+    table.add_row("training", *_shown(took, "{:.1f} s".format), _against("seconds", *took))
     return table
+
+
+def _shown(values: Sequence[Any], show: Callable[[Any], str]) -> list[str]:
+    return ["-" if value is None else show(value) for value in values]
 
 
 def _against(key: str, dense: Any, pruned: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 
 from .errors import ConfigError, did_you_mean
 
@@ -51,11 +52,15 @@ class Schedule:
     interval: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.curve, str) and self.curve not in CURVES:
+        if not callable(self.curve) and self.curve not in list(CURVES):
             raise ConfigError(
                 f"schedule: expected one of {', '.join(CURVES)} or a function, got {self.curve!r}"
-                + did_you_mean(self.curve, CURVES)
+                + did_you_mean(str(self.curve), CURVES)
             )
+        epochs = {"start_epoch": self.start, "end_epoch": self.end, "interval": self.interval}
+        for name, value in epochs.items():
+            if not isinstance(value, Integral):
+                raise ConfigError(f"{name}: expected a whole number, got {value!r}")
         if self.start < 0:
             raise ConfigError(f"start_epoch: expected at least 0, got {self.start}")
         if self.end < self.start:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from .plan.types import Plan
+from .errors import ConfigError, did_you_mean
+from .plan.types import Group, Plan
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -28,6 +31,88 @@ class Limits:
     ranking: str = "global"
     round_to: int = 1
     min_channels: int = 1
+
+
+class Scope:
+    """Which groups the user wants pruned."""
+
+    def __init__(
+        self, model: nn.Module, wanted: Sequence[str] | None, ignored: Sequence[str | nn.Module] | None
+    ) -> None:
+        names = [name for name, _ in model.named_modules() if name]
+        of_module = {module: name for name, module in model.named_modules()}
+        self._wanted = None
+        if wanted is not None:
+            self._wanted = [_known("layers_to_prune", w, names) for w in _listed("layers_to_prune", wanted)]
+        if self._wanted == []:
+            raise ConfigError(
+                "layers_to_prune: expected at least one name, got an empty list; leave it out for all layers"
+            )
+        self._ignored = []
+        for layer in _listed("ignored_layers", ignored or []):
+            if isinstance(layer, nn.Module):
+                if layer not in of_module:
+                    raise ConfigError(f"ignored_layers: {type(layer).__name__} is not a part of the model")
+                self._ignored.append(of_module[layer])
+            else:
+                self._ignored.append(_known("ignored_layers", layer, names))
+
+    def apply(self, plan: Plan) -> tuple[NDArray[np.bool_], tuple[tuple[str, str], ...]]:
+        """Which channels may be pruned (bool ``[N]``), and the groups left out with the reason."""
+        eligible = np.zeros(plan.n_channels, dtype=np.bool_)
+        skipped = []
+        outputs = _owners_of_outputs(plan)
+        for i, group in enumerate(plan.groups):
+            reason = self._reason(group, outputs[i])
+            if reason is None:
+                eligible[group.start : group.stop] = True
+            else:
+                skipped.append((group.root, reason))
+        return eligible, tuple(skipped)
+
+    def _reason(self, group: Group, outputs: list[str]) -> str | None:
+        held = [name for name in outputs if _covered(name, self._ignored)]
+        if held:
+            return f"{held[0]} is in ignored_layers"
+        if self._wanted is None:
+            return None
+        inside = [name for name in group.layers if _covered(name, self._wanted)]
+        outside = [name for name in group.layers if name not in inside]
+        if not outside:
+            return None
+        if not inside:
+            return "not in layers_to_prune"
+        return f"{inside[0]} shares its channels with {outside[0]}, which is not in layers_to_prune"
+
+
+def _owners_of_outputs(plan: Plan) -> list[list[str]]:
+    """For each group, the modules that make its channels or pass them on with parameters of their own (norms)."""
+    found: list[list[str]] = [[] for _ in plan.groups]
+    for tensor, axis in plan.axes():
+        if axis.role != "in":
+            for i in np.unique(plan.group_of[axis.channels[axis.channels >= 0]]).tolist():
+                found[i].append(tensor.name.rpartition(".")[0])
+    return found
+
+
+def _covered(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+def _listed(argument: str, value: Any) -> list[Any]:
+    if isinstance(value, (str, nn.Module)) or not isinstance(value, Iterable):
+        shown = repr(value) if isinstance(value, str) else type(value).__name__
+        raise ConfigError(f"{argument}: expected a list of layers, got {shown}; put it in brackets")
+    return list(value)
+
+
+def _known(argument: str, name: str, names: list[str]) -> str:
+    if not isinstance(name, str) or name not in names:
+        raise ConfigError(
+            f"{argument}: {name!r} matches no layer of the model{did_you_mean(str(name), names)} "
+            f"(layers are named as in model.named_modules())"
+        )
+    return name
 
 
 def unit_scores(plan: Plan, scores: FloatArray) -> FloatArray:
@@ -93,7 +178,7 @@ def select(
     if limits.ranking == "global":
         order = order[: _affordable(size[order], removable(None))]
     else:
-        order = _interleave(plan, order, size, home, removable)
+        order = _interleave(plan, order, ranks, size, home, removable)
     gone_before = int(np.isneginf(ranks[order]).sum())
 
     def keep_after(count: int) -> BoolArray:
@@ -123,17 +208,18 @@ def _affordable(sizes: NDArray[np.int64], budget: int) -> int:
 def _interleave(
     plan: Plan,
     order: NDArray[np.int64],
+    ranks: FloatArray,
     size: NDArray[np.int64],
     home: NDArray[np.int64],
     removable: Callable[[str | None], int],
 ) -> NDArray[np.int64]:
-    """Each group's own removals, merged so that every prefix takes about the same share of every group."""
+    """Each group's own removals: what is gone already, then about the same share of every group by turns."""
     parts, shares = [], []
     for i, group in enumerate(plan.groups):
         own = order[home[order] == i]
         own = own[: _affordable(size[own], removable(group.root))]
         parts.append(own)
-        shares.append(np.arange(1, len(own) + 1) / max(len(own), 1))
+        shares.append(np.where(np.isneginf(ranks[own]), 0.0, np.arange(1, len(own) + 1) / max(len(own), 1)))
     if not parts:
         return order[:0]
     return np.concatenate(parts)[np.argsort(np.concatenate(shares), kind="stable")]
@@ -157,16 +243,13 @@ def _round(
         kept = int(size[units][~removed[units]].sum())
         gone = np.isneginf(ranks[units])
         most = group.channels - int(size[units][gone].sum())
-        wanted = max(limits.round_to, round(kept / limits.round_to) * limits.round_to)
-        if wanted >= most:
-            removed[units] = gone
-            continue
+        nearest = max(limits.round_to, round(kept / limits.round_to) * limits.round_to)
         order = units[np.argsort(ranks[units], kind="stable")]
         order = order[free[order]]
-        removed[units] = False
-        cut = _affordable(size[order], group.channels - wanted)
-        if int(size[order[:cut]].sum()) == group.channels - wanted:
-            removed[order[:cut]] = True
-        else:  # units of this group are too large, or too many protected, to meet a multiple
-            removed[units] = gone
+        removed[units] = gone
+        for wanted in range(nearest, most, limits.round_to):  # units may be too large, or protected, for the nearest
+            cut = _affordable(size[order], group.channels - wanted)
+            if int(size[order[:cut]].sum()) == group.channels - wanted:
+                removed[order[:cut]] = True
+                break
     return removed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from benchmarks import zoo
-from pat_fast.plan import Plan
+from pat_fast.plan import Axis, Plan
 from pat_fast.plan.types import is_grouped
 
 
@@ -101,7 +101,7 @@ def canonical(plan: Plan) -> dict[str, Any]:
         "unit": plan.unit.tolist(),
         "groups": [(g.root, g.start, g.stop, g.layers, g.members, bool(g.statistic)) for g in plan.groups],
         "tensors": [
-            (t.name, t.is_parameter, t.shape, t.groups, t.whole_groups, [(a.dim, a.role, a.channels.tolist()) for a in t.axes])
+            (t.name, t.is_parameter, t.shape, t.groups, t.whole_groups, [_plain(a) for a in t.axes])
             for t in plan.tensors
         ],
         "work": sorted((w.scale, [a.tolist() for a in w.axes]) for w in plan.work),
@@ -109,3 +109,7 @@ def canonical(plan: Plan) -> dict[str, Any]:
         "batch": plan.batch,
         "other_params": plan.other_params,
     }
+
+
+def _plain(axis: Axis) -> tuple[int, str, list[int]]:
+    return axis.dim, axis.role, axis.channels.tolist()

@@ -108,7 +108,7 @@ class Binding:
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         self.plan = plan
         self.model = model
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         named.update(model.named_buffers(remove_duplicate=False))
         self.tensors: dict[str, Tensor] = {}
         for tensor_map in plan.tensors:
@@ -159,7 +159,7 @@ class Binding:
     def each(self, tiles: Tiles) -> Iterator[Tiles]:
         """``tiles``, one tensor at a time."""
         for name in tiles.names:
-            yield self.tiles(f"one: {name}", lambda m, *_, name=name: m.name == name)[0]  # type: ignore[misc]
+            yield self.tiles(f"one: {name}", lambda m, *_, name=name: m.name == name)[0]
 
     def like(self, name: str, tensor: Tensor) -> Tiles:
         """A table over ``tensor``, which has the shape of the plan's tensor ``name``."""

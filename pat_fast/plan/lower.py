@@ -17,7 +17,18 @@ from torch.utils._pytree import tree_leaves
 from ..errors import PlanError
 from .labels import IntArray, Solution
 from .trace import Leaf, Tracer, output_tensors
-from .types import Axis, ChannelArray, Frozen, Group, Plan, TensorMap, Width, WorkTerm, by_first_use, fold_fixed
+from .types import (
+    Axis,
+    ChannelArray,
+    Frozen,
+    Group,
+    Plan,
+    TensorMap,
+    Width,
+    WorkTerm,
+    by_first_use,
+    fold_fixed,
+)
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)

@@ -332,7 +332,7 @@ class _Smaller:
         )
 
 
-def by_first_use(unit: NDArray[np.int64]) -> ChannelArray:
+def by_first_use(unit: NDArray[np.integer[Any]]) -> ChannelArray:
     """Unit numbers in the order in which the channels first name them."""
     if not len(unit):
         return unit.astype(np.int32)

@@ -58,7 +58,7 @@ class _Test:
         self.plan, self.twin, self.inputs = plan, twin, inputs
         generator = np.random.default_rng(seed)
         _randomize(twin, plan, generator)
-        named = dict(twin.named_parameters(remove_duplicate=False))
+        named: dict[str, Tensor] = dict(twin.named_parameters(remove_duplicate=False))
         named.update(twin.named_buffers(remove_duplicate=False))
         self.tensors = [named[t.name] for t in plan.tensors]
         self.original = [t.detach().clone() for t in self.tensors]
@@ -204,7 +204,7 @@ def _randomize(model: nn.Module, plan: Plan, generator: np.random.Generator) -> 
     """Random values that keep activations in range: matrices by fan-in, vectors around 0 or 1."""
     noise = torch.Generator().manual_seed(int(generator.integers(2**31)))
     mapped = {t.name for t in plan.tensors}
-    tensors = [(n, p, True) for n, p in model.named_parameters()]
+    tensors: list[tuple[str, Tensor, bool]] = [(n, p, True) for n, p in model.named_parameters()]
     tensors += [(n, b, n in mapped) for n, b in model.named_buffers()]
     with torch.no_grad():
         for name, tensor, ours in tensors:

@@ -91,9 +91,8 @@ def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name
             if value is None or isinstance(value, (bool, int, float, str)):
                 continue
             kind = layout.get(key) if layout is not None else None
-            if isinstance(value, Tensor) and kind in (None, SCALAR) and value.numel() == 1:
-                if kind == SCALAR or value.ndim == 0:
-                    continue
+            if kind == SCALAR or (kind is None and isinstance(value, Tensor) and value.ndim == 0):
+                continue
             if kind not in (ELEMENTWISE, FACTORED) or not isinstance(value, Tensor):
                 raise SurgeryError(
                     f"{type(optimizer).__name__} keeps state {key!r} for {name} "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pat_fast.plan.labels import Slots, components
-from pat_fast.plan.rules import reshape
+from pat_fast.plan.rules.moving import reshape
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import torch_pruning as tp
 from pat_fast import PlanError, build_plan
 from pat_fast.plan import Plan, bind
 from pat_fast.plan.lower import call
@@ -150,6 +150,10 @@ class OneDifficulty(nn.Module):
 MASK = torch.rand(8, 1, 1)
 
 
+def pooled_channels(x: Tensor) -> Tensor:
+    return nn.functional.max_pool1d(x.flatten(2).transpose(1, 2), 2).transpose(1, 2).unflatten(2, (8, 8))
+
+
 @pytest.mark.parametrize(
     ("between", "after", "channels", "units"),
     [
@@ -205,7 +209,7 @@ def test_what_lies_between_two_layers(between, after: int, channels: int, units:
         (lambda x: x[:, 2:3].expand(-1, 8, -1, -1), 8, "slice of the channels"),
         (lambda x: x[:, 2].unsqueeze(1).expand(-1, 8, -1, -1), 8, "picked out by number"),
         (lambda x: x.roll(1, 1), 8, "rolled along the channels"),
-        (lambda x: nn.functional.max_pool1d(x.flatten(2).transpose(1, 2), 2).transpose(1, 2).unflatten(2, (8, 8)), 4, "resampled"),
+        (pooled_channels, 4, "resampled"),
         (lambda x: torch.fft.fft(x, dim=1).real, 8, "no rule for this op"),
         (lambda x: nn.functional.layer_norm(x.transpose(1, 3), (8,)).transpose(1, 3), 8, "written in the code"),
     ],

@@ -71,7 +71,8 @@ def test_a_lying_map_is_caught_and_its_group_named(case: Case, lie: Callable[[np
         (i, j)
         for i, tensor in enumerate(plan.tensors)
         for j, axis in enumerate(tensor.axes)
-        if tensor.is_parameter and tensor.groups == 1 and free(tensor, j) and (whole[plan.unit[axis.channels]] == 1).all()
+        if tensor.is_parameter and tensor.groups == 1 and free(tensor, j)
+        if (whole[plan.unit[axis.channels]] == 1).all()
     ]
     if not spots:
         pytest.skip("every axis of this model belongs to units of several channels")

@@ -1,0 +1,30 @@
+"""What each ATen op does to channel labels. One small function per family; see :mod:`pat_fast.plan.labels`.
+
+A rule gets the tracer, the op, its arguments and its result, and labels the result. Element-wise ops need no
+rule: PyTorch tags them. An op without a rule is a barrier.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import contracting, moving, normalizing
+from .pointwise import elementwise
+from .reducing import SPATIAL, spatial
+from .registry import RULES, Rule
+
+
+def find(func: Any) -> Rule | None:
+    """The rule for ``func``, or None."""
+    name = func._schema.name
+    found = RULES.get(name) or RULES.get(name.removesuffix("_"))
+    if found is None and torch.Tag.pointwise in func.tags:
+        return elementwise
+    if found is None and SPATIAL.match(name):
+        return spatial
+    return found
+
+
+__all__ = ["contracting", "find", "moving", "normalizing"]

@@ -1,0 +1,181 @@
+"""Contractions: the summed dimension of both sides is the same channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..labels import Factors, IntArray, along, place, varying
+from ..trace import Leaf, Mark, Tracer
+from .registry import outputs, rule
+
+
+def _widen(mark: Mark, shape: Sequence[int], axes: Sequence[int | None]) -> tuple[Mark, list[int]]:
+    """View an operand with its dimensions re-ordered to ``axes``; None inserts a dimension of size 1."""
+    order = [a for a in axes if a is not None]
+    factors = []
+    for factor in mark.factors:
+        full = factor.transpose(order)
+        for place_, a in enumerate(axes):
+            if a is None:
+                full = np.expand_dims(full, place_)
+        factors.append(full)
+    return Mark(tuple(factors), mark.leaf), [1 if a is None else shape[a] for a in axes]
+
+
+def _product(tr: Tracer, a: Tensor, a_axes: Sequence[int | None], b: Tensor, b_axes: Sequence[int | None]) -> Factors:
+    wide_a, shape_a = _widen(tr.mark(a), a.shape, a_axes)
+    wide_b, shape_b = _widen(tr.mark(b), b.shape, b_axes)
+    return tr.contract(wide_a, shape_a, wide_b, shape_b, np.broadcast_shapes(tuple(shape_a), tuple(shape_b)))
+
+
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot")
+def matmul(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """(batch of) [M, K] times [K, N], with an optional term that is added."""
+    name = func._schema.name
+    added = args[0] if "add" in name else None
+    a, b = args[1:3] if added is not None else args[:2]
+    if b.ndim == 1:
+        factors = _product(tr, a, range(a.ndim), b, [None] * (a.ndim - 1) + [0])
+    elif b.ndim == 2:
+        factors = _product(tr, a, [0, None, 1], b, [None, 1, 0])
+    else:
+        factors = _product(tr, a, [0, 1, None, 2], b, [0, None, 2, 1])
+    if added is not None and added.ndim:
+        factors = tr.merge([(out.shape, factors), (added.shape, tr.mark(added).factors)], out.shape)
+    tr.set(out, factors)
+
+
+@rule("linear")
+def linear(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """x [..., K] times weight [N, K] transposed, plus bias [N]."""
+    x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+    lead: list[int | None] = list(range(x.ndim - 1))
+    factors = _product(tr, x, [*lead, None, x.ndim - 1], weight, [None] * len(lead) + [0, 1])
+    if bias is not None:
+        factors = tr.merge([(out.shape, factors), (bias.shape, tr.mark(bias).factors)], out.shape)
+    tr.set(out, factors)
+
+
+@rule(
+    "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+def attention(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """q [B, H, T, D], k [B, H, S, D], v [B, H, S, E]: two products; the heads are a batch."""
+    q, k, v = args[:3]
+    result = outputs(out)[0]
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[1] != q.shape[1]:
+        tr.barrier([q, k, v], "grouped or unusual attention")
+        return
+    scores = _product(tr, q, [0, 1, 2, None, 3], k, [0, 1, None, 2, 3])
+    wide_v, v_shape = _widen(tr.mark(v), v.shape, [0, 1, None, 3, 2])
+    s_shape = [q.shape[0], q.shape[1], q.shape[2], 1, k.shape[2]]
+    wide_s = Mark(tuple(np.expand_dims(f, 3) for f in scores))
+    tr.set(result, tr.contract(wide_s, s_shape, wide_v, v_shape, [*s_shape[:3], v.shape[3], s_shape[4]]))
+
+
+@rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")
+def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Any convolution, grouped, depthwise or transposed."""
+    x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
+    c_in, c_out = x.shape[1], out.shape[1]
+    label = _conv_input(tr, x)
+    row, col = (0, 1) if not transposed else (1, 0)
+    outs, ins = _conv_slots(tr, weight, groups, row, col)
+    per_in, per_out = c_in // groups, c_out // groups
+    positions = math.prod((x if transposed else out).shape[2:])
+    scale = x.shape[0] * positions * math.prod(weight.shape[2:])
+    if groups > 1 and 1 in (per_in, per_out):
+        _remove_groups(tr, label, outs, ins, groups)
+        if id(weight) in tr.leaves:
+            tr.leaves[id(weight)].whole_groups = True
+        counted = [(outs, c_out)] if per_in == 1 else [(ins if ins is not None else label, c_in)]
+    else:
+        _join(tr, label, ins)
+        for slots in (outs, ins):
+            if slots is not None:
+                tr.slots.couple_blocks(slots, groups)
+        scale /= groups
+        counted = [(outs, c_out), (ins if ins is not None else label, c_in)]
+    axes = [place(slots, d, len(counted)) for d, (slots, _) in enumerate(counted) if slots is not None]
+    tr.count_work(tuple(axes), [n for _, n in counted], scale)
+    factors: Factors = () if outs is None else (place(outs, 1, out.ndim),)
+    if bias is not None:
+        shape = [1, c_out] + [1] * (out.ndim - 2)
+        named = tuple(f.reshape(shape) for f in tr.mark(bias).factors)
+        factors = tr.merge([(shape, named), (shape, factors)], shape)
+    tr.set(out, factors)
+
+
+def _conv_input(tr: Tracer, x: Tensor) -> IntArray | None:
+    label = None
+    for factor in tr.mark(x).factors:
+        slots = along(factor, 1)
+        if slots is None:
+            tr.freeze((factor,), "is convolved along the channels")
+        else:
+            label = slots
+    return label
+
+
+def _conv_slots(
+    tr: Tracer, weight: Tensor, groups: int, row: int, col: int
+) -> tuple[IntArray | None, IntArray | None]:
+    """Slots of the output and the input channels that ``weight`` owns; None where an axis has size 1."""
+    leaf = tr.leaves.get(id(weight))
+    if leaf is not None:
+        if 1 not in leaf.axes:
+            leaf.groups = groups
+        slots = [_leaf_axis(tr, leaf, dim, groups if dim == 1 else 1) for dim in (row, col)]
+        for dim, own, uses in zip((row, col), slots, (leaf.producers, leaf.consumers), strict=True):
+            if own is not None and dim not in uses:
+                uses.append(dim)
+        return slots[0], slots[1]
+    mark = tr.mark(weight)  # computed, e.g. a standardised weight
+    tr.freeze([f for f in mark.factors if varying(f) not in ((0,), (1,))], "belongs to a kernel")
+    found: list[IntArray | None] = []
+    for dim in (row, col):
+        own = next((f.reshape(-1) for f in mark.factors if varying(f) == (dim,)), None)
+        if own is None and weight.shape[dim] > 1:
+            own = tr.slots.fixed(weight.shape[dim], f"computed weight ({tr.where()})")
+        if own is not None and mark.leaf is not None:
+            tr.use(mark.leaf, own, consumed=dim == col)
+        found.append(own if own is None or dim == 0 else np.tile(own, groups))
+    return found[0], found[1]
+
+
+def _leaf_axis(tr: Tracer, leaf: Leaf, dim: int, groups: int) -> IntArray | None:
+    n = leaf.tensor.shape[dim]
+    if n == 1:
+        return None
+    if dim not in leaf.axes:
+        leaf.axes[dim] = tr.slots.new(n * groups)
+    own = leaf.axes[dim]
+    return own if len(own) == n * groups else np.tile(own[:n], groups)
+
+
+def _join(tr: Tracer, label: IntArray | None, own: IntArray | None) -> None:
+    """The channels that enter are those that the weight expects; a side without labels fixes the other."""
+    if label is not None and own is not None:
+        tr.slots.unify(label, own)
+    elif own is not None:
+        tr.freeze((own,), "its input is not made by a layer that can shrink")
+    elif label is not None:
+        tr.freeze((label,), "meets a weight of fixed size")
+
+
+def _remove_groups(
+    tr: Tracer, label: IntArray | None, outs: IntArray | None, ins: IntArray | None, groups: int
+) -> None:
+    """One input or one output per group (depthwise, with or without a multiplier): a whole group goes."""
+    sides = [s.reshape(groups, -1) for s in (label, outs, ins) if s is not None]
+    for side in sides:
+        tr.slots.unify(sides[0][:, :1], side)
+    if label is None:
+        tr.freeze(sides, "its input is not made by a layer that can shrink")

@@ -1,0 +1,310 @@
+"""Ops that move data: the labels make the same move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..labels import IntArray, along, place, varying
+from ..trace import Tracer
+from .registry import nth, rule
+
+
+@rule("permute", "transpose", "t", "movedim", "unsqueeze", "squeeze", "expand", "flip", "roll", "select", "slice")
+def move(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Ops that move or repeat whole indices: the same move is made on the labels."""
+    mark = tr.mark(args[0])
+    name = func._schema.name.removeprefix("aten::").removesuffix("_")
+    factors = []
+    for factor in mark.factors:
+        moved = _MOVES[name](tr, factor, args[0], out, *args[1:], **kwargs)
+        if moved is not None:
+            factors.append(moved)
+    tr.set(out, factors, mark.leaf if name in ("permute", "transpose", "t", "squeeze", "unsqueeze") else None)
+
+
+def _permute(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, dims: Sequence[int]) -> IntArray:
+    return f.transpose([nth(d, x) for d in dims])
+
+
+def _transpose(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, a: int = -1, b: int = -2) -> IntArray:
+    return f.swapaxes(a, b) if f.ndim > 1 else f
+
+
+def _like(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, *_: Any, **__: Any) -> IntArray:
+    """Dimensions of size 1 come and go: what varies stays in order."""
+    sizes = [n for n in f.shape if n > 1]
+    places = [d for d, n in enumerate(out.shape) if n > 1]
+    source = [d for d, n in enumerate(x.shape) if n > 1]
+    shape = [1] * out.ndim
+    for d in varying(f):
+        shape[places[source.index(d)]] = sizes.pop(0)
+    return f.reshape(shape)
+
+
+def _expand(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, *_: Any, **__: Any) -> IntArray:
+    return f.reshape((1,) * (out.ndim - f.ndim) + f.shape)
+
+
+def _flip(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, dims: Sequence[int]) -> IntArray:
+    return np.flip(f, tuple(nth(d, x) for d in dims))
+
+
+def _roll(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, shifts: Any, dims: Any = ()) -> IntArray | None:
+    shifts, dims = np.atleast_1d(shifts), np.atleast_1d(dims)
+    if any(nth(int(d), x) in varying(f) for d in dims) or dims.size == 0:
+        tr.freeze((f,), "is rolled along the channels")
+        return None
+    return f
+
+
+def _select(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, dim: int, index: int) -> IntArray | None:
+    dim = nth(dim, x)
+    if dim in varying(f):
+        tr.pin(f, dim, f"index {index} is picked out by number")
+        f = f.take([index], axis=dim)
+    return f.reshape([n for d, n in enumerate(f.shape) if d != dim])
+
+
+def _slice(
+    tr: Tracer, f: IntArray, x: Tensor, out: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> IntArray | None:
+    dim = nth(dim, x)
+    if dim not in varying(f) or out.shape[dim] == x.shape[dim]:
+        return f
+    tr.freeze((f,), "a slice of the channels is taken by number")
+    return None
+
+
+_MOVES: dict[str, Callable[..., IntArray | None]] = {
+    "permute": _permute,
+    "transpose": _transpose,
+    "t": _transpose,
+    "movedim": _permute,
+    "unsqueeze": _like,
+    "squeeze": _like,
+    "expand": _expand,
+    "flip": _flip,
+    "roll": _roll,
+    "select": _select,
+    "slice": _slice,
+}
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def view(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Merging dimensions repeats labels; splitting a labelled dimension hard-codes its size."""
+    mark = tr.mark(args[0])
+    factors = []
+    for factor in mark.factors:
+        shaped = reshape(factor, args[0].shape, out.shape)
+        if shaped is None:
+            tr.freeze((factor,), f"{tuple(args[0].shape)} is reshaped to {tuple(out.shape)}")
+        else:
+            factors.append(shaped)
+    tr.set(out, factors, mark.leaf if out.shape == args[0].shape else None)
+
+
+def reshape(factor: IntArray, source: Sequence[int], target: Sequence[int]) -> IntArray | None:
+    """``factor`` of a tensor of shape ``source`` after ``view(target)``; None if it would vary along two
+    dimensions where it varied along one."""
+    middle: list[int] = []
+    final: list[int] = []
+    for dims_in, dims_out in _matching(source, target):
+        varies = any(factor.shape[d] > 1 for d in dims_in)
+        middle += [source[d] if varies else 1 for d in dims_in]
+        final += [target[d] if varies else 1 for d in dims_out]
+    shaped = np.broadcast_to(factor, middle).reshape(final)
+    for dim in varying(shaped):  # e.g. (batch * channel) split again: constant along the batch
+        first = shaped.take([0], axis=dim)
+        if np.array_equal(shaped, np.broadcast_to(first, shaped.shape)):
+            shaped = first
+    return shaped if len(varying(shaped)) <= len(varying(factor)) else None
+
+
+def _matching(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of dimensions of both shapes with equal products, in order."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        run: tuple[list[int], list[int]] = ([], [])
+        a = b = 1
+        if i < len(source):
+            run[0].append(i)
+            a, i = source[i], i + 1
+        if j < len(target):
+            run[1].append(j)
+            b, j = target[j], j + 1
+        while a != b:
+            if (a < b and i < len(source)) or j >= len(target):
+                run[0].append(i)
+                a, i = a * source[i], i + 1
+            else:
+                run[1].append(j)
+                b, j = b * target[j], j + 1
+        runs.append(run)
+    return runs
+
+
+@rule("as_strided")
+def restride(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Pooling to 1 x 1 in channels_last rewrites the strides of its size-1 dimensions; that moves nothing."""
+    extents = [(n, s) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]
+    dense = all(extents[i][1] == math.prod(n for n, _ in extents[i + 1 :]) for i in range(len(extents)))
+    if out is args[0] and dense and len(extents) <= 2:
+        return
+    tr.barrier([args[0]], "is viewed with strides written in the code")
+
+
+@rule("repeat", "tile")
+def repeat(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """The labels of a repeated dimension repeat."""
+    reps = args[1]
+    factors = []
+    for factor in tr.mark(args[0]).factors:
+        factor = factor.reshape((1,) * (len(reps) - factor.ndim) + factor.shape)
+        factors.append(np.tile(factor, [r if factor.shape[d] > 1 else 1 for d, r in enumerate(reps)]))
+    tr.set(out, factors)
+
+
+@rule("cat", "concatenate")
+def cat(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Along the concatenated dimension labels are strung together; along the others they are the same."""
+    tensors = [t for t in args[0] if t.ndim == out.ndim]
+    dim = nth(args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
+    across, strung = [], []
+    for t in tensors:
+        own = tr.mark(t).factors
+        across.append(([1 if d == dim else n for d, n in enumerate(t.shape)], [f for f in own if f.shape[dim] == 1]))
+        strung.append([f for f in own if f.shape[dim] > 1])
+    shape = [1 if d == dim else n for d, n in enumerate(out.shape)]
+    result = list(tr.merge([(s, tuple(f)) for s, f in across], shape))
+    if any(strung):
+        parts = []
+        for t, factors in zip(tensors, strung, strict=True):
+            if any(len(varying(f)) > 1 for f in factors):
+                tr.freeze(factors, "is concatenated along one of two channel dimensions")
+                factors = []
+            slots = factors[0].reshape(-1) if factors else tr.slots.fixed(t.shape[dim], f"no channels ({tr.where()})")
+            parts.append(slots)
+        result.append(place(np.concatenate(parts), dim, out.ndim))
+    tr.set(out, result)
+
+
+@rule("stack")
+def stack(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Stacked tensors have the same labels."""
+    dim = nth(args[1] if len(args) > 1 else 0, out)
+    merged = tr.merge([(t.shape, tr.mark(t).factors) for t in args[0]], args[0][0].shape)
+    tr.set(out, [np.expand_dims(f, dim) for f in merged])
+
+
+@rule("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk")
+def split(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Equal parts of a labelled dimension shrink alike; unequal parts have their sizes in the code."""
+    x = args[0]
+    unbind = func._schema.name == "aten::unbind"
+    position = 1 if unbind else 2
+    dim = nth(args[position] if len(args) > position else kwargs.get("dim", 0), x)
+    starts = np.cumsum([0] + [1 if unbind else t.shape[dim] for t in out])
+    for factor in tr.mark(x).factors:
+        parts = [factor] * len(out)
+        if factor.shape[dim] > 1 and len(out) > 1:
+            sizes = set(np.diff(starts).tolist())
+            if len(varying(factor)) > 1 or len(sizes) > 1 or unbind:
+                tr.freeze((factor,), f"is split into parts of {sorted(sizes)} channels")
+                continue
+            tr.slots.couple_blocks(factor.reshape(-1), len(out))
+            parts = np.split(factor, len(out), axis=dim)
+        for result, part in zip(out, parts, strict=True):
+            shape = [n for d, n in enumerate(part.shape) if not (unbind and d == dim)]
+            tr.set(result, (*tr.mark(result).factors, part.reshape(shape)))
+
+
+@rule("constant_pad_nd")
+def pad(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Padding a labelled dimension adds positions that no channel makes."""
+    x, amounts = args[0], args[1]
+    factors = []
+    for factor in tr.mark(x).factors:
+        for i in range(len(amounts) // 2):
+            dim = x.ndim - 1 - i
+            if factor.shape[dim] == 1 or not any(amounts[2 * i : 2 * i + 2]):
+                continue
+            slots = along(factor, dim)
+            if slots is None or min(amounts) < 0:
+                tr.freeze((factor,), "is padded or cropped along the channels")
+                break
+            before, after = (tr.slots.fixed(n, f"padding ({tr.where()})") for n in amounts[2 * i : 2 * i + 2])
+            factor = place(np.concatenate([before, slots, after]), dim, x.ndim)
+        else:
+            factors.append(factor)
+    tr.set(out, factors)
+
+
+@rule("index_select", "index", "gather", "embedding", "take_along_dim")
+def index(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Look-ups: the dimension looked up by number must stay, the others keep their labels."""
+    x, name = args[0], func._schema.name.removeprefix("aten::")
+    if name == "embedding":
+        looked_up, width = {0}, args[1].ndim
+    elif name == "index":
+        looked_up = {d for d, i in enumerate(args[1]) if i is not None}
+        width = max(i.ndim for i in args[1] if i is not None)
+        masks = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        if masks or looked_up != set(range(min(looked_up), max(looked_up) + 1)):
+            tr.barrier([x], "is indexed by a mask or along separate dimensions")
+            return
+    else:
+        looked_up, width = {nth(args[1], x)}, 1
+        if name != "index_select" and any(varying(f) != tuple(looked_up) for f in tr.mark(args[2]).factors):
+            tr.barrier([x, args[2]], "is gathered by computed indices")
+            return
+    dim = min(looked_up)
+    mark, factors = tr.mark(x), []
+    for factor in mark.factors:
+        if looked_up & set(varying(factor)):
+            tr.freeze((factor,), "is looked up by number")
+            continue
+        shape = [n for d, n in enumerate(factor.shape) if d not in looked_up]
+        shape[dim:dim] = [1] * width
+        factors.append(factor.reshape(shape))
+        if mark.leaf is not None:
+            tr.use(mark.leaf, factor, consumed=False)
+    tr.set(out, factors)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle")
+def pixel_shuffle(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """r * r channels become one with a finer grid (or the reverse): they are one channel."""
+    x = args[0]
+    fine, coarse = (x, out) if x.shape[-3] > out.shape[-3] else (out, x)
+    r2 = fine.shape[-3] // coarse.shape[-3]
+    for factor in tr.mark(x).factors:
+        slots = along(factor, x.ndim - 3)
+        if slots is None or coarse.shape[-3] == 1:
+            tr.freeze((factor,), "pixels are shuffled")
+        elif fine is x:
+            tr.slots.unify(slots.reshape(-1, r2)[:, :1], slots.reshape(-1, r2))
+            tr.set(out, [place(slots[::r2].copy(), out.ndim - 3, out.ndim)])
+        else:
+            tr.set(out, [place(np.repeat(slots, r2), out.ndim - 3, out.ndim)])
+
+
+@rule("glu")
+def glu(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """The halves of the dimension gate each other: same places, same channels."""
+    dim = nth(args[1] if len(args) > 1 else -1, args[0])
+    factors = []
+    for factor in tr.mark(args[0]).factors:
+        if factor.shape[dim] > 1:
+            left, right = np.split(factor, 2, axis=dim)
+            tr.slots.unify(left, right)
+            factor = left
+        factors.append(factor)
+    tr.set(out, factors)

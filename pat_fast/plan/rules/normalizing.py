@@ -1,0 +1,67 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..labels import Factors, along, varying
+from ..trace import Tracer
+from .registry import note, outputs, rule
+
+
+def _per_channel(x: Tensor, tensors: Sequence[Tensor | None], tr: Tracer) -> list[tuple[list[int], Factors]]:
+    shape = [1, x.shape[1]] + [1] * (x.ndim - 2)
+    return [(shape, tuple(f.reshape(shape) for f in tr.mark(t).factors)) for t in tensors if t is not None]
+
+
+@rule(
+    "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm",
+)  # fmt: skip
+def batch_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Weight, bias and running statistics follow dimension 1."""
+    x = args[0]
+    own = _per_channel(x, [t for t in args[1:5] if isinstance(t, Tensor)], tr)
+    factors = tr.merge([(x.shape, tr.mark(x).factors), *own], x.shape)
+    if isinstance(tr.module, nn.modules.batchnorm._NormBase):
+        for factor in factors:
+            if varying(factor) == (1,):  # an instance norm has its channels once for each example
+                tr.width(factor.reshape(-1)[: tr.module.num_features])
+    tr.set(outputs(out)[0], factors)
+
+
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Weight and bias follow the last dimensions, over which the statistics are taken."""
+    x, size = args[0], len(args[1])
+    own = [(t.shape, tr.mark(t).factors) for t in args[2:4] if isinstance(t, Tensor)]
+    factors = tr.merge([(x.shape, tr.mark(x).factors), *own], x.shape)
+    inner = [f for f in factors if max(varying(f)) >= x.ndim - size]
+    note(tr, inner, "layer norm")
+    for factor in inner:
+        if isinstance(tr.module, (nn.LayerNorm, nn.RMSNorm)) and len(varying(factor)) == 1:
+            tr.width(factor, varying(factor)[0] - x.ndim)
+        else:
+            tr.freeze((factor,), "its width is written in the code")
+    tr.set(outputs(out)[0], factors)
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Weight and bias follow dimension 1; every group keeps as many channels as the others."""
+    x, groups = args[0], args[6] if func._schema.name == "aten::native_group_norm" else args[1]
+    own = _per_channel(x, [t for t in args[1:3] if isinstance(t, Tensor)], tr)
+    factors = tr.merge([(x.shape, tr.mark(x).factors), *own], x.shape)
+    for factor in factors:
+        slots = along(factor, 1)
+        if slots is None:
+            tr.freeze((factor,), "is normalised in groups along two dimensions")
+        else:
+            tr.slots.couple_blocks(slots, groups)
+            if isinstance(tr.module, nn.GroupNorm):
+                tr.width(slots)
+    note(tr, factors, "group norm")
+    tr.set(outputs(out)[0], factors)

@@ -1,0 +1,46 @@
+"""The registry of rules, and what several of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..labels import IntArray
+from ..trace import Tracer
+
+Rule = Callable[[Tracer, Any, tuple[Any, ...], dict[str, Any], Any], None]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the ATen ops ``names`` (without ``aten::``), all their overloads included."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[f"aten::{name}"] = function
+        return function
+
+    return register
+
+
+def outputs(out: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def nth(dim: int, tensor: Tensor) -> int:
+    return dim % max(tensor.ndim, 1)
+
+
+def note(tr: Tracer, factors: Sequence[IntArray], what: str) -> None:
+    for factor in factors:
+        tr.slots.note(factor, f"{what} over the channels ({tr.where()})")
+
+
+def arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The op's arguments by name; None for those not given."""
+    names = [a.name for a in func._schema.arguments]
+    return {name: args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)}

@@ -1,0 +1,88 @@
+"""When pruning happens, and how much of the target is due: worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pat_fast.errors import ConfigError
+from pat_fast.schedules import CURVES, Schedule
+
+
+def test_linear_rises_by_the_same_amount() -> None:
+    schedule = Schedule("linear", start=5, end=10)
+    assert [schedule.fraction(e) for e in range(12)] == pytest.approx([0] * 6 + [0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def test_cubic_removes_most_at_first() -> None:
+    schedule = Schedule("cubic", start=0, end=4)
+    expected = [0, 1 - 0.75**3, 1 - 0.5**3, 1 - 0.25**3, 1, 1]
+    assert [schedule.fraction(e) for e in range(6)] == pytest.approx(expected)
+
+
+def test_constant_is_all_at_once_at_the_start() -> None:
+    schedule = Schedule("constant", start=2, end=6)
+    assert [schedule.fraction(e) for e in range(4)] == [0, 0, 1, 1]
+    assert [e for e in range(8) if schedule.due(e)] == [2, 3, 4, 5, 6, 7]
+
+
+def test_a_function_of_the_progress() -> None:
+    seen = []
+    schedule = Schedule(lambda t: seen.append(t) or t * t, start=2, end=6)
+    assert [schedule.fraction(e) for e in (3, 4, 5, 6)] == [1 / 16, 1 / 4, 9 / 16, 1]
+    assert seen == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("curve", list(CURVES))
+def test_every_curve_stays_within_bounds_and_never_falls(curve: str) -> None:
+    fractions = [Schedule(curve, 3, 40).fraction(e) for e in range(50)]
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0.0
+    assert fractions[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "interval", "due"),
+    [
+        (5, 50, 5, [10, 15, 20, 25, 30, 35, 40, 45, 50]),
+        (0, 3, 1, [1, 2, 3]),
+        (1, 9, 3, [4, 7, 9]),  # the end is met although it is not a multiple
+        (2, 4, 10, [4]),
+        (3, 3, 1, [3]),
+    ],
+)
+def test_prunes_come_every_interval_and_at_the_end(start: int, end: int, interval: int, due: list[int]) -> None:
+    schedule = Schedule("linear", start, end, interval)
+    assert [e for e in range(end + 1) if schedule.due(e)] == due
+
+
+def test_stages_follow_one_another() -> None:
+    schedule = Schedule("linear", start=2, end=4)
+    assert [schedule.stage(e, done=e >= 4) for e in range(6)] == ["regularize"] * 2 + ["prune"] * 2 + ["finetune"] * 2
+    assert schedule.stage(3, done=True) == "finetune"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"curve": "liner"}, r"expected one of linear, cubic, constant or a function, got 'liner'; .* 'linear'"),
+        ({"curve": []}, r"schedule: expected one of .* or a function, got \[\]"),
+        ({"curve": 3}, r"schedule: expected one of .* or a function, got 3"),
+        ({"start": -1}, r"start_epoch: expected at least 0, got -1"),
+        ({"start": 5, "end": 4}, r"end_epoch: expected at least start_epoch \(5\), got 4"),
+        ({"end": "9"}, r"end_epoch: expected a whole number, got '9'"),
+        ({"interval": 0}, r"interval: expected at least 1 epoch, got 0"),
+        ({"interval": 1.5}, r"interval: expected a whole number, got 1.5"),
+        ({"start": None}, r"start_epoch: expected a whole number, got None"),
+    ],
+)
+def test_bad_schedules(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Schedule(**arguments)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_a_curve_that_leaves_its_bounds(value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"the curve must return a fraction in 0 .. 1, got {value} at epoch 3"):
+        Schedule(lambda t: value, 0, 10).fraction(3)
