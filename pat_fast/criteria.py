@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import check
 from .ops import channel_reduce
 from .plan.bind import Binding
 from .plan.types import TensorMap
@@ -43,8 +44,7 @@ class GroupNorm:
     """
 
     def __init__(self, p: float = 2.0) -> None:
-        if not p > 0:
-            raise ConfigError(f"p must be a positive exponent (1 or 2, say), got {p!r}")
+        check("p", p, lambda v: 0 < v < math.inf, "a positive number (1 or 2, say)")
         self.p = float(p)
 
     @torch.no_grad()

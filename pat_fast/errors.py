@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class PatError(Exception):
@@ -35,6 +36,16 @@ class OpError(PatError, ValueError):
 
 class CheckpointError(PatError, RuntimeError):
     """A saved model is truncated, tampered with, or belongs to another definition."""
+
+
+def check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
+    """Raise :class:`ConfigError` unless ``holds(value)``; a value that cannot even be compared does not."""
+    try:
+        good = holds(value)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:

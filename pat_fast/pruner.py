@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .criteria import Criterion, GroupNorm
 from .discovery import Discovery, InputCatcher, as_list, check_held
-from .errors import ConfigError, PlanError, did_you_mean
+from .errors import ConfigError, PlanError, check, did_you_mean
 from .masks import Mask
 from .plan import Binding, Plan, bind
 from .proof import build_plan
@@ -101,9 +101,9 @@ class Pruner:
         auto: bool = True,
     ) -> None:
         _check_model(model)
-        _check("target_sparsity", target_sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
+        check("target_sparsity", target_sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
         if mac_target is not None:
-            _check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
+            check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
         _check_count("min_channels", min_channels, 1)
         if round_to is not None:
             _check_count("round_to", round_to, 1)
@@ -399,17 +399,8 @@ def _check_model(model: object) -> None:
         raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
-    try:
-        good = holds(value)
-    except (TypeError, ValueError):  # not a number
-        good = False
-    if not good:
-        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
-
-
 def _check_count(name: str, value: Any, least: int) -> None:
-    _check(name, value, lambda v: isinstance(v, Integral) and int(v) >= least, f"a whole number, at least {least}")
+    check(name, value, lambda v: isinstance(v, Integral) and int(v) >= least, f"a whole number, at least {least}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .criteria import Criterion, GroupNorm
-from .errors import ConfigError
+from .errors import check
 from .ops import channel_axpy_
 from .plan.bind import Binding, Tiles
 from .plan.types import TensorMap
@@ -37,10 +39,8 @@ class GroupNormRegularizer:
     """
 
     def __init__(self, strength: float = 1e-4, alpha: float = 16.0, criterion: Criterion | None = None) -> None:
-        if not strength >= 0:
-            raise ConfigError(f"regularizer strength must be at least 0, got {strength!r}")
-        if not alpha >= 1:
-            raise ConfigError(f"regularizer alpha must be at least 1, got {alpha!r}")
+        check("strength", strength, lambda v: 0 <= v < math.inf, "a number, at least 0")
+        check("alpha", alpha, lambda v: 1 <= v < math.inf, "a number, at least 1")
         self.strength = strength
         self.alpha = alpha
         self.criterion = criterion or GroupNorm(2.0)

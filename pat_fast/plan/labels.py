@@ -26,6 +26,10 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 Factors = tuple[IntArray, ...]
 
+# Slots from here on stand for whole units (a head of which only the scores are left, say): what is unified with
+# them is coupled.
+PHANTOM = 1 << 40
+
 
 def varying(factor: IntArray) -> tuple[int, ...]:
     """Dimensions that ``factor`` depends on."""
@@ -42,6 +46,11 @@ def place(slots: IntArray, dim: int, ndim: int) -> IntArray:
     shape = [1] * ndim
     shape[dim] = len(slots)
     return slots.reshape(shape)
+
+
+def is_phantom(factor: IntArray) -> bool:
+    """Whether ``factor`` labels whole units."""
+    return bool((factor >= PHANTOM).any())
 
 
 def components(n: int, pairs: IntArray, start: IntArray | None = None) -> IntArray:
@@ -73,6 +82,7 @@ def components(n: int, pairs: IntArray, start: IntArray | None = None) -> IntArr
 class Solution:
     """What the constraints add up to; all arrays have one entry per slot."""
 
+    count: int  # slots proper; phantoms come behind them
     channel: IntArray  # smallest slot of the same channel
     unit: IntArray  # smallest slot of the same unit
     frozen: dict[int, str]  # unit (smallest slot) -> why it must stay
@@ -84,6 +94,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.count = 0
+        self.phantoms = 0
         self._unify: list[IntArray] = []
         self._couple: list[IntArray] = []
         self._freeze: list[tuple[IntArray, str]] = []
@@ -101,9 +112,23 @@ class Slots:
         self.freeze(slots, reason)
         return slots
 
+    def phantom(self, members: IntArray, dim: int) -> IntArray:
+        """One slot for each row of ``members`` along ``dim``, which stands for all of them together."""
+        shape = [1 if d == dim else n for d, n in enumerate(members.shape)]
+        n = int(np.prod(shape))
+        slots = (PHANTOM + self.phantoms + np.arange(n, dtype=np.int64)).reshape(shape)
+        self.phantoms += n
+        self.couple(slots, members)
+        return slots
+
     def unify(self, a: IntArray, b: IntArray) -> None:
         """Say that ``a`` and ``b`` (broadcast against each other) are the same channels."""
-        self._unify.append(_pairs(a, b))
+        pairs = _pairs(a, b)
+        coarse = (pairs >= PHANTOM).any(axis=0)
+        if coarse.any():
+            self._couple.append(pairs[:, coarse])
+            pairs = pairs[:, ~coarse]
+        self._unify.append(pairs)
 
     def couple(self, a: IntArray, b: IntArray) -> None:
         """Say that ``a`` and ``b`` (broadcast against each other) are removed together or not at all."""
@@ -126,17 +151,23 @@ class Slots:
     def solve(self) -> Solution:
         """Merge everything said so far. Linear in slots and constraints, up to a logarithm."""
         none = np.empty((2, 0), dtype=np.int64)
-        channel = components(self.count, np.concatenate([none, *self._unify], axis=1))
-        unit = components(self.count, np.concatenate([none, *self._couple], axis=1), start=channel)
+        total = self.count + self.phantoms
+        channel = components(total, np.concatenate([none, *self._unify], axis=1))
+        couples = np.concatenate([none, *self._couple], axis=1)
+        unit = components(total, self.index(couples), start=channel)
         frozen: dict[int, str] = {}
         for slots, reason in self._freeze:
-            for root in np.unique(unit[slots]).tolist():
+            for root in np.unique(unit[self.index(slots)]).tolist():
                 frozen.setdefault(root, reason)
         noted: dict[int, str] = {}
         for slots, text in self._notes:
-            for root in np.unique(channel[slots]).tolist():
+            for root in np.unique(channel[self.index(slots)]).tolist():
                 noted.setdefault(root, text)
-        return Solution(channel, unit, frozen, noted)
+        return Solution(self.count, channel, unit, frozen, noted)
+
+    def index(self, slots: IntArray) -> IntArray:
+        """Where ``slots`` stand in a :class:`Solution`: phantoms behind the slots proper."""
+        return np.where(slots >= PHANTOM, slots - PHANTOM + self.count, slots)
 
 
 def _pairs(a: IntArray, b: IntArray) -> IntArray:

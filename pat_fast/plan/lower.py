@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
-from .labels import IntArray, Solution
+from .labels import PHANTOM, IntArray, Solution, varying
 from .trace import Leaf, Tracer, output_tensors
 from .types import (
     Axis,
@@ -118,8 +118,12 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     tracing: dict[str, Any] = {}
 
     def forward() -> list[torch.Tensor]:
-        with tracer.scopes(), tracer:
-            out = call(model, example_inputs)
+        try:
+            with tracer.scopes(), tracer:
+                out = call(model, example_inputs)
+        except Exception as error:  # raised below: here it would leave Torch-Pruning's hooks in the model
+            tracing["failure"] = error
+            return []
         tracing["outputs"] = output_tensors(out)
         for tensor in tracing["outputs"]:
             tracer.freeze(tracer.mark(tensor).factors, "is an output of the model")
@@ -131,13 +135,14 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
         try:
             order = _roots_in_torch_prunings_order(model, forward)
         except Exception as error:
-            if "outputs" not in tracing:
-                raise PlanError(
-                    f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "
-                    f"{type(error).__name__}: {error}"
-                ) from error
             notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
             order = []
+    if "failure" in tracing:
+        failure = tracing["failure"]
+        raise PlanError(
+            f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "
+            f"{type(failure).__name__}: {failure}"
+        ) from failure
     return _number(model, tracer, order, _batch(example_inputs), tuple(notes))
 
 
@@ -160,6 +165,7 @@ def _batch(inputs: Any) -> int:
 def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, notes: tuple[str, ...]) -> Plan:
     leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
     _freeze_unknown_owners(model, tracer, leaves)
+    _choose_units(tracer)
     solution = tracer.slots.solve()
     if _freeze_third_axes(tracer, leaves, solution):
         solution = tracer.slots.solve()
@@ -193,6 +199,19 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         other_params=other,
         notes=notes,
     )
+
+
+def _choose_units(tracer: Tracer) -> None:
+    """Where a view spread channels over several dimensions, one of them may shrink and the others stay.
+
+    The first that is not pinned already is taken: of ``[heads, head_dim]`` whole heads, of
+    ``[3, heads, head_dim]``, whose first dimension is unbound, heads again.
+    """
+    for split in tracer.splits:
+        unit = tracer.slots.solve().unit[tracer.slots.index(split)]
+        loose = [d for d in varying(split) if (unit != unit.take([0], axis=d)).any()]
+        for dim in loose[1:]:
+            tracer.slots.couple(split, split.take([0], axis=dim))
 
 
 def _owner(leaf: Leaf) -> tuple[str, str]:
@@ -264,14 +283,22 @@ class _Numbers:
         number = np.full(len(solution.channel), -1, dtype=np.int32)
         number[classes] = np.arange(self.count, dtype=np.int32)
         self._number = number[solution.channel]
+        self._stand_in(classes)
         self._shared: dict[bytes, ChannelArray] = {}
         self.unit = by_first_use(solution.unit[classes])
         self.n_units = int(self.unit.max()) + 1 if self.count else 0
         self._claims = claims
 
+    def _stand_in(self, classes: IntArray) -> None:
+        """A phantom lives as long as its unit: it is counted as the unit's first channel."""
+        of_unit = np.full(len(self.solution.unit), -1, dtype=np.int32)
+        of_unit[self.solution.unit[classes[::-1]]] = np.arange(self.count, dtype=np.int32)[::-1]
+        behind = slice(self.solution.count, None)
+        self._number[behind] = of_unit[self.solution.unit[behind]]
+
     def channels(self, slots: IntArray) -> ChannelArray:
         """The channels of ``slots``; equal vectors are one object."""
-        found = self._number[slots]
+        found = self._number[np.where(slots >= PHANTOM, slots - PHANTOM + self.solution.count, slots)]
         return self._shared.setdefault(found.tobytes(), found)
 
     def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
@@ -291,25 +318,23 @@ class _Numbers:
             if classes.size:
                 taken[classes] = True
                 claims.append(([leaf], classes))
-        return self._only_complete_units(claims, taken)
+        return self._adopt(claims, taken)
 
-    def _only_complete_units(
-        self, claims: list[tuple[list[Leaf], IntArray]], taken: np.ndarray
-    ) -> list[tuple[list[Leaf], IntArray]]:
-        """A unit that reaches into an axis that no layer makes cannot be removed as a whole: it stays."""
+    def _adopt(self, claims: list[tuple[list[Leaf], IntArray]], taken: np.ndarray) -> list[tuple[list[Leaf], IntArray]]:
+        """Channels that no layer makes go along with the unit that they belong to.
+
+        A bias per head, say. It comes last in the group that has the unit.
+        """
         solution = self.solution
-        is_class = solution.channel == np.arange(len(solution.channel))
-        orphan = np.zeros(len(solution.channel), dtype=np.bool_)
-        orphan[solution.unit[is_class & ~taken & ~self._is_frozen]] = True
-        complete = []
+        proper = np.arange(len(solution.channel)) < solution.count
+        is_class = proper & (solution.channel == np.arange(len(solution.channel)))
+        orphans = np.flatnonzero(is_class & ~taken & ~self._is_frozen)
+        adopted = []
         for leaves, classes in claims:
-            torn = orphan[solution.unit[classes]]
-            if torn.any():
-                name = _owner(leaves[0])[0]
-                self.frozen.append(Frozen(name, int(torn.sum()), "goes together with channels that no layer makes"))
-            if not torn.all():
-                complete.append((leaves, classes[~torn]))
-        return complete
+            own = np.isin(solution.unit[orphans], solution.unit[classes])
+            adopted.append((leaves, np.concatenate([classes, orphans[own]])))
+            orphans = orphans[~own]
+        return adopted
 
     def _merge_coupled(self, claims: list[tuple[list[Leaf], IntArray]]) -> list[tuple[list[Leaf], IntArray]]:
         """Groups that share a unit are ranked together: they become one."""

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .labels import Factors, IntArray, Slots, varying
+from .labels import Factors, IntArray, Slots, is_phantom, varying
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Tracer(TorchDispatchMode):
         self.work: list[Work] = []
         self.leaves: dict[int, Leaf] = {}
         self.module_order: list[str] = []
+        self.splits: list[IntArray] = []  # labels that a view spread over several dimensions
         self.widths: list[tuple[str, int | None, IntArray]] = []  # module, dim from the end, slots
         self._marks = WeakTensorKeyDictionary()
         self._model = model
@@ -155,7 +156,7 @@ class Tracer(TorchDispatchMode):
         if varying(factor) == (dim,):
             self.freeze((factor,), reason)
         else:
-            self.slots.unify(factor, factor.take([0], axis=dim))
+            self.slots.couple(factor, factor.take([0], axis=dim))
 
     def barrier(self, inputs: Sequence[Tensor], reason: str) -> None:
         """Freeze all channels that enter the op; what leaves it is of fixed size."""
@@ -187,10 +188,16 @@ class Tracer(TorchDispatchMode):
         covered: set[int] = set()
         for other in others:
             shared = set(varying(other))
-            if shared & set(dims):
-                covered |= shared
-                if once:
-                    self.slots.unify(factor, other)
+            if not shared & set(dims):
+                continue
+            covered |= shared
+            if shared < set(dims) and not is_phantom(other):
+                # One vector for all heads: it cannot follow any of them, so what it lies along keeps its size.
+                self.freeze((other,), "is shared by all heads")
+                for dim in shared:
+                    self.pin(factor, dim, "")
+            elif once and not (set(dims) < shared and not is_phantom(factor)):
+                self.slots.unify(factor, other)
         for dim in dims:
             if shape[dim] > 1 and dim not in covered:
                 self.pin(factor, dim, "meets a tensor of fixed size")
@@ -202,9 +209,8 @@ class Tracer(TorchDispatchMode):
             gone = [d for d in varying(factor) if d in dims]
             if gone and len(gone) == len(varying(factor)):
                 continue
-            for dim in gone:  # the sum disappears only when all that it sums over has
-                self.slots.unify(factor, factor.take([0], axis=dim))
-                factor = factor.take([0], axis=dim)
+            for dim in gone:  # what is left stands for all that was summed over
+                factor = self.slots.phantom(factor, dim)
             if not keepdim:
                 factor = factor.reshape([n for d, n in enumerate(factor.shape) if d not in dims])
             left.append(factor)

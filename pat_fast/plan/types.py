@@ -179,6 +179,14 @@ class Plan:
                 f"group {group.root}: keep takes {left[torn[0]]} of the {size[torn[0]]} channels of a unit; "
                 "channels of a unit are kept or removed together"
             )
+        for group in self.groups:
+            own = self.unit[group.start : group.stop]
+            stay = len(np.unique(own[keep[group.start : group.stop]]))
+            if stay < self.least_units(group):
+                raise PlanError(
+                    f"group {group.root}: keep leaves {stay} of {len(np.unique(own))} units; at least "
+                    f"{self.least_units(group)} must stay"
+                )
         kept = Kept(keep)
         for tensor, axis in self.axes():
             least = self.least(tensor, axis)
@@ -188,6 +196,14 @@ class Plan:
                     f"dimension {axis.dim}; at least {least} must stay"
                 )
         return kept
+
+    def least_units(self, group: Group) -> int:
+        """How many units of ``group`` must stay: one, or two where units are of several channels.
+
+        With one head left, or one channel in each block, a network obeys the rules of another plan.
+        """
+        units = len(np.unique(self.unit[group.start : group.stop]))
+        return 1 if units == group.channels else min(units, 2)
 
     def least(self, tensor: TensorMap, axis: Axis) -> int:
         """How many indices of ``axis`` must stay: one, or two per group of a grouped convolution.

@@ -53,14 +53,14 @@ def test_channels_units_and_frozen_reasons() -> None:
         ((2, 3, 1, 1), (2, 3), 1, [0, 1, 2]),
         ((2, 5, 3), (10, 3), 2, [0, 1, 2]),
         ((2, 3, 4), (6, 4), 1, [0, 1, 2, 0, 1, 2]),  # batch and channels merged
-        ((4, 6), (4, 2, 3), 1, None),  # a split that hard-codes sizes
+        ((4, 6), (4, 2, 3), 1, [0, 1, 2, 3, 4, 5]),  # a split spreads them
     ],
 )
-def test_reshape_moves_labels(source: tuple, target: tuple, dim: int, expected: list[int] | None) -> None:
+def test_reshape_moves_labels(source: tuple, target: tuple, dim: int, expected: list[int]) -> None:
     shape = [1] * len(source)
     shape[dim] = source[dim]
     moved = reshape(np.arange(source[dim]).reshape(shape), source, target)
-    assert (None if moved is None else moved.reshape(-1).tolist()) == expected
+    assert moved.reshape(-1).tolist() == expected
 
 
 def test_reshape_undoes_a_merge() -> None:

@@ -70,14 +70,23 @@ def attention(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     """q [B, H, T, D], k [B, H, S, D], v [B, H, S, E]: two products; the heads are a batch."""
     q, k, v = args[:3]
     result = outputs(out)[0]
-    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[1] != q.shape[1]:
-        tr.barrier([q, k, v], "grouped or unusual attention")
+    if not q.ndim == k.ndim == v.ndim == 4 or q.shape[1] % k.shape[1]:
+        tr.barrier([q, k, v], "attention of an unusual shape")
         return
-    scores = _product(tr, q, [0, 1, 2, None, 3], k, [0, 1, None, 2, 3])
-    wide_v, v_shape = _widen(tr.mark(v), v.shape, [0, 1, None, 3, 2])
+    wide_q, q_shape = _widen(tr.mark(q), q.shape, [0, 1, 2, None, 3])
+    wide_k, k_shape = _repeat_heads(*_widen(tr.mark(k), k.shape, [0, 1, None, 2, 3]), q.shape[1])
+    scores = tr.contract(wide_q, q_shape, wide_k, k_shape, np.broadcast_shapes(tuple(q_shape), tuple(k_shape)))
+    wide_v, v_shape = _repeat_heads(*_widen(tr.mark(v), v.shape, [0, 1, None, 3, 2]), q.shape[1])
     s_shape = [q.shape[0], q.shape[1], q.shape[2], 1, k.shape[2]]
     wide_s = Mark(tuple(np.expand_dims(f, 3) for f in scores))
     tr.set(result, tr.contract(wide_s, s_shape, wide_v, v_shape, [*s_shape[:3], v.shape[3], s_shape[4]]))
+
+
+def _repeat_heads(mark: Mark, shape: list[int], heads: int) -> tuple[Mark, list[int]]:
+    """Grouped queries: each key-value head serves ``heads / shape[1]`` query heads next to one another."""
+    times = heads // shape[1]
+    factors = tuple(np.repeat(f, times, axis=1) if f.shape[1] > 1 else f for f in mark.factors)
+    return Mark(factors, mark.leaf), [shape[0], heads, *shape[2:]]
 
 
 @rule("convolution", "_convolution", "cudnn_convolution", "mkldnn_convolution", "convolution_overrideable")

@@ -77,8 +77,11 @@ def _slice(
     dim = nth(dim, x)
     if dim not in varying(f) or out.shape[dim] == x.shape[dim]:
         return f
-    tr.freeze((f,), "a slice of the channels is taken by number")
-    return None
+    if varying(f) == (dim,):
+        tr.freeze((f,), "a slice of the channels is taken by number")
+        return None
+    tr.pin(f, dim, "")
+    return f[(slice(None),) * dim + (slice(start, end, step),)]
 
 
 _MOVES: dict[str, Callable[..., IntArray | None]] = {
@@ -98,21 +101,19 @@ _MOVES: dict[str, Callable[..., IntArray | None]] = {
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 def view(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Merging dimensions repeats labels; splitting a labelled dimension hard-codes its size."""
+    """Merging dimensions repeats labels; splitting one spreads them, into heads and their dimensions, say."""
     mark = tr.mark(args[0])
     factors = []
     for factor in mark.factors:
         shaped = reshape(factor, args[0].shape, out.shape)
-        if shaped is None:
-            tr.freeze((factor,), f"{tuple(args[0].shape)} is reshaped to {tuple(out.shape)}")
-        else:
-            factors.append(shaped)
+        if len(varying(shaped)) > len(varying(factor)):
+            tr.splits.append(shaped)
+        factors.append(shaped)
     tr.set(out, factors, mark.leaf if out.shape == args[0].shape else None)
 
 
-def reshape(factor: IntArray, source: Sequence[int], target: Sequence[int]) -> IntArray | None:
-    """``factor`` of a tensor of shape ``source`` after ``view(target)``; None if it would vary along two
-    dimensions where it varied along one."""
+def reshape(factor: IntArray, source: Sequence[int], target: Sequence[int]) -> IntArray:
+    """``factor`` of a tensor of shape ``source`` after ``view(target)``."""
     middle: list[int] = []
     final: list[int] = []
     for dims_in, dims_out in _matching(source, target):
@@ -124,7 +125,7 @@ def reshape(factor: IntArray, source: Sequence[int], target: Sequence[int]) -> I
         first = shaped.take([0], axis=dim)
         if np.array_equal(shaped, np.broadcast_to(first, shaped.shape)):
             shaped = first
-    return shaped if len(varying(shaped)) <= len(varying(factor)) else None
+    return shaped
 
 
 def _matching(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -185,15 +186,25 @@ def cat(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     shape = [1 if d == dim else n for d, n in enumerate(out.shape)]
     result = list(tr.merge([(s, tuple(f)) for s, f in across], shape))
     if any(strung):
-        parts = []
-        for t, factors in zip(tensors, strung, strict=True):
-            if any(len(varying(f)) > 1 for f in factors):
-                tr.freeze(factors, "is concatenated along one of two channel dimensions")
-                factors = []
-            slots = factors[0].reshape(-1) if factors else tr.slots.fixed(t.shape[dim], f"no channels ({tr.where()})")
-            parts.append(slots)
-        result.append(place(np.concatenate(parts), dim, out.ndim))
+        parts = [
+            factors[0]
+            if factors
+            else place(tr.slots.fixed(t.shape[dim], f"no channels ({tr.where()})"), dim, out.ndim)
+            for t, factors in zip(tensors, strung, strict=True)
+        ]
+        result.append(_string(tr, parts, dim))
     tr.set(out, result)
+
+
+def _string(tr: Tracer, parts: list[IntArray], dim: int) -> IntArray:
+    """Labels strung together along ``dim``; where they vary along other dimensions too, those shrink alike."""
+    shape = np.broadcast_shapes(*(p.shape[:dim] + (1,) + p.shape[dim + 1 :] for p in parts))
+    full = [np.broadcast_to(p, shape[:dim] + (p.shape[dim],) + shape[dim + 1 :]) for p in parts]
+    if any(n > 1 for n in shape):
+        for part in full:
+            tr.pin(part, dim, "")
+            tr.slots.couple(full[0].take([0], axis=dim), part.take([0], axis=dim))
+    return np.concatenate(full, axis=dim)
 
 
 @rule("stack")
@@ -216,11 +227,14 @@ def split(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
         parts = [factor] * len(out)
         if factor.shape[dim] > 1 and len(out) > 1:
             sizes = set(np.diff(starts).tolist())
-            if len(varying(factor)) > 1 or len(sizes) > 1 or unbind:
+            if len(varying(factor)) > 1:
+                tr.pin(factor, dim, "")
+            elif len(sizes) > 1 or unbind:
                 tr.freeze((factor,), f"is split into parts of {sorted(sizes)} channels")
                 continue
-            tr.slots.couple_blocks(factor.reshape(-1), len(out))
-            parts = np.split(factor, len(out), axis=dim)
+            else:
+                tr.slots.couple_blocks(factor.reshape(-1), len(out))
+            parts = np.split(factor, starts[1:-1].tolist(), axis=dim)
         for result, part in zip(out, parts, strict=True):
             shape = [n for d, n in enumerate(part.shape) if not (unbind and d == dim)]
             tr.set(result, (*tr.mark(result).factors, part.reshape(shape)))

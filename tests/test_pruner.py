@@ -1,0 +1,808 @@
+"""The pruner from outside: the quick start, the configuration file, every option, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.optim.optimizer as torch_optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import pat_fast as pat
+from benchmarks.models.residual import resnet18
+from pat_fast import pruner as pruner_module
+from pat_fast.plan import bind, build_plan
+from tests.helpers import Small, small_inputs
+
+AS_IT_STANDS = """
+{"start_epoch": 5, "end_epoch": 50, "interval": 5, "global_sparsity": 0.5,
+ "mac_target": 0.7, "layers_to_prune": ["conv1", "layer2", "layer3"]}
+"""
+
+
+def train_one_epoch(model: nn.Module, optimizer: Optimizer, batches: int = 2, x: Tensor | None = None) -> None:
+    """A plain loop that knows nothing of pruning; the same data whenever it runs."""
+    model.train()
+    x = small_inputs() if x is None else x
+    for i in range(batches):
+        target = torch.arange(len(x)).add(i) % 5
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), target).backward()
+        optimizer.step()
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def hooks(model: nn.Module, *optimizers: Optimizer) -> int:
+    """All hooks that a pruner could leave behind."""
+    found = len(torch_optimizer._global_optimizer_pre_hooks) + len(torch_optimizer._global_optimizer_post_hooks)
+    found += sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    return found + sum(len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in optimizers)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    gc.collect()
+    before = hooks(nn.Identity())
+    yield
+    gc.collect()
+    assert hooks(nn.Identity()) == before
+
+
+# The quick start
+
+
+def test_quick_start() -> None:
+    model, num_epochs = Small(width=18), 13
+    optimizer = adamw(model)
+    parameters = list(model.parameters())
+    reports, stages = [], []
+
+    pruner = pat.Pruner(model, target_sparsity=0.5, schedule="linear")
+    for _ in range(num_epochs):
+        train_one_epoch(model, optimizer)
+        reports.append(pruner.step())
+        stages.append(pruner.stage)
+
+    dense = 18 + 22
+    assert reports[0].dense_channels == dense
+    assert [r.channels[1] for r in reports] == [int(dense * (1 - 0.05 * e) + 1e-9) for e in range(1, 11)] + [20] * 3
+    assert model.stem.out_channels + model.inner.out_channels == dense // 2
+    assert stages == ["prune"] * 9 + ["finetune"] * 4
+    assert [r.stage for r in reports] == stages
+    assert [r.epoch for r in reports] == list(range(1, 14))
+    assert reports[-1].sparsity == 0.5
+    assert reports[-1].params[1] == sum(p.numel() for p in model.parameters())
+    assert reports[-1].dense_params > reports[-1].params[1]
+    # The optimizer is the one that it was, and trains everything.
+    assert [p for g in optimizer.param_groups for p in g["params"]] == parameters == list(model.parameters())
+    for p in parameters:
+        assert optimizer.state[p]["exp_avg"].shape == p.shape
+    before = weights(model)
+    train_one_epoch(model, optimizer)
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_quick_start_regularises_in_the_training_step() -> None:
+    """One SGD step with the pruner differs from one without by exactly the regulariser's gradient."""
+    model = Small().double()
+    twin = copy.deepcopy(model)
+    x = small_inputs(dtype=torch.float64)
+    pruner = pat.Pruner(model, target_sparsity=0.5, schedule="linear", reg_strength=1e-2)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for p in twin.parameters():
+        p.grad = torch.zeros_like(p)
+    pat.GroupNormRegularizer(1e-2).apply(bind(build_plan(twin, x), twin))
+    expected = {name: -0.05 * p.grad for name, p in twin.named_parameters()}
+    for m in (model, twin):
+        train_one_epoch(m, torch.optim.SGD(m.parameters(), lr=0.05), batches=1, x=x)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p - twin.get_parameter(name), expected[name], rtol=1e-6, atol=1e-12, msg=name)
+    assert expected["inner.weight"].any()
+    assert not expected["inner.bias"].any()
+    assert pruner.stage == "prune"
+
+
+def test_inputs_come_from_the_first_forward_and_its_hook_is_gone() -> None:
+    model = Small()
+    optimizer = sgd(model)
+    pruner = pat.Pruner(model)
+    assert pruner.plan is None
+    train_one_epoch(model, optimizer, batches=1)
+    assert not model._forward_pre_hooks
+    assert pruner.plan is not None
+    assert pruner.plan.batch == 2  # two examples of the four are enough
+
+
+def test_the_default_end_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    pat.Pruner(Small(), 0.3, start_epoch=4)
+    assert "end_epoch was not given; the target of 30 % is reached at the 14th step()" in caplog.text
+    caplog.clear()
+    pat.Pruner(Small(), 0.3, end_epoch=5)
+    assert not caplog.text
+
+
+# The configuration file
+
+
+def wide_resnet() -> nn.Module:
+    """A ResNet that does most of its work in the layers that the configuration names."""
+    return resnet18(widths=(8, 28, 36, 12), depths=(1, 2, 2, 1), stem=8, num_classes=5)
+
+
+def test_the_configuration_of_the_design_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(AS_IT_STANDS)
+    model = wide_resnet()
+    optimizer = sgd(model)
+    x = torch.randn(2, 3, 32, 32)
+    pruner = pat.Pruner.from_config(model, path)
+    widths = {name: m.out_channels for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    reports, stages, costs = [], [], []
+    for _ in range(50):
+        train_one_epoch(model, optimizer, batches=1, x=x)
+        assert pruner.plan is not None
+        costs.append(cost_of_one_unit(pruner.plan))
+        reports.append(pruner.step())
+        stages.append(pruner.stage)
+
+    pruned = [r for r in reports if r.changed]
+    last = pruned[-1]
+    assert [r.epoch for r in pruned] == list(range(10, last.epoch + 1, 5))
+    assert last.epoch < 50
+    for r in pruned[:-1]:
+        assert r.ratio == pytest.approx(0.5 * (r.epoch - 5) / 45)
+        assert r.channels[1] == int(r.dense_channels * (1 - r.ratio) + 1e-9)
+    # Down to 70 % of the MACs, and not one unit further.
+    limit = 0.7 * last.dense_macs
+    assert limit - costs[last.epoch - 1] < last.macs[1] <= limit < last.macs[0]
+    assert all(r.macs == (last.macs[1], last.macs[1]) for r in reports[last.epoch :])
+    assert stages == ["regularize"] * 4 + ["prune"] * (last.epoch - 5) + ["finetune"] * (51 - last.epoch)
+    # Only what was named: all of layer2 and layer3, of conv1 nothing, since layer1 adds to its channels.
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels < widths[name]]
+    assert {n.split(".")[0] for n in names} == {"layer2", "layer3"}
+    assert dict(last.frozen)["conv1"] == (
+        "conv1 shares its channels with layer1.0.conv2, which is not in layers_to_prune"
+    )
+    assert last.dense_channels == sum(n for name, n in widths.items() if name[:6] in ("layer2", "layer3")) - 3 * 28 - 36 * 2
+
+
+def cost_of_one_unit(plan: pat.Plan) -> int:
+    """The most MACs that the removal of one unit saves."""
+    everything = plan.unit >= 0
+    return max(plan.macs() - plan.macs(everything & (plan.unit != u)) for u in range(plan.n_units))
+
+
+def test_a_configuration_may_be_a_dict_and_be_overridden() -> None:
+    given = {"target_sparsity": 0.25, "end_epoch": 4, "schedule": "cubic"}
+    pruner = pat.Pruner.from_config(Small(), given, interval=2, regularizer=None)
+    assert (pruner.target_sparsity, pruner.schedule.end, pruner.schedule.curve) == (0.25, 4, "cubic")
+    assert (pruner.schedule.interval, pruner.regularizer) == (2, None)
+    assert given == {"target_sparsity": 0.25, "end_epoch": 4, "schedule": "cubic"}
+
+
+def test_bad_configurations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(pat.ConfigError, match="target_sparsty: unknown key.*did you mean 'target_sparsity'"):
+        pat.Pruner.from_config(Small(), {"target_sparsty": 0.5})
+    with pytest.raises(pat.ConfigError, match="no such file"):
+        pat.Pruner.from_config(Small(), tmp_path / "missing.json")
+    (tmp_path / "broken.json").write_text('{"start_epoch": ')
+    with pytest.raises(pat.ConfigError, match="line 1, column 17: expected JSON"):
+        pat.Pruner.from_config(Small(), tmp_path / "broken.json")
+    with pytest.raises(pat.ConfigError, match="'layer2' matches no layer of the model"):
+        pat.Pruner.from_config(Small(), json.loads(AS_IT_STANDS) | {"layers_to_prune": ["layer2"]})
+
+
+# Options
+
+
+def steps(model: nn.Module, count: int, **options: Any) -> list[pat.StepReport]:
+    pruner = pat.Pruner(model, example_inputs=small_inputs(), verify=False, **options)
+    return [pruner.step() for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "curve"),
+    [("linear", lambda t: t), ("cubic", lambda t: 1 - (1 - t) ** 3), (lambda t: t * t, lambda t: t * t)],
+)
+def test_what_is_due_at_each_epoch(schedule: Any, curve: Callable[[float], float]) -> None:
+    reports = steps(Small(width=30), 9, target_sparsity=0.6, schedule=schedule, start_epoch=2, end_epoch=8, interval=2)
+    dense = 30 + 34
+    left = dense
+    for report in reports:
+        t = min(max((report.epoch - 2) / 6, 0), 1)
+        assert report.ratio == pytest.approx(0.6 * curve(t))
+        if report.epoch in (4, 6, 8):
+            left = int(dense * (1 - report.ratio) + 1e-9)
+        assert report.channels[1] == left
+    assert left == int(dense * 0.4)
+
+
+def test_constant_takes_all_at_once() -> None:
+    reports = steps(Small(), 4, target_sparsity=0.5, schedule="constant", start_epoch=2, end_epoch=6)
+    assert [r.channels for r in reports] == [(28, 28), (28, 14), (14, 14), (14, 14)]
+
+
+def test_local_and_global_ranking() -> None:
+    local, overall = Small(width=20), Small(width=20)
+    with torch.no_grad():
+        for model in (local, overall):
+            model.inner.weight[:12] *= 1e-3  # half of one group is of no use
+            model.outer.weight[:, :12] *= 1e-3
+    steps(local, 1, target_sparsity=0.5, schedule="constant", ranking="local")
+    steps(overall, 1, target_sparsity=0.5, schedule="constant", ranking="global")
+    assert (local.stem.out_channels, local.inner.out_channels) == (10, 12)
+    assert overall.stem.out_channels + overall.inner.out_channels == 22
+    assert overall.inner.out_channels <= 12
+    assert overall.inner.out_channels != local.inner.out_channels or overall.stem.out_channels != 10
+
+
+def test_round_to_and_min_channels() -> None:
+    model = Small(width=40)
+    reports = steps(model, 10, target_sparsity=0.7, round_to=8)
+    for report in reports:
+        assert all(after % 8 == 0 for _, _, after in report.changed)
+    assert (model.stem.out_channels % 8, model.inner.out_channels % 8) == (0, 0)
+    assert model.stem.out_channels + model.inner.out_channels <= 40
+    model = Small()
+    steps(model, 1, target_sparsity=0.99, schedule="constant", min_channels=5)
+    assert (model.stem.out_channels, model.inner.out_channels) == (5, 5)
+
+
+@pytest.mark.parametrize("given", [lambda m: ["inner"], lambda m: [m.inner], lambda m: ["inner", m.inner]])
+def test_ignored_layers_by_name_and_by_module(given: Callable[[Small], list[str | nn.Module]]) -> None:
+    model = Small()
+    report = steps(model, 1, target_sparsity=0.5, schedule="constant", ignored_layers=given(model))[0]
+    assert (model.stem.out_channels, model.inner.out_channels) == (6, 16)
+    assert (report.dense_channels, report.channels) == (12, (12, 6))
+    assert ("inner", "inner is in ignored_layers") in report.frozen
+    assert any(name == "head" for name, _ in report.frozen)
+
+
+def test_a_criterion_of_ones_own_decides() -> None:
+    class LastFirst:
+        def score(self, binding: pat.plan.Binding) -> Tensor:
+            return -torch.arange(binding.plan.n_channels, dtype=torch.float32)
+
+    model = Small()
+    before = model.inner.weight.detach().clone()
+    steps(model, 1, target_sparsity=0.5, schedule="constant", ranking="local", importance=LastFirst())
+    assert torch.equal(model.inner.weight[:, :1], before[:8, :1])
+
+
+def test_mac_target_stops_before_the_channels_are_gone() -> None:
+    reports = steps(Small(width=40), 10, target_sparsity=0.9, mac_target=0.5)
+    last = next(r for r in reports if r.stage == "finetune")
+    assert last.epoch < 10
+    assert 0.4 * last.dense_macs < last.macs[1] <= 0.5 * last.dense_macs
+    assert all(not r.changed for r in reports[last.epoch :])
+    untouched = steps(Small(), 2, target_sparsity=0.9, mac_target=1.0)
+    assert [r.channels for r in untouched] == [(28, 28), (28, 28)]
+
+
+# Masks
+
+
+@pytest.mark.parametrize("make", [adamw, sgd])
+def test_masked_channels_stay_zero_until_finalize_removes_them(make: Callable[[nn.Module], Optimizer]) -> None:
+    model = Small().double()
+    optimizer = make(model)
+    x = small_inputs(dtype=torch.float64)
+    pruner = pat.Pruner(model, target_sparsity=0.5, end_epoch=3, mode="mask", reg_strength=1e-2)
+    shapes = [p.shape for p in model.parameters()]
+    for _ in range(5):
+        train_one_epoch(model, optimizer, x=x)
+        report = pruner.step()
+        assert [p.shape for p in model.parameters()] == shapes
+    assert report.channels == (14, 14)
+    assert report.params[1] < report.dense_params == sum(p.numel() for p in model.parameters())
+    train_one_epoch(model, optimizer, x=x)
+    dead = (model.inner.weight.flatten(1) == 0).all(1)
+    assert 0 < dead.sum() < 16
+    assert (model.outer.weight[:, dead] == 0).all()
+    assert (model.inner.bias[dead] == 0).all()
+    expected = model.eval()(x)
+    final = pruner.finalize()
+    assert (final.stage, final.channels, final.params[1]) == ("finetune", (14, 14), report.params[1])
+    assert sum(p.numel() for p in model.parameters()) == report.params[1]
+    assert model.inner.out_channels == 16 - dead.sum()
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    before = weights(model)
+    train_one_epoch(model, optimizer, x=x)
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert pruner.step().channels == (14, 14)
+
+
+def test_mask_mode_chooses_what_prune_mode_chooses_and_local_macs_never_revive() -> None:
+    """With a target in MACs and local ranking, what was masked stays masked at every step."""
+    for ranking in ("local", "global"):
+        options = {"target_sparsity": 0.8, "mac_target": 0.4, "ranking": ranking}
+        pruned, masked = Small(width=24), Small(width=24)
+        masked.load_state_dict(pruned.state_dict())
+        gone = steps(pruned, 10, **options)
+        held = steps(masked, 10, mode="mask", **options)
+        assert [r.channels for r in gone] == [r.channels for r in held]
+        assert [r.macs for r in gone] == [r.macs for r in held]
+        assert gone[-1].macs[1] <= 0.4 * gone[-1].dense_macs
+        assert int((masked.inner.weight.flatten(1) != 0).any(1).sum()) == pruned.inner.out_channels
+
+
+def test_finalize_in_prune_mode_and_before_the_target() -> None:
+    model = Small()
+    optimizer = adamw(model)
+    pruner = pat.Pruner(model, target_sparsity=0.5)
+    train_one_epoch(model, optimizer)
+    pruner.step()
+    report = pruner.finalize()
+    assert report.channels == (26, 26)
+    assert pruner.stage == "finetune"
+    train_one_epoch(model, optimizer)
+    assert pruner.step().channels == (26, 26)
+
+
+def test_a_statistic_over_masked_channels_is_noted() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    pruner = pat.Pruner(model, example_inputs=torch.randn(2, 6), mode="mask")
+    assert any("a norm takes statistics over masked channels" in note for note in pruner.step().notes)
+
+
+# By hand
+
+
+def test_by_hand_is_the_same_as_by_hooks() -> None:
+    by_hooks, by_hand = Small(), Small()
+    by_hand.load_state_dict(by_hooks.state_dict())
+    options = {"example_inputs": small_inputs(), "end_epoch": 3, "mode": "mask", "reg_strength": 1e-2}
+    optimizers = [sgd(by_hooks), sgd(by_hand)]
+    auto = pat.Pruner(by_hooks, optimizer=optimizers[0], **options)
+    before = hooks(by_hand, optimizers[1])
+    manual = pat.Pruner(by_hand, optimizer=optimizers[1], auto=False, **options)
+    assert hooks(by_hand, optimizers[1]) == before
+    for epoch in range(4):
+        train_one_epoch(by_hooks, optimizers[0], batches=1)
+        optimizers[1].zero_grad()
+        nn.functional.cross_entropy(by_hand.train()(small_inputs()), torch.arange(4)).backward()
+        manual.regularize()
+        optimizers[1].step()
+        manual.hold()
+        reports = [auto.step(), manual.step()]
+        assert not any("nothing was regularised" in n for r in reports for n in r.notes)
+        assert same(weights(by_hooks), weights(by_hand)), epoch
+    assert reports[0].channels == reports[1].channels == (14, 14)
+
+
+def test_by_hand_without_regularising_is_noted() -> None:
+    model = Small()
+    pruner = pat.Pruner(model, example_inputs=small_inputs(), auto=False)
+    assert pruner.step().notes[-1:] != ("no optimizer step was seen since the last step(): nothing was regularised",)
+    assert "nothing was regularised" in pruner.step().notes[-1]
+    pruner = pat.Pruner(model, example_inputs=small_inputs(), auto=False, regularizer=None)
+    pruner.step()
+    assert not any("nothing was regularised" in note for note in pruner.step().notes)
+
+
+def test_by_hand_needs_inputs() -> None:
+    with pytest.raises(pat.ConfigError, match="auto=False needs example_inputs"):
+        pat.Pruner(Small(), auto=False)
+
+
+def test_given_optimizers_are_hooked_themselves() -> None:
+    model = Small()
+    parts = [
+        torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.Adam([p for n, p in model.named_parameters() if not n.startswith("head")], lr=0.01),
+    ]
+    before = hooks(model)
+    pruner = pat.Pruner(model, 0.5, optimizer=parts, end_epoch=2, reg_strength=1e-2)
+    assert hooks(model, *parts) == before + 1 + 4  # the first forward; two for each optimizer
+    for _ in range(3):
+        model.zero_grad()
+        model(small_inputs()).square().mean().backward()
+        for optimizer in parts:
+            optimizer.step()
+        pruner.step()
+    assert parts[0].state[model.head.weight]["momentum_buffer"].shape == model.head.weight.shape
+    assert parts[1].state[model.stem.weight]["exp_avg"].shape == model.stem.weight.shape
+    assert model.stem.out_channels + model.inner.out_channels == 14
+    pruner.close()
+    assert hooks(model, *parts) == before
+
+
+def test_an_optimizer_that_has_not_stepped_yet_is_found() -> None:
+    """Its state is loaded, say: nobody has seen a step, and still it must shrink along."""
+    model = Small()
+    optimizer = adamw(model)
+    train_one_epoch(model, optimizer)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1, example_inputs=small_inputs())
+    pruner.step()
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+    train_one_epoch(model, optimizer)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_scale_does_not_change_the_strength(fused: bool) -> None:
+    """A fused optimizer unscales inside its step, after the regulariser's hook; others before."""
+    model = Small()
+    twin = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, fused=fused) for m in (model, twin)]
+    pruners = [pat.Pruner(m, 0.5, example_inputs=small_inputs(), reg_strength=0.05) for m in (model, twin)]
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        loss = nn.functional.cross_entropy(m(small_inputs()), torch.arange(4))
+        if m is model:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            loss.backward()
+            optimizer.step()
+    assert all(p.stage == "prune" for p in pruners)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+# Life and death
+
+
+def test_two_models_and_two_optimizers_do_not_disturb_one_another() -> None:
+    def start(width: int) -> tuple[Small, Optimizer, pat.Pruner]:
+        torch.manual_seed(width)
+        model = Small(width)
+        optimizer = (adamw if width == 12 else sgd)(model)
+        target = 0.5 if width == 12 else 0.25
+        return model, optimizer, pat.Pruner(model, target, end_epoch=3, reg_strength=1e-2)
+
+    alone = {}
+    for width in (12, 20):
+        model, optimizer, pruner = start(width)
+        for _ in range(4):
+            train_one_epoch(model, optimizer)
+            pruner.step()
+        alone[width] = weights(model)
+        del model, optimizer, pruner
+    together = {width: start(width) for width in (12, 20)}
+    for _ in range(4):
+        for model, optimizer, _ in together.values():
+            train_one_epoch(model, optimizer)
+        for _, _, pruner in together.values():
+            pruner.step()
+    for width, (model, _, _) in together.items():
+        assert same(weights(model), alone[width])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_hooks_go_with_the_pruner(trained: bool, explicit: bool) -> None:
+    model = Small()
+    optimizer = sgd(model)
+    before = hooks(model, optimizer)
+    pruner = pat.Pruner(model, reg_strength=1e-2, optimizer=optimizer if explicit else None)
+    if trained:
+        train_one_epoch(model, optimizer)
+    assert hooks(model, optimizer) == before + 2 + (not trained)
+    del pruner
+    gc.collect()
+    assert hooks(model, optimizer) == before
+
+
+def test_the_model_can_be_collected_while_its_optimizer_lives() -> None:
+    model = Small()
+    other = sgd(nn.Linear(2, 2))
+    pat.Pruner(model)
+    import weakref
+
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    other.step()
+
+
+def test_training_continues_after_close_without_the_regulariser() -> None:
+    model = Small()
+    optimizer = sgd(model)
+    before = hooks(model, optimizer)
+    pruner = pat.Pruner(model, 0.5, end_epoch=2, reg_strength=10.0)
+    train_one_epoch(model, optimizer)
+    pruner.step()
+    pruner.close()
+    pruner.close()
+    assert hooks(model, optimizer) == before
+    twin = copy.deepcopy(model)
+    plain = sgd(twin)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train_one_epoch(model, optimizer)
+    train_one_epoch(twin, plain)
+    assert same(weights(model), weights(twin))
+
+
+def test_the_regulariser_rests_in_the_last_stage() -> None:
+    model = Small()
+    optimizer = sgd(model)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1, reg_strength=10.0)
+    train_one_epoch(model, optimizer)
+    pruner.step()
+    assert pruner.stage == "finetune"
+    twin = copy.deepcopy(model)
+    plain = sgd(twin)
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train_one_epoch(model, optimizer)
+    train_one_epoch(twin, plain)
+    assert same(weights(model), weights(twin))
+
+
+def test_a_prune_that_fails_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small()
+    pruner = pat.Pruner(model, 0.5, end_epoch=1, example_inputs=small_inputs())
+    before = weights(model)
+
+    def failing(*args: Any) -> None:
+        raise pat.SurgeryError("no")
+
+    monkeypatch.setattr(pruner_module, "prune", failing)
+    with pytest.raises(pat.SurgeryError):
+        pruner.step()
+    assert (pruner.epoch, pruner.stage) == (0, "prune")
+    assert same(weights(model), before)
+    monkeypatch.undo()
+    report = pruner.step()
+    assert (report.epoch, report.channels) == (1, (28, 14))
+
+
+def test_a_fresh_dependency_graph_after_a_step() -> None:
+    model = Small()
+    pruner = pat.Pruner(model, 0.5, end_epoch=2, example_inputs=small_inputs())
+    first = pruner.DG
+    assert pruner.DG is first
+    assert first.get_out_channels(model.inner) == 16
+    pruner.step()
+    again = pruner.DG
+    assert again is not first
+    assert again.get_out_channels(model.inner) == model.inner.out_channels < 16
+    groups = list(again.get_all_groups(ignored_layers=[model.head]))
+    assert sorted(len(g[0].idxs) for g in groups) == sorted([model.inner.out_channels, model.stem.out_channels])
+
+
+# Inputs
+
+
+class Named(Small):
+    """A forward with keyword arguments and something that is not a tensor."""
+
+    def forward(self, *, image: Tensor, scale: float = 1.0) -> Tensor:
+        return super().forward(image * scale)
+
+
+def test_inputs_by_keyword() -> None:
+    model = Named()
+    optimizer = sgd(model)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1)
+    model(image=small_inputs(), scale=0.5).sum().backward()
+    optimizer.step()
+    assert pruner.step().channels == (28, 14)
+    model = Named()
+    assert steps_with(model, {"image": small_inputs()}).channels == (28, 14)
+
+
+def steps_with(model: nn.Module, inputs: Any) -> pat.StepReport:
+    return pat.Pruner(model, 0.5, end_epoch=1, example_inputs=inputs).step()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_first_forward_may_be_an_evaluation(batch: int, mode: Callable[[], Any]) -> None:
+    model = Small()
+    optimizer = sgd(model)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1)
+    with mode():
+        model.eval()(small_inputs(batch) * 1.0)
+    train_one_epoch(model, optimizer)
+    assert pruner.step().channels == (28, 14)
+
+
+def test_a_batch_that_cannot_be_cut_is_taken_whole() -> None:
+    class Pairs(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(2, 2, 3, 8, 8).sum(0))
+
+    model = Pairs()
+    pruner = pat.Pruner(model, 0.5, end_epoch=1)
+    model(small_inputs())
+    assert pruner.step().channels == (28, 14)
+
+
+def test_an_optimizer_step_before_the_first_forward_is_let_through() -> None:
+    """Some scripts prime a scheduler with an optimizer step that has no gradients."""
+    model = Small()
+    optimizer = sgd(model)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1)
+    optimizer.step()
+    assert pruner.plan is None
+    train_one_epoch(model, optimizer)
+    assert pruner.step().channels == (28, 14)
+
+
+def test_a_copy_made_before_the_first_forward_is_a_model_of_its_own() -> None:
+    model = Small()
+    pruner = pat.Pruner(model, 0.5, end_epoch=1)
+    average = copy.deepcopy(model)
+    average(small_inputs())
+    with pytest.raises(pat.PlanError, match="no forward of the model was seen yet"):
+        pruner.step()
+    model(small_inputs())
+    assert pruner.step().channels == (28, 14)
+    assert average.stem.out_channels == 12
+
+
+# What is refused
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"target_sparsity": 1.0}, r"target_sparsity: expected a number in \[0, 1\), got 1.0"),
+    ({"target_sparsity": -0.1}, r"target_sparsity: expected a number in \[0, 1\), got -0.1"),
+    ({"target_sparsity": float("nan")}, r"target_sparsity: .* got nan"),
+    ({"target_sparsity": "half"}, r"target_sparsity: .* got 'half'"),
+    ({"mac_target": 0.0}, r"mac_target: expected a number in \(0, 1\], or None, got 0.0"),
+    ({"mac_target": 1.5}, r"mac_target: .* got 1.5"),
+    ({"start_epoch": 5, "end_epoch": 4}, r"end_epoch: expected at least start_epoch \(5\), got 4"),
+    ({"start_epoch": -1}, r"start_epoch: expected a whole number, at least 0, got -1"),
+    ({"start_epoch": "5"}, r"start_epoch: expected a whole number, at least 0, got '5'"),
+    ({"interval": 0}, r"interval: expected at least 1 epoch, got 0"),
+    ({"round_to": 0}, r"round_to: expected a whole number, at least 1, got 0"),
+    ({"round_to": 2.5}, r"round_to: .* got 2.5"),
+    ({"min_channels": 0}, r"min_channels: expected a whole number, at least 1, got 0"),
+    ({"schedule": "liner"}, r"schedule: expected one of linear, .* got 'liner'; did you mean 'linear'\?"),
+    ({"mode": "masked"}, r"mode: expected one of prune, mask, got 'masked'; did you mean 'mask'\?"),
+    ({"ranking": "locale"}, r"ranking: expected one of global, local, got 'locale'; did you mean 'local'\?"),
+    ({"ranking": None}, r"ranking: expected one of global, local, got None"),
+    ({"importance": "groupnorm"}, r"importance: expected one of group_norm, got 'groupnorm'; did you mean 'group_norm'"),
+    ({"importance": 3}, r"importance: expected 'group_norm' or an object with score\(binding\), got 3"),
+    ({"regularizer": "group"}, r"regularizer: expected one of group_norm, got 'group'; did you mean 'group_norm'"),
+    ({"regularizer": 3}, r"regularizer: expected 'group_norm', None or a GroupNormRegularizer, got 3"),
+    ({"reg_strength": -1e-4}, r"strength: expected a number, at least 0, got -0.0001"),
+    ({"p": 0}, r"p: expected a positive number"),
+    ({"layers_to_prune": ["iner"]}, r"layers_to_prune: 'iner' matches no layer .* did you mean 'inner'\?"),
+    ({"layers_to_prune": []}, r"layers_to_prune: expected at least one name, got an empty list"),
+    ({"layers_to_prune": "inner"}, r"layers_to_prune: expected a list of layers, got 'inner'"),
+    ({"ignored_layers": ["haed"]}, r"ignored_layers: 'haed' matches no layer .* did you mean 'head'\?"),
+    ({"ignored_layers": [nn.Linear(1, 1)]}, r"ignored_layers: Linear is not a part of the model"),
+    ({"optimizer": "sgd"}, r"optimizer: expected a torch.optim.Optimizer, got str"),
+    ({"optimizer": []}, r"optimizer: 9 of the model's 9 trained parameters are not in it \(such as stem.weight\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+@pytest.mark.parametrize("inputs", [None, small_inputs()])
+def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, inputs: Tensor | None) -> None:
+    model = Small()
+    optimizer = sgd(model)
+    train_one_epoch(model, optimizer)
+    untouched(model, optimizer, pat.ConfigError, message, lambda: pat.Pruner(model, example_inputs=inputs, **arguments))
+
+
+def untouched(
+    model: nn.Module, optimizer: Optimizer, error: type[Exception], message: str, act: Callable[[], Any]
+) -> None:
+    """``act`` fails with this message, and model, optimizer and hooks are as they were."""
+    before = weights(model), copy.deepcopy(optimizer.state_dict()), hooks(model, optimizer)
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(error, match=message):
+        act()
+    assert same(weights(model), before[0])
+    state = optimizer.state_dict()["state"]
+    assert all(torch.equal(s[k], state[i][k]) for i, s in before[1]["state"].items() for k in s)
+    assert hooks(model, optimizer) == before[2]
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (lambda m: nn.Linear(2, 2).parameters(), r"9 of the model's 9 trained parameters are not in it \(such as stem.w"),
+        (lambda m: copy.deepcopy(m).parameters(), r"was it built for another copy of the model\?"),
+        (lambda m: m.head.parameters(), r"7 of the model's 9 trained parameters .*requires_grad=False"),
+    ],
+)
+def test_an_optimizer_that_does_not_hold_the_parameters(held: Callable[[nn.Module], Any], message: str) -> None:
+    model = Small()
+    optimizer = torch.optim.SGD(held(model), lr=0.1)
+    untouched(model, optimizer, pat.ConfigError, message, lambda: pat.Pruner(model, optimizer=optimizer))
+
+
+def test_what_is_not_trained_need_not_be_held() -> None:
+    model = Small()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("head"))
+    optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9)
+    pruner = pat.Pruner(model, 0.5, optimizer=optimizer, end_epoch=1)
+    train_one_epoch(model, optimizer)
+    assert pruner.step().channels == (28, 14)
+    train_one_epoch(model, optimizer)
+
+
+@pytest.mark.parametrize("thing", [None, 3, "model", nn.Linear, [nn.Linear(1, 1)]])
+def test_not_a_module(thing: Any) -> None:
+    with pytest.raises(pat.ConfigError, match=r"model: expected a torch.nn.Module, got \w+"):
+        pat.Pruner(thing)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.randn(2, 5, 8, 8), r"forward fails on the example inputs \(\(2, 5, 8, 8\)\): RuntimeError"),
+        ((small_inputs(), small_inputs()), r"forward fails on the example inputs \(\(4, 3, 8, 8\), \(4, 3, 8, 8\)\): TypeE"),
+        ({"y": small_inputs()}, r"unexpected keyword argument 'y'"),
+        (3, r"forward fails on the example inputs \(int\)"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs: Any, message: str) -> None:
+    model = Small()
+    optimizer = sgd(model)
+    untouched(model, optimizer, pat.PlanError, message, lambda: pat.Pruner(model, example_inputs=inputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        (nn.Sequential(nn.ReLU()), torch.randn(2, 3), r"nothing of this model can be pruned; it has no layers"),
+        (nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), r"can be pruned; 0: is an output of the model"),
+    ],
+)
+def test_a_model_without_prunable_layers(model: nn.Module, inputs: Tensor, message: str) -> None:
+    optimizer = torch.optim.SGD([*model.parameters(), torch.zeros(1)], lr=0.1)
+    untouched(model, optimizer, pat.PlanError, message, lambda: pat.Pruner(model, example_inputs=inputs))
+
+
+def test_layers_that_hold_nothing_to_prune() -> None:
+    with pytest.raises(pat.PlanError, match=r"nothing of this model can be pruned; head: is an output .*outer: not in l"):
+        pat.Pruner(Small(), example_inputs=small_inputs(), layers_to_prune=["head"])
+
+
+def test_a_step_before_any_forward() -> None:
+    model = Small()
+    optimizer = sgd(model)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1)
+    for act in (pruner.step, pruner.finalize, pruner.regularize, lambda: pruner.DG):
+        untouched(model, optimizer, pat.PlanError, r"no forward of the model was seen yet.*run one batch first", act)
+    train_one_epoch(model, optimizer)
+    assert pruner.step().channels == (28, 14)
+
+
+class Constant:
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.scores = torch.tensor(scores)
+
+    def score(self, binding: Any) -> Tensor:
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [([1.0] * 3, r"one score per channel \(28\).*got shape \(3,\)"), ([float("nan")] * 28, r"with 28 NaN; did the training")],
+)
+def test_scores_that_make_no_sense(scores: list[float], message: str) -> None:
+    model = Small()
+    pruner = pat.Pruner(model, 0.5, example_inputs=small_inputs(), importance=Constant(scores), regularizer=None)
+    untouched(model, sgd(model), pat.PlanError, message, pruner.step)
+    assert pruner.epoch == 0
