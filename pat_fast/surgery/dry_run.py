@@ -21,9 +21,10 @@ from .prune import prune
 def dry_run(plan: Plan, model: nn.Module, example_inputs: Any) -> dict[int, str]:
     """Groups of ``plan`` that cannot shrink, with the error that says so; empty when all can.
 
-    A copy of the model loses one unit of every group, then runs forward and backward; its outputs must have
-    the shapes they had. Groups with units of several kinds have another turn for each kind. What fails is
-    found by bisection. The model itself is not touched.
+    A copy of the model loses a few units of every group (not as many of each, so that widths which the code
+    takes for equal come apart), then runs forward and backward; its outputs must have the shapes they had.
+    Groups with units of several kinds have another turn for each kind. What fails is found by bisection. The
+    model itself is not touched.
     """
     with undisturbed(model), torch.no_grad():
         shapes = [t.shape for t in output_tensors(call(model, example_inputs))]
@@ -32,8 +33,8 @@ def dry_run(plan: Plan, model: nn.Module, example_inputs: Any) -> dict[int, str]
     for turn in range(max((len(units) for units in spare.values()), default=0)):
         units = {g: u[turn] for g, u in spare.items() if turn < len(u) and g not in failures}
 
-        def keep_for(groups: Sequence[int], units: dict[int, int] = units) -> BoolArray | None:
-            return _without(plan, [units[g] for g in groups])
+        def keep_for(groups: Sequence[int], units: dict[int, list[int]] = units) -> BoolArray | None:
+            return _without(plan, [u for g in groups for u in units[g]])
 
         def fails(groups: Sequence[int]) -> bool:
             keep = keep_for(groups)
@@ -51,13 +52,18 @@ def dry_run(plan: Plan, model: nn.Module, example_inputs: Any) -> dict[int, str]
     return failures
 
 
-def _spare_units(plan: Plan) -> dict[int, list[int]]:
-    """For each group that has more than one unit, the last unit of each kind; the largest kind first."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for group, units in kinds(plan):
-        found.setdefault(group, []).append((-len(units), int(plan.unit[units[-1][0]])))
-    total = {g: len(np.unique(plan.unit[group.start : group.stop])) for g, group in enumerate(plan.groups)}
-    return {g: [u for _, u in sorted(units)] for g, units in found.items() if total[g] > 1}
+def _spare_units(plan: Plan) -> dict[int, list[list[int]]]:
+    """For each group that can shrink, a few units of each kind; the largest kind first."""
+    alike: dict[int, int] = {}  # groups seen of each size: the next one loses one unit more
+    found: dict[int, list[list[int]]] = {}
+    for group, units in sorted(kinds(plan), key=lambda kind: -len(kind[1])):
+        total = len(np.unique(plan.unit[plan.groups[group].start : plan.groups[group].stop]))
+        spare = min(total - plan.least_units(plan.groups[group]), len(units), 1 + total // 4)
+        if spare > 0:
+            count = 1 + alike.setdefault(total, 0) % spare
+            alike[total] += 1
+            found.setdefault(group, []).append([int(plan.unit[channels[0]]) for channels in units[-count:]])
+    return found
 
 
 def _without(plan: Plan, units: list[int]) -> BoolArray | None:

@@ -143,7 +143,7 @@ def test_a_size_in_the_code_is_found_by_the_dry_run() -> None:
     plan = pat.build_plan(HardCoded(), small_inputs())
     assert [g.root for g in plan.groups] == ["first"]
     reason = next(f.reason for f in plan.frozen if f.layer == "hidden")
-    assert "does not run when it is smaller (RuntimeError: shape '[-1, 512]' is invalid" in reason
+    assert "does not run when it is smaller (RuntimeError: shape '[-1, 512]' is invalid" in reason, reason
     plan = pat.build_plan(SplitByNumber(), small_inputs())
     assert plan.n_channels == 0
     assert "does not run when it is smaller" in next(f.reason for f in plan.frozen if f.layer == "first")
