@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +45,12 @@ def save(model: nn.Module, path: str | Path) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             save_file(tensors, temporary, metadata={"pat_fast": json.dumps(structure)})
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
@@ -81,8 +78,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         _check_tensor(path, name, tensor, named[name])
         owner, _, local = name.rpartition(".")
         _check_layer(path, owner, modules[owner], local, tensor, wanted)
-    for name, tensor in tensors.items():
-        set_tensor(named[name], tensor.to(named[name].device), None)
+    ready = [(named[name], tensor.to(named[name].device)) for name, tensor in tensors.items()]
+    for own, tensor in ready:
+        set_tensor(own, tensor, None)
     for module, attribute, value in changes:
         setattr(module, attribute, value)
     return model
@@ -119,15 +117,21 @@ def _check_names(path: Path, named: dict[str, Tensor], tensors: dict[str, Tensor
     if missing or extra:
         what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, which the model does not"
         raise CheckpointError(
-            f"{path} {what} ({len(missing)} missing, {len(extra)} unknown); it belongs to another definition of the model"
+            f"{path} {what} ({len(missing)} missing, {len(extra)} unknown); it belongs to another definition of the "
+            "model"
         )
     for name, first in aliases.items():
-        if first not in tensors or named[name] is not named[first]:
+        if not isinstance(first, str) or first not in tensors or named[name] is not named[first]:
             raise CheckpointError(f"{path}: {name!r} and {first!r} are one tensor in the file, but not in the model")
+    own: dict[int, str] = {}
+    for name in tensors:
+        other = own.setdefault(id(named[name]), name)
+        if other != name:
+            raise CheckpointError(f"{path}: {other!r} and {name!r} are one tensor in the model, but not in the file")
 
 
 def _check_tensor(path: Path, name: str, saved: Tensor, own: Tensor) -> None:
-    fits = saved.ndim == own.ndim and all(a <= b for a, b in zip(saved.shape, own.shape, strict=True))
+    fits = saved.ndim == own.ndim and all(0 < a <= b or a == b for a, b in zip(saved.shape, own.shape, strict=True))
     if not fits or saved.is_floating_point() != own.is_floating_point():
         raise CheckpointError(
             f"{path}: {name} has shape {tuple(saved.shape)} and {saved.dtype}, which cannot be a pruned "
@@ -143,12 +147,12 @@ def _sizes(path: Path, modules: dict[str, nn.Module], name: str, found: Any) -> 
         raise CheckpointError(f"{path}: the sizes of {name!r} do not fit the model's module of that name")
     changes = []
     for attribute, value in found.items():
-        numbers = value if isinstance(value, list) else [value]
-        own_numbers = list(own[attribute]) if isinstance(own[attribute], (tuple, list)) else [own[attribute]]
-        good = len(numbers) == len(own_numbers) and all(type(n) is int for n in numbers)
-        if not good or any(not 0 < n <= most for n, most in zip(numbers, own_numbers, strict=True)):
+        several = isinstance(own[attribute], (tuple, list))
+        numbers, most = (value, own[attribute]) if several else ([value], [own[attribute]])
+        good = isinstance(numbers, list) and len(numbers) == len(most) and all(type(n) is int for n in numbers)
+        if not good or any(not 0 < n <= m for n, m in zip(numbers, most, strict=True)):
             raise CheckpointError(f"{path}: {name}.{attribute} = {value!r} cannot be a pruned {own[attribute]!r}")
-        changes.append((module, attribute, tuple(value) if isinstance(value, list) else value))
+        changes.append((module, attribute, tuple(value) if several else value))
     return changes
 
 
@@ -160,9 +164,10 @@ def _check_layer(
         if isinstance(module, kind):
             now = {a: wanted.get((id(module), a), getattr(module, a)) for a in sizes(module)}
             expected = rule.shape(module, now, local)
-            if expected is not None and tuple(tensor.shape) != expected:
+            told = rule.from_weight(module, tuple(tensor.shape), now.get("groups", 1)) if local == "weight" else {}
+            if (expected is not None and tuple(tensor.shape) != expected) or any(now[a] != n for a, n in told.items()):
                 raise CheckpointError(
-                    f"{path}: {name}.{local} has shape {tuple(tensor.shape)}, its layer's sizes say {expected}"
+                    f"{path}: {name}.{local} has shape {tuple(tensor.shape)}, its layer's sizes ({now}) say {expected}"
                 )
             return
 

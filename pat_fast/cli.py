@@ -108,8 +108,8 @@ def plan(
         keywords = _json_object(args, "--args")
         example = tuple(_example(text) for text in inputs or ("1,3,224,224",))
 
+        from . import build_plan
         from .factory import build_model
-        from .plan import build_plan
 
         model = build_model(factory, keywords, "FACTORY")
         _show_plan(build_plan(model, example if len(example) > 1 else example[0]))

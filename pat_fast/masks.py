@@ -65,14 +65,17 @@ class Mask:
 
     @torch.no_grad()
     def hold_gradients(self) -> None:
-        """Zero the gradients of masked channels. Call before every optimizer step."""
+        """Zero the gradients of masked channels. Call before every optimizer step.
+
+        Sparse gradients (of embeddings) stay as they are: the weights are cleared after the step.
+        """
         for tiles in self.binding.tiles("parameters", _is_parameter):
             grads = [t.grad for t in tiles.tensors]
             if all(g is not None and g.stride() == t.stride() for g, t in zip(grads, tiles.tensors, strict=True)):
                 channel_scale_([g for g in grads if g is not None], tiles.table, self._scale(tiles))
             else:
                 for name, grad in zip(tiles.names, grads, strict=True):
-                    if grad is not None:
+                    if grad is not None and grad.layout == torch.strided:
                         self._zero(name, grad)
 
     def _scale(self, tiles: Tiles) -> Tensor:

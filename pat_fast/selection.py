@@ -125,8 +125,8 @@ def protected_units(plan: Plan, scores: FloatArray, min_channels: int) -> BoolAr
     """Units that must stay whatever their score: the best of every group, and of every axis: ``[U]``."""
     kept = np.zeros(plan.n_units, dtype=np.bool_)
     for group in plan.groups:
-        units = np.unique(plan.unit[group.start : group.stop])
-        _keep_best(kept, units, scores, max(min_channels, plan.least_units(group)))
+        own: NDArray[np.int64] = np.unique(plan.unit[group.start : group.stop])
+        _keep_best(kept, own, scores, max(min_channels, plan.least_units(group)))
     for units, least in _narrow_axes(plan):
         _keep_best(kept, units, scores, least)
     return kept

@@ -1,6 +1,152 @@
-"""Masks."""
+"""Masked channels are zero in weights, gradients and optimizer state, and stay so while training goes on."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import pat_fast as pat
+from pat_fast.masks import Mask
+from pat_fast.plan import Binding, bind, build_plan
+from tests.helpers import Case, Small, masked_copy, random_keep, small_inputs
+from tests.training import adamw, same, sgd, steps, train_one_epoch, weights
+
+
+def masked(model: nn.Module, inputs: Any, seed: int = 0) -> tuple[Mask, np.ndarray]:
+    """A mask over ``model`` that is not set yet, and what to keep."""
+    plan = build_plan(model, inputs)
+    return Mask(bind(plan, model)), random_keep(plan, seed, ratio=0.5)
+
+
+def test_weights_are_zero_index_by_index(case: Case) -> None:
+    mask, keep = masked(case.model, case.inputs)
+    expected = weights(masked_copy(case.model, mask.binding.plan, keep))
+    assert not mask.is_active
+    mask.set(torch.from_numpy(keep), [])
+    assert mask.is_active
+    assert same(weights(case.model), expected)
+
+
+def test_gradients_are_zero_index_by_index(case: Case) -> None:
+    mask, keep = masked(case.model, case.inputs)
+    mask.set(torch.from_numpy(keep), [])
+    ones = copy.deepcopy(case.model)
+    with torch.no_grad():
+        for p in ones.parameters():
+            p.fill_(1)
+    expected = dict(masked_copy(ones, mask.binding.plan, keep).named_parameters())
+    for number, p in enumerate(case.model.parameters()):
+        p.grad = torch.ones_like(p)
+        if number % 2 and p.ndim == 4:  # autograd may choose another layout
+            p.grad = p.grad.to(memory_format=torch.channels_last)
+    mask.hold_gradients()
+    for name, p in case.model.named_parameters():
+        assert torch.equal(p.grad, expected[name]), name
+
+
+def inner_and_its_mask(optimizer: Callable[[nn.Module], Optimizer]) -> tuple[Small, Optimizer, Mask, Tensor]:
+    """A trained model, and a mask that lets only every other channel of ``inner`` live."""
+    model = Small()
+    trained = optimizer(model)
+    train_one_epoch(model, trained)
+    mask = Mask(bind(build_plan(model, small_inputs()), model))
+    alive = torch.ones(mask.binding.plan.n_channels, dtype=torch.bool)
+    group = next(g for g in mask.binding.plan.groups if g.root == "inner")
+    alive[group.start : group.stop : 2] = False
+    return model, trained, mask, alive
+
+
+@pytest.mark.parametrize("make", [adamw, sgd, lambda m: torch.optim.Adam(m.parameters(), amsgrad=True)])
+def test_state_is_zero_where_masked_and_untouched_elsewhere(make: Callable[[nn.Module], Optimizer]) -> None:
+    model, optimizer, mask, alive = inner_and_its_mask(make)
+    before = copy.deepcopy(optimizer.state[model.outer.weight])
+    mask.set(alive, [optimizer])
+    state = optimizer.state[model.outer.weight]
+    assert state.keys() == before.keys()
+    for key, value in state.items():
+        if value.ndim:
+            assert (value[:, ::2] == 0).all(), key
+            assert torch.equal(value[:, 1::2], before[key][:, 1::2]), key
+            assert before[key][:, ::2].any()
+        else:
+            assert torch.equal(value, before[key])
+
+
+def test_a_dead_channel_is_cleared_of_inf_and_nan() -> None:
+    model, _, mask, alive = inner_and_its_mask(sgd)
+    with torch.no_grad():
+        model.inner.weight[0] = float("nan")
+        model.inner.bias[2] = float("inf")
+    mask.set(alive, [])
+    assert (model.inner.weight[::2] == 0).all()
+    assert (model.inner.bias[::2] == 0).all()
+    assert model(small_inputs()).isfinite().all()
+
+
+def test_missing_gradients_are_no_trouble() -> None:
+    model, _, mask, alive = inner_and_its_mask(sgd)
+    model.zero_grad()
+    model.outer.weight.grad = torch.ones_like(model.outer.weight)
+    mask.set(alive, [])
+    assert model.inner.weight.grad is None
+    assert (model.outer.weight.grad[:, ::2] == 0).all()
+    assert (model.outer.weight.grad[:, 1::2] == 1).all()
+
+
+def test_sparse_gradients_are_left_to_the_weights() -> None:
+    """Rows of an embedding that were not looked up have no gradient to clear; the weights are cleared after."""
+    model = nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    ids = torch.tensor([1, 3, 3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1, mode="mask", example_inputs=ids, ranking="local")
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(ids).sum().backward()
+        optimizer.step()
+        pruner.step()
+    assert int((model[0].weight == 0).all(0).sum()) == 4
+    optimizer.zero_grad()  # physical pruning refuses sparse gradients
+    pruner.finalize()
+    assert model[0].weight.shape == (9, 4)
+
+
+def test_factored_state_is_left_to_decay() -> None:
+    model, optimizer, mask, alive = inner_and_its_mask(lambda m: torch.optim.Adafactor(m.parameters(), lr=1e-2))
+    before = copy.deepcopy(optimizer.state[model.inner.weight])
+    mask.set(alive, [optimizer])
+    assert torch.equal(optimizer.state[model.inner.weight]["row_var"], before["row_var"])
+    assert (model.inner.weight[::2] == 0).all()
+
+
+def test_unknown_state_is_refused_before_anything_changes() -> None:
+    model, optimizer, mask, alive = inner_and_its_mask(adamw)
+    optimizer.state[model.outer.weight]["sketch"] = torch.randn(3)
+    before = weights(model)
+    with pytest.raises(pat.SurgeryError, match=r"AdamW keeps state 'sketch' for outer.weight"):
+        mask.set(alive, [optimizer])
+    assert same(weights(model), before)
+    assert not mask.is_active
+
+
+def test_the_binding_knows_who_lives() -> None:
+    """Scores are divided by the mean over the living, as they would be after a prune."""
+    model, _, mask, alive = inner_and_its_mask(sgd)
+    mask.set(alive, [])
+    held = pat.GroupNorm().score(mask.binding)[alive]
+    pruned = copy.deepcopy(model)
+    binding: Binding = pat.surgery.prune(bind(mask.binding.plan, pruned), alive)
+    torch.testing.assert_close(held, pat.GroupNorm().score(binding), rtol=1e-6, atol=0)
+
+
+# As a mode of the pruner
+
 
 @pytest.mark.parametrize("make", [adamw, sgd])
 def test_masked_channels_stay_zero_until_finalize_removes_them(make: Callable[[nn.Module], Optimizer]) -> None:

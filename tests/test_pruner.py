@@ -17,7 +17,7 @@ from benchmarks.models.residual import resnet18
 from pat_fast import pruner as pruner_module
 from pat_fast.plan import bind, build_plan
 from tests.helpers import Small, small_inputs
-from tests.training import adamw, hooks, no_hooks_left, same, sgd, train_one_epoch, untouched, weights
+from tests.training import adamw, hooks, no_hooks_left, same, sgd, steps, train_one_epoch, untouched, weights
 
 AS_IT_STANDS = """
 {"start_epoch": 5, "end_epoch": 50, "interval": 5, "global_sparsity": 0.5,
@@ -165,11 +165,6 @@ def test_bad_configurations_are_refused(tmp_path: Path) -> None:
 
 
 # Options
-
-
-def steps(model: nn.Module, count: int, **options: Any) -> list[pat.StepReport]:
-    pruner = pat.Pruner(model, example_inputs=small_inputs(), verify=False, **options)
-    return [pruner.step() for _ in range(count)]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import pat_fast as pat
 from tests.helpers import small_inputs
 
 
@@ -34,6 +35,12 @@ def adamw(model: nn.Module) -> Optimizer:
 
 def sgd(model: nn.Module) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def steps(model: nn.Module, count: int, **options: Any) -> list[pat.StepReport]:
+    """What so many steps of a pruner without training report; ``options`` are the pruner's."""
+    pruner = pat.Pruner(model, example_inputs=small_inputs(), verify=False, **options)
+    return [pruner.step() for _ in range(count)]
 
 
 def hooks(model: nn.Module, *optimizers: Optimizer) -> int:

@@ -114,10 +114,10 @@ class Slots:
 
     def phantom(self, members: IntArray, dim: int) -> IntArray:
         """One slot for each row of ``members`` along ``dim``, which stands for all of them together."""
-        shape = [1 if d == dim else n for d, n in enumerate(members.shape)]
-        n = int(np.prod(shape))
-        slots = (PHANTOM + self.phantoms + np.arange(n, dtype=np.int64)).reshape(shape)
-        self.phantoms += n
+        first = members.take([0], axis=dim)  # rows that repeat (once for each example, say) share a slot
+        distinct, which = np.unique(first, return_inverse=True)
+        slots = PHANTOM + self.phantoms + which.reshape(first.shape)
+        self.phantoms += len(distinct)
         self.couple(slots, members)
         return slots
 

@@ -186,7 +186,7 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
     other = sum(p.numel() for n, p in model.named_parameters() if n not in mapped)
     work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel(a) for a in w.axes))) for w in tracer.work)
     widths = {(m, d): channel(slots) for m, d, slots in tracer.widths}
-    return Plan(
+    plan = Plan(
         n_channels=numbers.count,
         n_units=numbers.n_units,
         unit=numbers.unit,
@@ -199,6 +199,8 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         other_params=other,
         notes=notes,
     )
+    alone = [i for i, g in enumerate(plan.groups) if len(np.unique(plan.unit[g.start : g.stop])) == 1]
+    return plan.freeze(alone, "its channels all go together: nothing of it can be removed")
 
 
 def _choose_units(tracer: Tracer) -> None:

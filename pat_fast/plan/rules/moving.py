@@ -288,7 +288,7 @@ def index(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
         shape = [n for d, n in enumerate(factor.shape) if d not in looked_up]
         shape[dim:dim] = [1] * width
         factors.append(factor.reshape(shape))
-        if mark.leaf is not None:
+        if mark.leaf is not None and name == "embedding":  # any other table follows what it is added to
             tr.use(mark.leaf, factor, consumed=False)
     tr.set(out, factors)
 
