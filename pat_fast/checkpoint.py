@@ -78,7 +78,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         _check_tensor(path, name, tensor, named[name])
         owner, _, local = name.rpartition(".")
         _check_layer(path, owner, modules[owner], local, tensor, wanted)
-    ready = [(named[name], tensor.to(named[name].device)) for name, tensor in tensors.items()]
+    # A copy even on the same device: what was read lies unaligned in memory, and kernels round differently there.
+    ready = [(named[name], tensor.to(named[name].device, copy=True)) for name, tensor in tensors.items()]
     for own, tensor in ready:
         set_tensor(own, tensor, None)
     for module, attribute, value in changes:

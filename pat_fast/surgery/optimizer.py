@@ -46,6 +46,7 @@ def _register_builtin() -> None:
         "SGD": ["momentum_buffer"],
         "Adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
         "AdamW": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"],
+        "SparseAdam": ["exp_avg", "exp_avg_sq"],
         "NAdam": ["exp_avg", "exp_avg_sq"],
         "RAdam": ["exp_avg", "exp_avg_sq"],
         "Adamax": ["exp_avg", "exp_inf"],
@@ -86,11 +87,16 @@ def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name
     """
     found = []
     for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+            raise SurgeryError(
+                "LBFGS keeps one flat history of all parameters together, which cannot shrink with them; train with "
+                "another optimizer while the model is pruned"
+            )
         layout = _layout(type(optimizer))
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is None or isinstance(value, (bool, int, float, str)):
                 continue
-            kind = layout.get(key) if layout is not None else None
+            kind = layout.get(key)
             if kind == SCALAR or (kind is None and isinstance(value, Tensor) and value.ndim == 0):
                 continue
             if kind not in (ELEMENTWISE, FACTORED) or not isinstance(value, Tensor):
@@ -104,11 +110,12 @@ def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name
     return found
 
 
-def _layout(cls: type) -> dict[str, str] | None:
-    for base in cls.__mro__:
-        if base in _LAYOUTS:
-            return _LAYOUTS[base]
-    return None
+def _layout(cls: type) -> dict[str, str]:
+    """What is known of ``cls``: its own layout, and that of its bases for keys that it does not name."""
+    known: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        known.update(_LAYOUTS.get(base, {}))
+    return known
 
 
 def _check_fit(

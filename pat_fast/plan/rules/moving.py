@@ -198,8 +198,8 @@ def cat(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 def _string(tr: Tracer, parts: list[IntArray], dim: int) -> IntArray:
     """Labels strung together along ``dim``; where they vary along other dimensions too, those shrink alike."""
-    shape = np.broadcast_shapes(*(p.shape[:dim] + (1,) + p.shape[dim + 1 :] for p in parts))
-    full = [np.broadcast_to(p, shape[:dim] + (p.shape[dim],) + shape[dim + 1 :]) for p in parts]
+    shape = np.broadcast_shapes(*((*p.shape[:dim], 1, *p.shape[dim + 1:]) for p in parts))
+    full = [np.broadcast_to(p, (*shape[:dim], p.shape[dim], *shape[dim + 1:])) for p in parts]
     if any(n > 1 for n in shape):
         for part in full:
             tr.pin(part, dim, "")

@@ -1,0 +1,115 @@
+"""Current transformers: whole heads, grouped queries, rotary embeddings, windows, tied embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pat_fast as pat
+from pat_fast.plan import bind
+from pat_fast.plan.lower import call
+from pat_fast.surgery import prune
+from tests.helpers import canonical, random_keep
+
+transformers = pytest.importorskip("transformers")
+
+
+def ids() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 50, (2, 6))}
+
+
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32)
+
+
+def text(family: str, **more: Any) -> nn.Module:
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=50, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more,
+    )  # fmt: skip
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def bert(attention: str) -> nn.Module:
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56,
+            max_position_embeddings=32, attn_implementation=attention,
+        )
+    )  # fmt: skip
+
+
+def vit(attention: str) -> nn.Module:
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=56, image_size=32,
+            patch_size=8, attn_implementation=attention,
+        )
+    )  # fmt: skip
+
+
+def swin() -> nn.Module:
+    return transformers.SwinForImageClassification(
+        transformers.SwinConfig(
+            image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[3, 6], window_size=4
+        )
+    )
+
+
+def segformer() -> nn.Module:
+    return transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(
+            num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[24, 36], patch_sizes=[7, 3],
+            strides=[4, 2], num_attention_heads=[3, 3], mlp_ratios=[2, 2], decoder_hidden_size=20,
+        )
+    )  # fmt: skip
+
+
+# What is prunable by name: a piece of a root's name, and how many units of it there are.
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, int]]] = {
+    "llama-sdpa": (lambda: text("Llama", attn_implementation="sdpa"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
+    "llama-eager": (lambda: text("Llama", attn_implementation="eager"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
+    "llama-tied": (lambda: text("Llama", tie_word_embeddings=True), ids, {"self_attn": 2, "mlp.up_proj": 56}),
+    "qwen2": (lambda: text("Qwen2"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
+    "bert-sdpa": (lambda: bert("sdpa"), ids, {"attention.self": 4, "intermediate": 56}),
+    "bert-eager": (lambda: bert("eager"), ids, {"attention.self": 4, "intermediate": 56}),
+    "vit-sdpa": (lambda: vit("sdpa"), image, {"attention": 4, "mlp.fc1": 56}),
+    "vit-eager": (lambda: vit("eager"), image, {"attention": 4, "mlp.fc1": 56}),
+    "swin": (swin, image, {"layers.0.blocks.0.attention": 3, "layers.1.blocks.1.attention": 6, "mlp.fc1": 96}),
+    "segformer": (segformer, image, {"stages.1.blocks.0.attention": 3}),
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_heads_and_widths_are_pruned_and_the_model_runs(family: str) -> None:
+    build, inputs, expected = FAMILIES[family]
+    torch.manual_seed(0)
+    model, x = build(), inputs()
+    plan = pat.build_plan(model, x)
+    assert any("verified in" in note for note in plan.notes)
+    units = {g.root: len(np.unique(plan.unit[g.start : g.stop])) for g in plan.groups}
+    for part, count in expected.items():
+        assert count in [n for root, n in units.items() if part in root], (part, units)
+    parameters = list(model.parameters())
+    pruned = prune(bind(plan, model), random_keep(plan, 0))
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    call(model.train(), x).logits.square().mean().backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.grad is not None)
+    assert canonical(pat.build_plan(model, x)) == canonical(pruned.plan)
+    if hasattr(model, "generate") and "input_ids" in x:
+        model.eval().generate(**x, attention_mask=torch.ones_like(x["input_ids"]), max_new_tokens=3, do_sample=False)
+    if "tied" in family:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_size_that_two_layers_share_in_the_code_is_found() -> None:
+    """SegFormer reshapes the output of one convolution with the width of another tensor."""
+    torch.manual_seed(0)
+    plan = pat.build_plan(segformer(), image())
+    held = [f for f in plan.frozen if "does not run when it is smaller" in f.reason]
+    assert any("sequence_reduction" in f.layer for f in held), plan.frozen

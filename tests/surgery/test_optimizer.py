@@ -1,0 +1,289 @@
+"""Every optimizer of torch.optim keeps training through a prune; state of unknown layout is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import pat_fast as pat
+from pat_fast.plan import bind, build_plan
+from pat_fast.plan.types import Kept
+from pat_fast.surgery import optimizer as layouts
+from pat_fast.surgery import prune
+from tests.helpers import Small, random_keep, small_inputs
+from tests.training import same, train_one_epoch, weights
+
+MAKE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "SGD without momentum": lambda p: torch.optim.SGD(p, lr=0.01),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "Adam foreach": lambda p: torch.optim.Adam(p, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, fused=True, amsgrad=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, weight_decay=0.1),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "NAdam": lambda p: torch.optim.NAdam(p),
+    "RAdam": lambda p: torch.optim.RAdam(p),
+    "Adamax": lambda p: torch.optim.Adamax(p),
+    "Adagrad": lambda p: torch.optim.Adagrad(p),
+    "Adagrad fused": lambda p: torch.optim.Adagrad(p, fused=True),
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
+    "Rprop": lambda p: torch.optim.Rprop(p),
+    "ASGD": lambda p: torch.optim.ASGD(p),
+    "Adafactor": lambda p: torch.optim.Adafactor(p),
+}
+# These keep no state per parameter, or only for parameters of a kind; they have tests of their own.
+APART = {"LBFGS", "SparseAdam", "Muon"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_the_usual_layouts() -> Iterator[None]:
+    torch.set_num_threads(1)
+    usual = copy.copy(layouts._LAYOUTS)
+    yield
+    layouts._LAYOUTS.clear()
+    layouts._LAYOUTS.update(usual)
+
+
+def test_no_optimizer_of_torch_is_forgotten() -> None:
+    classes = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)}
+    assert classes - {"Optimizer"} == {name.split()[0] for name in MAKE} | APART
+
+
+@pytest.mark.parametrize("name", list(MAKE))
+def test_train_prune_train(name: str) -> None:
+    model = Small()
+    optimizer = MAKE[name](list(model.parameters()))
+    parameters = list(model.parameters())
+    train_one_epoch(model, optimizer)
+    binding = bind(build_plan(model, small_inputs()), model)
+    for seed in range(2):
+        before = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
+        data = weights(model)
+        keep = random_keep(binding.plan, seed, ratio=0.3)
+        plan = binding.plan
+        binding = prune(binding, keep, [optimizer])
+        assert [p for g in optimizer.param_groups for p in g["params"]] == parameters
+        gathered = 0
+        for parameter_name, p in model.named_parameters():
+            assert torch.equal(p, taken(plan, parameter_name, data[parameter_name], keep))
+            assert optimizer.state[p].keys() == before[parameter_name].keys()
+            for key, value in optimizer.state[p].items():
+                old = before[parameter_name][key]
+                if isinstance(value, Tensor) and value.ndim:
+                    expected = taken(plan, parameter_name, old, keep)
+                    assert torch.equal(value, expected), (parameter_name, key)
+                    assert value.stride() == expected.stride()
+                    gathered += value.shape != old.shape
+                else:
+                    assert value is None or value == old
+        assert gathered or name == "SGD without momentum"
+        now = weights(model)
+        train_one_epoch(model, optimizer)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert all(not torch.equal(now[n], p) for n, p in model.named_parameters())
+
+
+def taken(plan: pat.Plan, name: str, tensor: Tensor, keep: np.ndarray) -> Tensor:
+    """What is kept of a tensor that lies over parameter ``name``, axis by axis; axes of size 1 stay."""
+    maps = [t for t in plan.tensors if t.name == name]
+    for tensor_map in maps:
+        for axis, kept in zip(tensor_map.axes, tensor_map.kept(Kept(keep)), strict=True):
+            if tensor.shape[axis.dim] != 1:
+                tensor = tensor.index_select(axis.dim, torch.from_numpy(kept))
+    return tensor
+
+
+def test_muon_and_another_optimizer_share_the_work() -> None:
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5))
+    x = torch.randn(8, 6)
+    muon = torch.optim.Muon([model[2].weight], lr=0.01)
+    rest = torch.optim.AdamW([p for p in model.parameters() if p is not model[2].weight], lr=0.01)
+    pruner = pat.Pruner(model, 0.5, end_epoch=3)
+    for _ in range(5):
+        for optimizer in (muon, rest):
+            optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.arange(8) % 5).backward()
+        for optimizer in (muon, rest):
+            optimizer.step()
+        pruner.step()
+    assert model[2].weight.numel() < 24 * 20
+    assert muon.state[model[2].weight]["momentum_buffer"].shape == model[2].weight.shape
+    assert rest.state[model[2].bias]["exp_avg"].shape == model[2].bias.shape
+
+
+def test_lbfgs_is_refused_and_nothing_is_changed() -> None:
+    model = Small()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    keep = random_keep(build_plan(model, small_inputs()), 0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(small_inputs()).square().mean()
+        loss.backward()
+        return loss
+
+    pruner = pat.Pruner(model, 0.5, end_epoch=1, example_inputs=small_inputs(), layers_to_prune=["inner"])
+    optimizer.step(closure)  # the history is kept with the first parameter, which is not even pruned here
+    before = weights(model)
+    with pytest.raises(pat.SurgeryError, match=r"LBFGS keeps one flat history .*train with another optimizer"):
+        pruner.step()
+    with pytest.raises(pat.SurgeryError, match="LBFGS keeps one flat history"):
+        prune(bind(build_plan(model, small_inputs()), model), keep, [optimizer])
+    assert same(weights(model), before)
+    optimizer.step(closure)
+
+
+def test_lbfgs_that_has_not_started_has_no_history() -> None:
+    model = Small()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    binding = bind(build_plan(model, small_inputs()), model)
+    prune(binding, random_keep(binding.plan, 0), [optimizer])
+    optimizer.step(lambda: model(small_inputs()).square().mean())
+
+
+def test_sparse_adam_shrinks_between_its_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8, sparse=True), nn.Linear(8, 3))
+    sparse = torch.optim.SparseAdam([model[0].weight])
+    dense = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    ids = torch.tensor([1, 3, 3])
+    binding = bind(build_plan(model, ids), model)
+    for _ in range(2):
+        for optimizer in (sparse, dense):
+            optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        for optimizer in (sparse, dense):
+            optimizer.step()
+        if model[0].embedding_dim == 8:
+            keep = np.arange(8) % 2 == 0
+            with pytest.raises(pat.SurgeryError, match=r"0.weight has a sparse gradient; call zero_grad\(\)"):
+                prune(binding, keep, [sparse, dense])
+            sparse.zero_grad()
+            prune(binding, keep, [sparse, dense])
+    assert sparse.state[model[0].weight]["exp_avg"].shape == (9, 4)
+
+
+# Layouts of one's own
+
+
+class Sketching(Optimizer):
+    """Keeps a moment, a factored one, a count in a vector, and a number, none of which torch knows."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["trace"] = torch.zeros_like(p)
+                    state["rows"] = torch.zeros(p.shape[:1] + (1,) * (p.ndim - 1))
+                    state["count"] = torch.zeros(1)
+                    state["age"] = 0
+                state["trace"].lerp_(p.grad, 0.1)
+                state["rows"] += state["trace"].abs().sum_to_size(state["rows"].shape)
+                state["count"] += 1
+                state["age"] += 1
+                p -= group["lr"] * state["trace"] / (1 + state["rows"])
+
+
+LAYOUT = {"trace": "elementwise", "rows": "factored", "count": "scalar"}
+
+
+@pytest.mark.parametrize("missing", list(LAYOUT))
+def test_unknown_state_is_refused_by_class_and_key_and_can_be_registered(missing: str) -> None:
+    model = Small()
+    optimizer = Sketching(model.parameters())
+    train_one_epoch(model, optimizer)
+    known = {k: v for k, v in LAYOUT.items() if k != missing}
+    if known:
+        pat.register_state_layout(Sketching, known)
+    binding = bind(build_plan(model, small_inputs()), model)
+    keep = random_keep(binding.plan, 0)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+    message = rf"Sketching keeps state '{missing}' for stem.weight \(tensor of shape .*register_state_layout\(Sketching"
+    with pytest.raises(pat.SurgeryError, match=message):
+        prune(binding, keep, [optimizer])
+    assert same(weights(model), before)
+    for i, entry in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, state[i][k]) for k, v in entry.items() if isinstance(v, Tensor))
+    pat.register_state_layout(Sketching, {missing: LAYOUT[missing]})
+    prune(binding, keep, [optimizer])
+    assert optimizer.state[model.inner.weight]["trace"].shape == model.inner.weight.shape
+    assert optimizer.state[model.inner.weight]["rows"].shape == (model.inner.out_channels, 1, 1, 1)
+    assert optimizer.state[model.inner.weight]["count"] == 2
+    train_one_epoch(model, optimizer)
+
+
+def test_a_subclass_inherits_what_is_known_of_its_base() -> None:
+    class Averaging(torch.optim.Adam):
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["average"] = p.detach().clone()
+
+    model = Small()
+    optimizer = Averaging(model.parameters())
+    train_one_epoch(model, optimizer)
+    binding = bind(build_plan(model, small_inputs()), model)
+    keep = random_keep(binding.plan, 0)
+    with pytest.raises(pat.SurgeryError, match="Averaging keeps state 'average'"):
+        prune(binding, keep, [optimizer])
+    pat.register_state_layout(Averaging, {"average": "elementwise"})
+    prune(binding, keep, [optimizer])
+    for p in model.parameters():
+        assert {k: v.shape for k, v in optimizer.state[p].items() if v.ndim} == dict.fromkeys(
+            ("exp_avg", "exp_avg_sq", "average"), p.shape
+        )
+
+
+def test_state_that_is_no_tensor_is_refused() -> None:
+    model = Small()
+    optimizer = torch.optim.Adam(model.parameters())
+    train_one_epoch(model, optimizer)
+    optimizer.state[model.outer.weight]["history"] = [torch.zeros(3)]
+    binding = bind(build_plan(model, small_inputs()), model)
+    with pytest.raises(pat.SurgeryError, match=r"Adam keeps state 'history' for outer.weight \(list\)"):
+        prune(binding, random_keep(binding.plan, 0), [optimizer])
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "momentum_buffer"])
+def test_state_that_does_not_fit_its_parameter_is_refused(key: str) -> None:
+    model = Small()
+    cls = torch.optim.Adam if key == "exp_avg" else torch.optim.SGD
+    optimizer = cls(model.parameters(), lr=0.1)
+    train_one_epoch(model, optimizer)
+    optimizer.state[model.outer.weight][key] = torch.zeros(3, 3)
+    binding = bind(build_plan(model, small_inputs()), model)
+    message = rf"{cls.__name__} state '{key}' of outer.weight has shape \(3, 3\), expected one that fits .*\(12, 16, 1, 1\)"
+    with pytest.raises(pat.SurgeryError, match=message):
+        prune(binding, random_keep(binding.plan, 0), [optimizer])
+
+
+def test_factored_state_of_a_grouped_convolution_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 5, 1), nn.Flatten())
+    optimizer = torch.optim.Adafactor(model.parameters())
+    model(small_inputs()).square().mean().backward()
+    optimizer.step()
+    binding = bind(build_plan(model, small_inputs()), model)
+    before = weights(model)
+    keep = np.ones(binding.plan.n_channels, dtype=np.bool_)
+    keep[binding.plan.unit == binding.plan.unit[0]] = False
+    with pytest.raises(pat.SurgeryError, match=r"1.weight: the factored optimizer state of a grouped convolution's in"):
+        prune(binding, keep, [optimizer])
+    assert same(weights(model), before)
+
+
+def test_layouts_have_names() -> None:
+    with pytest.raises(pat.SurgeryError, match=r"layout of Adam.state.*\['x'\]: expected 'elementwise'.*got 'flat'"):
+        pat.register_state_layout(torch.optim.Adam, {"x": "flat"})
