@@ -45,7 +45,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"expected Python >= 3.10, got {sys.version}; name another one: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"expected Python >= 3.10, got {sys.version.split()[0]}; name another: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 

@@ -23,6 +23,11 @@ from pat_fast.surgery import prune
 from tests.helpers import Case, Small, random_keep, small_inputs, zoo_names
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are too small for two
+
+
 def everything(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, those that a state dict leaves out too."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
@@ -64,7 +69,6 @@ SLOW_IN_DOUBLE = ("mobilenet_v2", "shuffle_plain", "shufflenet_v2", "convnext_ti
 
 @pytest.mark.parametrize("name", zoo_names())
 def test_the_zoo_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     case = Case.build(name, torch.float32 if name in SLOW_IN_DOUBLE else torch.float64)
     fresh = copy.deepcopy(case.model)
     with torch.no_grad():

@@ -25,6 +25,11 @@ RIGHT_IN_TORCH_PRUNING = (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are too small for two
+
+
 @cache
 def subject(name: str) -> Subject:
     return Subject(name, small=True)

@@ -19,6 +19,11 @@ from tests.helpers import Case, Small, masked_copy, random_keep, small_inputs
 from tests.training import adamw, same, sgd, steps, train_one_epoch, weights
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are too small for two
+
+
 def masked(model: nn.Module, inputs: Any, seed: int = 0) -> tuple[Mask, np.ndarray]:
     """A mask over ``model`` that is not set yet, and what to keep."""
     plan = build_plan(model, inputs)

@@ -21,6 +21,11 @@ from tests.helpers import Case, Small, small_inputs
 STRENGTH = 1e-2
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are too small for two
+
+
 @cache
 def subject(name: str) -> Subject:
     return Subject(name, small=True)

@@ -21,6 +21,11 @@ from tests.helpers import Case, Small, small_inputs, zoo_names
 Keep = NDArray[np.bool_]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are too small for two
+
+
 @cache
 def small_plan() -> Plan:
     return build_plan(Small(), small_inputs())
