@@ -57,16 +57,12 @@ def _root(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="The configuration, a JSON file.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder [default: <output_dir>/<name>-<time>].")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder [default: <output_dir>/<name>-<time>].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Replaces 'epochs' of the configuration.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replaces 'seed' of the configuration.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Replaces a key, such as optimizer.lr=0.05. Repeatable."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Replaces a key, such as optimizer.lr=0.05. Repeatable."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -124,7 +120,7 @@ def env() -> None:
 
 
 def _example(text: str) -> torch.Tensor:
-    """Zeros of the shape and type that ``"1,16:int64"`` says."""
+    """A tensor of the shape and type that ``"1,16:int64"`` says: noise, or zeros for integers (they are indices)."""
     import torch
 
     sizes, _, dtype_name = text.partition(":")
@@ -137,7 +133,7 @@ def _example(text: str) -> torch.Tensor:
     dtype = getattr(torch, dtype_name or "float32", None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"--input: expected a torch type such as int64, got {dtype_name!r}")
-    return torch.zeros(shape, dtype=dtype)
+    return torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
 def _json_object(text: str, option: str) -> dict[str, Any]:
@@ -162,7 +158,9 @@ def _show_plan(found: Plan) -> None:
     )
     groups = Table("group", "channels", "members: tensor dimension", show_lines=True)
     for group in found.groups:
-        groups.add_row(group.root, str(group.channels), "\n".join(_member_lines(group)))
+        units = len(set(found.unit[group.start : group.stop].tolist()))
+        of = "" if units == group.channels else f" in {units} units"
+        groups.add_row(group.root, f"{group.channels}{of}", "\n".join(_member_lines(group)))
     if found.groups:
         console.print(groups)
     frozen = Table("frozen", "channels", "why")

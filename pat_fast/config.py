@@ -62,9 +62,7 @@ class PruneConfig(_Section):
     ranking: Literal["global", "local"] = Field(
         default="global", description="'global' (across layers) or 'local' (the same share of each)"
     )
-    start_epoch: int = Field(
-        default=0, ge=0, description="an integer >= 0: the epoch after which pruning starts"
-    )
+    start_epoch: int = Field(default=0, ge=0, description="an integer >= 0: the epoch after which pruning starts")
     end_epoch: int | None = Field(
         default=None, ge=0, description="an integer >= start_epoch (when the target is reached) or null"
     )
@@ -85,12 +83,8 @@ class PruneConfig(_Section):
     ignored_layers: list[str] | None = Field(default=None, description="a list of layer names, or null")
     importance: Literal["group_norm"] = Field(default="group_norm", description="'group_norm'")
     p: Literal[1, 2] = Field(default=2, description="1 or 2: the norm of the importance")
-    regularizer: Literal["group_norm"] | None = Field(
-        default="group_norm", description="'group_norm' or null"
-    )
-    reg_strength: float = Field(
-        default=1e-4, ge=0, description="a number >= 0: the strength of the regulariser"
-    )
+    regularizer: Literal["group_norm"] | None = Field(default="group_norm", description="'group_norm' or null")
+    reg_strength: float = Field(default=1e-4, ge=0, description="a number >= 0: the strength of the regulariser")
 
     @model_validator(mode="before")
     @classmethod
@@ -106,9 +100,7 @@ class PruneConfig(_Section):
     @model_validator(mode="after")
     def _end_after_start(self) -> PruneConfig:
         if self.end_epoch is not None and self.end_epoch < self.start_epoch:
-            raise _refuse(
-                "end_epoch", f"an integer >= start_epoch, which is {self.start_epoch}; got {self.end_epoch}"
-            )
+            raise _refuse("end_epoch", f"an integer >= start_epoch, which is {self.start_epoch}; got {self.end_epoch}")
         return self
 
     def pruner_kwargs(self) -> dict[str, Any]:
@@ -120,9 +112,7 @@ class ModelConfig(_Section):
     """The network: a callable that returns an ``nn.Module``, from ``[B, ...]`` to logits ``[B, classes]``."""
 
     factory: str = Field(description="'package.module:callable'")
-    args: dict[str, Any] = Field(
-        default_factory=dict, description="an object: keyword arguments of the factory"
-    )
+    args: dict[str, Any] = Field(default_factory=dict, description="an object: keyword arguments of the factory")
 
     @model_validator(mode="after")
     def _factory_has_two_parts(self) -> ModelConfig:
@@ -134,9 +124,7 @@ class ModelConfig(_Section):
 class AugmentConfig(_Section):
     """Random changes of the training images, drawn anew for each batch."""
 
-    shift: int = Field(
-        default=0, ge=0, description="an integer >= 0: pixels an image may move along each axis"
-    )
+    shift: int = Field(default=0, ge=0, description="an integer >= 0: pixels an image may move along each axis")
     flip: bool = Field(default=False, description="true or false: mirror half of the images left to right")
 
 
@@ -145,19 +133,13 @@ class DataConfig(_Section):
 
     name: str = Field(default="digits", description="'digits', 'image_folder' or 'package.module:factory'")
     root: str | None = Field(default=None, description="a folder with one sub-folder of images per class")
-    size: int | None = Field(
-        default=None, ge=4, description="an integer >= 4: height and width in pixels, or null"
-    )
+    size: int | None = Field(default=None, ge=4, description="an integer >= 4: height and width in pixels, or null")
     channels: Literal[1, 3] | None = Field(default=None, description="1 (grey) or 3 (colour), or null")
     mean: list[float] | None = Field(default=None, description="a list with one number per channel, or null")
     std: list[float] | None = Field(default=None, description="a list with one number per channel, or null")
-    args: dict[str, Any] = Field(
-        default_factory=dict, description="an object: keyword arguments of the factory"
-    )
+    args: dict[str, Any] = Field(default_factory=dict, description="an object: keyword arguments of the factory")
     batch_size: int = Field(default=64, ge=1, description="an integer >= 1")
-    test_fraction: float = Field(
-        default=0.25, gt=0, lt=1, description="a number in (0, 1): the share held out"
-    )
+    test_fraction: float = Field(default=0.25, gt=0, lt=1, description="a number in (0, 1): the share held out")
     val_fraction: float = Field(
         default=0.0,
         ge=0,
@@ -165,9 +147,7 @@ class DataConfig(_Section):
         description="a number in [0, 1): the share that accuracy is followed on, or 0",
     )
     split_seed: int = Field(default=0, ge=0, description="an integer >= 0: the seed of the split")
-    augment: AugmentConfig = Field(
-        default_factory=AugmentConfig, description="an object with 'shift' and 'flip'"
-    )
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="an object with 'shift' and 'flip'")
     workers: int = Field(default=0, ge=0, description="an integer >= 0: processes that load data")
 
     @model_validator(mode="after")
@@ -237,18 +217,12 @@ class OptimizerConfig(_Section):
 class SchedulerConfig(_Section):
     """The learning rate over the run, as a factor on the optimizer's ``lr``; updated at every batch."""
 
-    name: Literal["none", "cosine", "step"] = Field(
-        default="cosine", description="'none', 'cosine' or 'step'"
-    )
-    warmup_epochs: float = Field(
-        default=0.0, ge=0, description="a number >= 0: epochs of linear rise from zero"
-    )
+    name: Literal["none", "cosine", "step"] = Field(default="cosine", description="'none', 'cosine' or 'step'")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="a number >= 0: epochs of linear rise from zero")
     final_factor: float = Field(
         default=0.0, ge=0, le=1, description="a number in [0, 1]: the factor at which cosine ends"
     )
-    milestones: list[int] = Field(
-        default=[], description="a list of epochs at which step multiplies by gamma"
-    )
+    milestones: list[int] = Field(default=[], description="a list of epochs at which step multiplies by gamma")
     gamma: float = Field(default=0.1, gt=0, le=1, description="a number in (0, 1]")
 
     @model_validator(mode="after")
@@ -262,9 +236,7 @@ class TrainConfig(_Section):
     """One run of ``pat-fast train``."""
 
     version: Literal[1] = Field(default=1, description="the configuration version 1")
-    name: str = Field(
-        default="run", pattern=r"^[\w.-]+$", description="a name of letters, digits, '.', '_' and '-'"
-    )
+    name: str = Field(default="run", pattern=r"^[\w.-]+$", description="a name of letters, digits, '.', '_' and '-'")
     title: str | None = Field(default=None, description="a line of text for the plot and the table, or null")
     model: ModelConfig = Field(description="an object with 'factory' and 'args'")
     data: DataConfig = Field(default_factory=DataConfig, description="an object with 'name' and its options")
@@ -278,18 +250,12 @@ class TrainConfig(_Section):
     seed: int = Field(default=0, ge=0, description="an integer >= 0")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
     threads: int | None = Field(default=None, ge=1, description="an integer >= 1: CPU threads, or null")
-    pruning: PruneConfig | None = Field(
-        default=None, description="an object (a pruning configuration) or null"
-    )
-    dense_twin: bool = Field(
-        default=True, description="true or false: also train the same network without pruning"
-    )
+    pruning: PruneConfig | None = Field(default=None, description="an object (a pruning configuration) or null")
+    dense_twin: bool = Field(default=True, description="true or false: also train the same network without pruning")
     latency_batch: int | None = Field(
         default=None, ge=1, description="an integer >= 1: images per measured forward, or null for batch_size"
     )
-    output_dir: str = Field(
-        default="runs", min_length=1, description="the folder that run folders are made in"
-    )
+    output_dir: str = Field(default="runs", min_length=1, description="the folder that run folders are made in")
 
 
 Config = TypeVar("Config", bound=_Section)

@@ -101,9 +101,7 @@ def augment(images: Tensor, config: AugmentConfig, generator: torch.Generator) -
     return images
 
 
-def split_by_class(
-    labels: Sequence[int] | Tensor, config: DataConfig
-) -> tuple[list[int], list[int], list[int]]:
+def split_by_class(labels: Sequence[int] | Tensor, config: DataConfig) -> tuple[list[int], list[int], list[int]]:
     """Indices of the train, validation and test items: the same shares of every class.
 
     ``split_seed`` alone decides, so that runs with other seeds are tested on the same items.
@@ -235,9 +233,7 @@ def _image_folder(config: DataConfig) -> Splits:
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
     if len(names) < 2:
-        raise ConfigError(
-            f"data.root: expected two or more sub-folders (one per class) in {folder}, got {len(names)}"
-        )
+        raise ConfigError(f"data.root: expected two or more sub-folders (one per class) in {folder}, got {len(names)}")
     return names
 
 
@@ -249,9 +245,7 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int
     """
     unknown = sorted(set(_class_names(folder)) - set(classes))
     if unknown:
-        raise ConfigError(
-            f"{folder}: expected the classes {', '.join(classes)}, got also {', '.join(unknown)}"
-        )
+        raise ConfigError(f"{folder}: expected the classes {', '.join(classes)}, got also {', '.join(unknown)}")
     files: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
         inside = (folder / name).rglob("*") if (folder / name).is_dir() else iter(())

@@ -59,9 +59,7 @@ def call_factory(name: str, args: Mapping[str, Any], key: str) -> Any:
         raise
     except Exception as error:
         given = ", ".join(f"{k}={v!r}" for k, v in args.items())
-        raise ConfigError(
-            f"{key}: expected {name}({given}) to succeed, got {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"{key}: expected {name}({given}) to succeed, got {type(error).__name__}: {error}") from error
 
 
 def build_model(name: str, args: Mapping[str, Any], key: str = "model") -> nn.Module:

@@ -127,15 +127,11 @@ def _name_stages(axis: Any, records: Sequence[Record]) -> None:
     for stage, start, end in _spans(records):
         if stage in STAGES:
             middle = ((start + end) / 2, 1.0)
-            _beside(
-                axis, STAGES[stage][1], middle, offset=4, ha="center", color=MUTED, fontsize=9.5, x="data"
-            )
+            _beside(axis, STAGES[stage][1], middle, offset=4, ha="center", color=MUTED, fontsize=9.5, x="data")
 
 
 def _beside(
     axis: Any, text: str, at: tuple[float, float], *, offset: float, x: str = "axes fraction", **style: Any
 ) -> None:
     """Write ``text`` ``offset`` points above ``at``, whose height is a fraction of the axis."""
-    axis.annotate(
-        text, at, xycoords=(x, "axes fraction"), xytext=(0, offset), textcoords="offset points", **style
-    )
+    axis.annotate(text, at, xycoords=(x, "axes fraction"), xytext=(0, offset), textcoords="offset points", **style)

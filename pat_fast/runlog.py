@@ -75,6 +75,7 @@ class RunLog:
         self.console = console or Console(highlight=False)
         self.directory = Path()
         self.records: list[Record] = []
+        self._notes: set[str] = set()
         self._file: TextIO | None = None
         self._epochs = 0
         self._progress = Progress(
@@ -106,7 +107,10 @@ class RunLog:
         self.console.print(Text(header, style="bold"), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line the user should read, which is no error."""
+        """A line the user should read, which is no error; shown once."""
+        if text in self._notes:
+            return
+        self._notes.add(text)
         self.console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
 
     def phase(self, text: str) -> None:
@@ -151,9 +155,7 @@ class RunLog:
         else:
             path = self.directory / "plot.png"
             plot_run(self.records, path, title=title_of(config), subtitle=_outcome(summary))
-        self.console.print(
-            f"{summary['seconds']:.0f} seconds; everything is in {self.directory}", soft_wrap=True
-        )
+        self.console.print(f"{summary['seconds']:.0f} seconds; everything is in {self.directory}", soft_wrap=True)
 
 
 def title_of(config: TrainConfig) -> str:

@@ -109,13 +109,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         ConfigError: a GPU is asked for and there is none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device: expected a GPU that torch can use, got none; set device to 'auto' or 'cpu'"
-        )
+        raise ConfigError("device: expected a GPU that torch can use, got none; set device to 'auto' or 'cpu'")
     changes: dict[str, Any] = {
-        "device": ("cuda" if torch.cuda.is_available() else "cpu")
-        if config.device == "auto"
-        else config.device,
+        "device": ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device,
         "latency_batch": config.latency_batch or config.data.batch_size,
     }
     pruning = config.pruning
@@ -174,14 +170,10 @@ def _make_twin(name: str, model: nn.Module, job: Job) -> Twin:
     if not trainable:
         raise ConfigError(f"model: expected parameters to train, got none in {config.model.factory}")
     optimizer = OPTIMIZERS[config.optimizer.name](trainable, **config.optimizer.kwargs())
-    scheduler = LambdaLR(
-        optimizer, lambda step: lr_factor(config.scheduler, step / len(job.train), config.epochs)
-    )
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(config.scheduler, step / len(job.train), config.epochs))
     pruner = None
     if name == "pruned" and config.pruning is not None:
-        pruner = Pruner(
-            model, **config.pruning.pruner_kwargs(), optimizer=optimizer, example_inputs=job.example
-        )
+        pruner = Pruner(model, **config.pruning.pruner_kwargs(), optimizer=optimizer, example_inputs=job.example)
     cost = (None, count_params(model), count_macs(model, job.example))
     return Twin(name, model, optimizer, scheduler, pruner, cost)
 
@@ -217,9 +209,7 @@ def _check_fit(model: nn.Module, job: Job, splits: Splits) -> None:
 def _logits(output: Any) -> Tensor:
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
-        raise ConfigError(
-            f"model: expected a tensor of logits or an object that has .logits, got {type(output)}"
-        )
+        raise ConfigError(f"model: expected a tensor of logits or an object that has .logits, got {type(output)}")
     return found
 
 
@@ -244,6 +234,8 @@ def _train_twin(job: Job, twin: Twin, epoch: int, log: RunLog) -> Record:
         if epoch == job.config.epochs - 1:
             report = twin.pruner.finalize()
         twin.cost = (report.channels[1], report.params[1], report.macs[1])
+        for note in report.notes:
+            log.note(note)
     _synchronize(job.device)
     seconds = time.perf_counter() - start
     loss, accuracy = evaluate(twin.model, job.follow, job.device)
@@ -333,8 +325,7 @@ def _warn(config: TrainConfig, log: RunLog) -> None:
     pruning = config.pruning
     if pruning is not None and pruning.end_epoch is not None and pruning.end_epoch > config.epochs:
         log.note(
-            f"pruning ends at epoch {pruning.end_epoch} and the run has {config.epochs}: "
-            "the target will not be reached"
+            f"pruning ends at epoch {pruning.end_epoch} and the run has {config.epochs}: the target will not be reached"
         )
 
 

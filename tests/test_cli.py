@@ -156,9 +156,7 @@ def test_plan_shows_groups_members_and_what_is_frozen() -> None:
         assert part in result.stdout
 
 
-def test_plan_finds_a_network_in_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_finds_a_network_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
     (tmp_path / "my_network_file.py").write_text(source)
     monkeypatch.chdir(tmp_path)

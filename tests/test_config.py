@@ -82,9 +82,7 @@ def test_the_example_of_a_run_is_valid() -> None:
         ({"version": 2}, ["version: expected the configuration version 1, got 2"]),
     ],
 )
-def test_bad_pruning_sections_say_what_was_expected_and_what_came(
-    data: dict[str, Any], parts: list[str]
-) -> None:
+def test_bad_pruning_sections_say_what_was_expected_and_what_came(data: dict[str, Any], parts: list[str]) -> None:
     message = problem(data)
     assert "\n" not in message
     for part in parts:
@@ -135,9 +133,7 @@ def test_bad_pruning_sections_say_what_was_expected_and_what_came(
         ({"name": "a/b"}, ["name: expected a name of letters"]),
     ],
 )
-def test_bad_training_configurations_name_the_key_by_its_path(
-    change: dict[str, Any], parts: list[str]
-) -> None:
+def test_bad_training_configurations_name_the_key_by_its_path(change: dict[str, Any], parts: list[str]) -> None:
     message = problem(TRAIN, TrainConfig, overrides=change)
     for part in parts:
         assert part in message

@@ -98,9 +98,7 @@ def test_the_folder_of_a_run(first: Path) -> None:
     assert names == {"config.json", "log.jsonl", "model.safetensors", "plot.png", "summary.json"}
     assert (first / "plot.png").read_bytes().startswith(b"\x89PNG")
     records = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
-    assert [(r["epoch"], r["twin"]) for r in records] == [
-        (e, t) for e in (1, 2, 3) for t in ("pruned", "dense")
-    ]
+    assert [(r["epoch"], r["twin"]) for r in records] == [(e, t) for e in (1, 2, 3) for t in ("pruned", "dense")]
     pruned = [r for r in records if r["twin"] == "pruned"]
     assert pruned[0]["stage"] == "regularize"
     assert pruned[-1]["macs"] < pruned[0]["macs"]
@@ -138,9 +136,7 @@ def test_what_was_shown_has_no_control_codes(first: Path) -> None:
         assert part in shown
 
 
-def test_the_same_seed_gives_the_same_log_and_leaves_the_generators_alone(
-    first: Path, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_log_and_leaves_the_generators_alone(first: Path, tmp_path: Path) -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     # The resolved configuration of a run is a configuration that repeats it.
     config = load_config(first / "config.json", TrainConfig)
@@ -213,9 +209,7 @@ def test_mask_mode_and_other_optimizers(tmp_path: Path, name: str) -> None:
         ({"data": {"name": "image_folder", "root": "nowhere"}}, r"data\.root: expected a folder"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_written(
-    tmp_path: Path, overrides: dict[str, Any], message: str
-) -> None:
+def test_bad_input_is_told_before_anything_is_written(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(PatError, match=message):
         train(tmp_path / "run", **overrides)
     assert not (tmp_path / "run").exists()
@@ -307,9 +301,7 @@ def test_resnet20_is_the_network_of_the_paper() -> None:
     # Without the projections of option B: the 0.27 M parameters of table 6.
     assert count_params(model) - shortcuts == 269_722
     layers = [
-        m
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Conv2d, nn.Linear)) and "shortcut" not in name
+        m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and "shortcut" not in name
     ]
     assert len(layers) == 20
 
