@@ -103,8 +103,6 @@ class RunLog:
         self.console.print(f"run folder: {directory}", soft_wrap=True)
         self._progress.start()
         self._task = self._progress.add_task("starting", total=batches * config.epochs)
-        header = _header(both=config.dense_twin and config.pruning is not None)
-        self.console.print(Text(header, style="bold"), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line the user should read, which is no error; shown once."""
@@ -132,6 +130,8 @@ class RunLog:
 
     def epoch_line(self, records: list[Record]) -> None:
         """Print one epoch; ``records`` holds the pruned twin, then the dense one (or either alone)."""
+        if records[0].epoch == 1:
+            self.console.print(Text(_header(both=len(records) > 1), style="bold"), soft_wrap=True)
         self.console.print(_epoch_line(records, self._epochs), soft_wrap=True)
 
     def interrupted(self) -> None:

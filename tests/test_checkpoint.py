@@ -146,7 +146,8 @@ def test_folders_are_made_and_files_replaced_as_a_whole(tmp_path: Path, monkeypa
     first = path.read_bytes()
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
-    def fails(*args: Any, **kwargs: Any) -> None:
+    def fails(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_text("half a file")
         raise OSError("disk full")
 
     monkeypatch.setattr("pat_fast.checkpoint.save_file", fails)
@@ -311,6 +312,25 @@ def test_sizes_that_do_not_belong_together(
     pat.save(Normed(), path)
     content = rewritten(path.read_bytes(), put(name, attribute, value), path)
     refused(content, path, message, Normed())
+
+
+def test_sizes_that_agree_only_after_division(tmp_path: Path) -> None:
+    """Five inputs in two groups are not two in each, although 5 // 2 is 2."""
+
+    def change(tensors: dict[str, Tensor], structure: dict[str, Any]) -> None:
+        tensors["grouped.weight"] = tensors["grouped.weight"][:, :2].contiguous()
+        structure["modules"]["grouped"]["in_channels"] = 5
+
+    path = tmp_path / "normed"
+    pat.save(Normed(), path)
+    refused(rewritten(path.read_bytes(), change, path), path, r"grouped.weight has shape \(6, 2, 1\)", Normed())
+
+
+def test_a_parameter_of_no_layer_cannot_vanish(tmp_path: Path) -> None:
+    path = tmp_path / "unusual"
+    pat.save(Unusual(), path)
+    content = rewritten(path.read_bytes(), lambda t, s: t.update(frozen=torch.ones(0)), path)
+    refused(content, path, r"frozen has shape \(0,\)", Unusual())
 
 
 def headed(header: dict[str, Any] | bytes, data: bytes = b"") -> bytes:

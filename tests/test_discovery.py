@@ -36,6 +36,7 @@ def test_inputs_come_from_the_first_forward_and_its_hook_is_gone() -> None:
     assert not model._forward_pre_hooks
     assert pruner.plan is not None
     assert pruner.plan.batch == 2  # two examples of the four are enough
+    assert not pruner._catcher.has_inputs  # the batch is not kept alive
 
 
 class Named(Small):
@@ -196,20 +197,24 @@ def test_two_models_and_two_optimizers_do_not_disturb_one_another() -> None:
         target = 0.5 if width == 12 else 0.25
         return model, optimizer, pat.Pruner(model, target, end_epoch=3, reg_strength=1e-2)
 
+    def train(*started: tuple[Small, Optimizer, pat.Pruner]) -> None:
+        for _ in range(4):
+            for model, optimizer, _ in started:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model.train()(small_inputs()), torch.arange(4)).backward()
+            for _, optimizer, _ in started:  # while the gradients of all of them wait
+                optimizer.step()
+            for _, _, pruner in started:
+                pruner.step()
+
     alone = {}
     for width in (12, 20):
-        model, optimizer, pruner = start(width)
-        for _ in range(4):
-            train_one_epoch(model, optimizer)
-            pruner.step()
-        alone[width] = weights(model)
-        del model, optimizer, pruner
+        started = start(width)
+        train(started)
+        alone[width] = weights(started[0])
+        del started
     together = {width: start(width) for width in (12, 20)}
-    for _ in range(4):
-        for model, optimizer, _ in together.values():
-            train_one_epoch(model, optimizer)
-        for _, _, pruner in together.values():
-            pruner.step()
+    train(*together.values())
     for width, (model, _, _) in together.items():
         assert same(weights(model), alone[width])
 

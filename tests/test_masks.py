@@ -153,6 +153,48 @@ def test_the_binding_knows_who_lives() -> None:
 # As a mode of the pruner
 
 
+def test_whatever_an_optimizer_does_the_dead_stay_dead() -> None:
+    class Noisy(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            for p in self.param_groups[0]["params"]:
+                p += torch.randn_like(p)
+
+    model = Small()
+    optimizer = Noisy(model.parameters(), lr=0.1)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1, mode="mask", ranking="local")
+    for _ in range(3):
+        train_one_epoch(model, optimizer)
+        pruner.step()
+        assert int((model.inner.weight.flatten(1) == 0).all(1).sum()) == 8
+
+
+class Fickle:
+    """A criterion to which zero weights mean nothing, and that thinks the opposite each time."""
+
+    sign = 1.0
+
+    def score(self, binding: Binding) -> Tensor:
+        self.sign = -self.sign
+        return self.sign * torch.arange(binding.plan.n_channels, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_what_is_masked_stays_masked_whatever_it_scores_later(ranking: str) -> None:
+    pruner = pat.Pruner(
+        Small(), 0.6, example_inputs=small_inputs(), end_epoch=4, mode="mask", ranking=ranking, importance=Fickle()
+    )
+    dead = torch.zeros(28, dtype=torch.bool)
+    for epoch in range(1, 5):
+        report = pruner.step()
+        now = ~pruner.mask.alive
+        assert now[dead].all()
+        dead = now
+        assert report.channels[1] == int((~dead).sum())
+        assert ranking == "local" or report.channels[1] == int(28 * (1 - 0.15 * epoch) + 1e-9)
+
+
 @pytest.mark.parametrize("make", [adamw, sgd])
 def test_masked_channels_stay_zero_until_finalize_removes_them(make: Callable[[nn.Module], Optimizer]) -> None:
     model = Small().double()

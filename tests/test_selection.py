@@ -233,12 +233,12 @@ def test_units_of_grouped_convolutions_go_as_a_whole() -> None:
 
 
 class Branches(nn.Module):
-    """The second layer sees one group's channels beside another's; a gate lets neither group run dry."""
+    """A grouped convolution ties the channels of two layers together: the best units may all be of one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.left = nn.Conv2d(3, 6, 1)
-        self.right = nn.Conv2d(3, 4, 1)
+        self.left = nn.Conv2d(3, 8, 1)
+        self.right = nn.Conv2d(3, 2, 1)
         self.mixed = nn.Conv2d(10, 8, 1, groups=2)
         self.out = nn.Conv2d(8, 2, 1)
 
@@ -246,13 +246,15 @@ class Branches(nn.Module):
         return self.out(self.mixed(torch.cat([self.left(x), self.right(x)], 1)))
 
 
-def test_axes_made_of_several_groups_keep_what_they_need() -> None:
+def test_every_axis_keeps_what_it_needs() -> None:
     plan = build_plan(Branches(), small_inputs())
+    assert [g.channels for g in plan.groups] == [8, 10]  # mixed; left and right
     for seed in range(20):
         scores = np.random.default_rng(seed).random(plan.n_channels)
         keep = select(plan, scores, everything(plan), budget(1000), Limits())
         kept = plan.check_keep(keep)
         assert len(kept(plan.tensor("mixed.weight").axes[0].channels)) >= 4  # two in each of two groups
+        assert len(kept(plan.tensor("right.weight").axes[0].channels)) >= 1
 
 
 @pytest.mark.parametrize("name", zoo_names())
@@ -268,7 +270,7 @@ def test_asking_for_everything_leaves_a_network(name: str) -> None:
 # Any plan, any scores
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_result_is_always_possible(data: st.DataObject) -> None:
     plan = zoo_plan(data.draw(st.sampled_from(zoo_names())))

@@ -132,14 +132,28 @@ def test_collapsed_dimensions_visit_the_same_memory(sizes: list[int], chance, ga
 # Slots and channels
 
 
+class Padded(nn.Module):
+    """The second layer sees two inputs that no channel makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.second = nn.Conv2d(10, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(nn.functional.pad(self.first(x), (0, 0, 0, 0, 1, 1)))
+
+
 def test_slots_and_channels_are_inverse() -> None:
-    _, binding = small_binding()
+    model = Padded()
+    binding = bind(build_plan(model, small_inputs()), model)
     (tiles,) = binding.tiles("weights", parameters)
     values = torch.arange(1.0, binding.plan.n_channels + 1)
     slots = binding.to_slots(tiles, values, fill=-7.0)
     known = tiles.slot_channel < binding.plan.n_channels
     assert torch.equal(slots[known], values[tiles.slot_channel[known]])
     assert (slots[~known] == -7.0).all()
+    assert int((~known).sum()) == 2
     back = binding.to_channels(tiles, known.float())
     assert torch.equal(back, torch.bincount(tiles.slot_channel[known], minlength=binding.plan.n_channels).float())
 

@@ -186,8 +186,8 @@ class Sketching(Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    state["trace"] = torch.zeros_like(p)
                     state["rows"] = torch.zeros(p.shape[:1] + (1,) * (p.ndim - 1))
+                    state["trace"] = torch.zeros_like(p)
                     state["count"] = torch.zeros(1)
                     state["age"] = 0
                 state["trace"].lerp_(p.grad, 0.1)
@@ -197,7 +197,7 @@ class Sketching(Optimizer):
                 p -= group["lr"] * state["trace"] / (1 + state["rows"])
 
 
-LAYOUT = {"trace": "elementwise", "rows": "factored", "count": "scalar"}
+LAYOUT = {"rows": "factored", "trace": "elementwise", "count": "scalar"}
 
 
 @pytest.mark.parametrize("missing", list(LAYOUT))
