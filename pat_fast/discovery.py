@@ -101,7 +101,7 @@ class Discovery:
         """Optimizers known to train the model. Those that have not stepped yet are looked for, too."""
         model = self._model()
         if self._searches and model is not None:
-            known = _held(o for o, ours in self._ours.items() if ours)
+            known = held(o for o, ours in self._ours.items() if ours)
             if any(id(p) not in known for p in model.parameters() if p.requires_grad):
                 kinds = _subclasses(Optimizer)
                 for thing in [o for o in gc.get_objects() if type(o) in kinds]:
@@ -117,7 +117,7 @@ class Discovery:
         if known is None:
             model = self._model()
             own = {id(p) for p in model.parameters()} if model is not None else set()
-            known = not own.isdisjoint(_held([optimizer]))
+            known = not own.isdisjoint(held([optimizer]))
             self._ours[optimizer] = known
         return known
 
@@ -125,7 +125,7 @@ class Discovery:
         pruner = self._pruner()
         if pruner is not None and pruner.is_ready and self._is_ours(optimizer):
             scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
-            pruner.regularize(1.0 if scale is None else float(scale))
+            pruner.regularize(1.0 if scale is None else float(scale), optimizer)
 
     def _after(self, optimizer: Optimizer) -> None:
         pruner = self._pruner()
@@ -164,10 +164,10 @@ def as_list(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     return found
 
 
-def check_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def checkheld(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Raise :class:`ConfigError` unless the optimizers hold every parameter of ``model`` that is trained."""
-    held = _held(optimizers)
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    known = held(optimizers)
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if missing:
         total = sum(p.requires_grad for p in model.parameters())
         raise ConfigError(
@@ -177,7 +177,7 @@ def check_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         )
 
 
-def _held(optimizers: Iterable[Optimizer]) -> set[int]:
+def held(optimizers: Iterable[Optimizer]) -> set[int]:
     """Identities of all parameters that the optimizers hold."""
     return {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
 

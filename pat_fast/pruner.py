@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .criteria import Criterion, GroupNorm
-from .discovery import Discovery, InputCatcher, as_list, check_held
+from .discovery import Discovery, InputCatcher, as_list, check_held, held
 from .errors import ConfigError, PlanError, check, did_you_mean
 from .masks import Mask
 from .plan import Binding, Plan, bind
@@ -228,7 +228,7 @@ class Pruner:
         return self._report(before, self.target_sparsity * self.schedule.fraction(self.epoch), ())
 
     @torch.no_grad()
-    def regularize(self, scale: float = 1.0) -> None:
+    def regularize(self, scale: float = 1.0, optimizer: Optimizer | None = None) -> None:
         """Add the regulariser to the gradients (and clear those of masked channels).
 
         Done by the optimizer's hook when ``auto`` is on; else call it after backward (after ``unscale_``
@@ -236,13 +236,14 @@ class Pruner:
 
         Args:
             scale: a loss scale that is still in the gradients.
+            optimizer: leave alone what this one does not hold; another will step it.
         """
         binding = self._ready()
         self._regularized = True
         if self.regularizer is not None and self.stage != "finetune":
             alive = self.mask.alive if self.mask is not None else None
             where = self._eligible if alive is None else self._eligible & alive
-            self.regularizer.apply(binding, scale, where)
+            self.regularizer.apply(binding, scale, where, None if optimizer is None else held([optimizer]))
         if self.mask is not None and self.mask.is_active:
             self.mask.hold_gradients()
 

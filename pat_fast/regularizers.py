@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -55,22 +56,30 @@ class GroupNormRegularizer:
         return self.alpha ** place.clamp(0.0, 1.0)
 
     @torch.no_grad()
-    def apply(self, binding: Binding, scale: float = 1.0, where: Tensor | None = None) -> None:
+    def apply(
+        self,
+        binding: Binding,
+        scale: float = 1.0,
+        where: Tensor | None = None,
+        only: Collection[int] | None = None,
+    ) -> None:
         """Add to the gradients of the regularised weights; weights without a gradient are left alone.
 
         Args:
             scale: multiplies the strength (a loss scale that is still in the gradients).
             where: bool ``[N]``, the channels to push; all by default.
+            only: ``id`` of the weights to push; all by default.
         """
         gamma = self.gamma(binding) * (self.strength * scale)
         if where is not None:
             gamma = gamma * where
         for tiles in binding.tiles("regularized", is_regularized):
-            if all(t.grad is not None for t in tiles.tensors):
+            pushed = [t.grad is not None and (only is None or id(t) in only) for t in tiles.tensors]
+            if all(pushed):
                 self._add(binding, tiles, gamma)
-            else:
-                for one in binding.each(tiles):
-                    if one.tensors[0].grad is not None:
+            elif any(pushed):
+                for one, yes in zip(binding.each(tiles), pushed, strict=True):
+                    if yes:
                         self._add(binding, one, gamma)
 
     def _add(self, binding: Binding, tiles: Tiles, gamma: Tensor) -> None:

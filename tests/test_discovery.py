@@ -117,6 +117,27 @@ def test_given_optimizers_are_hooked_themselves() -> None:
     assert hooks(model, *parts) == before
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_two_optimizers_regularise_their_own_share_once(given: bool) -> None:
+    one, two = Small(), Small()
+    two.load_state_dict(one.state_dict())
+    whole = [sgd(one)]
+    parts = [
+        torch.optim.SGD(two.stem.parameters(), lr=0.05, momentum=0.9),
+        torch.optim.SGD([p for n, p in two.named_parameters() if not n.startswith("stem")], lr=0.05, momentum=0.9),
+    ]
+    for model, optimizers in ((one, whole), (two, parts)):
+        pruner = pat.Pruner(model, 0.5, optimizer=optimizers if given else None, reg_strength=0.1)
+        for _ in range(3):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(small_inputs()), torch.arange(4)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert pruner.plan is not None
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_an_optimizer_that_has_not_stepped_yet_is_found() -> None:
     """Its state is loaded, say: nobody has seen a step, and still it must shrink along."""
     model = Small()

@@ -157,6 +157,18 @@ def test_a_loss_scale_and_a_choice_of_channels() -> None:
     assert not model.stem.weight.grad.any()
 
 
+def test_a_choice_of_weights() -> None:
+    model, binding = small_binding()
+    zero_grads(model)
+    GroupNormRegularizer(STRENGTH).apply(binding)
+    everything = grads(model)
+    zero_grads(model)
+    GroupNormRegularizer(STRENGTH).apply(binding, only={id(model.outer.weight), id(model.norm.weight)})
+    for name, grad in grads(model).items():
+        expected = everything[name] if name in ("outer.weight", "norm.weight") else torch.zeros_like(grad)
+        assert torch.equal(grad, expected), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_in_another_memory_format(dtype: torch.dtype) -> None:
     """Autograd may lay a gradient out differently from its weight; after that both agree."""
