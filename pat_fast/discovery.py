@@ -164,7 +164,7 @@ def as_list(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     return found
 
 
-def checkheld(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def check_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Raise :class:`ConfigError` unless the optimizers hold every parameter of ``model`` that is trained."""
     known = held(optimizers)
     missing = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]

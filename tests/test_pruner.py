@@ -334,6 +334,29 @@ def test_the_regulariser_rests_in_the_last_stage() -> None:
     assert same(weights(model), weights(twin))
 
 
+class TiedAutoencoder(nn.Module):
+    """The decoder uses the encoder's weights transposed: one layer makes two groups of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in ((6, 10), (10, 8), (8, 7)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        for layer in reversed(self.layers[1:]):
+            x = (x @ layer.weight).relu()
+        return x @ self.layers[0].weight
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+def test_budgets_count_every_group_of_a_layer_that_makes_two(ranking: str) -> None:
+    pruner = pat.Pruner(TiedAutoencoder(), 0.5, ranking=ranking, end_epoch=1, example_inputs=torch.randn(3, 6))
+    report = pruner.step()
+    assert (report.dense_channels, report.channels) == (25, (25, 12))
+    assert len({name for name, _, _ in report.changed}) == 3
+
+
 def test_a_prune_that_fails_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Small()
     pruner = pat.Pruner(model, 0.5, end_epoch=1, example_inputs=small_inputs())

@@ -367,10 +367,13 @@ class _Numbers:
                     members[i].append((tensor.name, axis.dim))
                     if axis.role == "out":
                         layers[i].append(tensor.name.rpartition(".")[0])
-        found, start = [], 0
+        found: list[Group] = []
+        start = 0
         for i, (leaves, classes) in enumerate(self._claims):
             noted = next((self.solution.noted[c] for c in classes.tolist() if c in self.solution.noted), None)
             root = _owner(leaves[0])[0] or leaves[0].name
+            if any(g.root == root for g in found):  # a weight that is used transposed, too, makes channels twice
+                root += " transposed"
             stop = start + len(classes)
             found.append(Group(root, start, stop, tuple(layers[i]), tuple(members[i]), noted))
             start = stop
