@@ -19,12 +19,14 @@ help:
 	@echo 'make bench      the benchmarks against Torch-Pruning; ARGS="--quick --small" for a glance'
 	@echo 'make clean      remove .venv and everything that was built; runs/ stays'
 
+# Beside other work on the cores, OpenMP threads that wait at full speed slow each other tenfold: short spins.
+demo test test-slow: export GOMP_SPINCOUNT ?= 1000
+
 demo: $(VENV)/.demo
 	@$(BIN)/pat-fast train examples/digits.json
 
-# Short spins: beside other work on the cores, OpenMP threads that wait at full speed slow each other tenfold.
 test: lint
-	@GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: $(VENV)/.test
 	@$(BIN)/python -m pytest -m "slow and not gpu"
