@@ -44,7 +44,7 @@ bench: $(VENV)/.test
 	@$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pat_fast/_C*.so .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info pat_fast/_C*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
