@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
 from .labels import PHANTOM, IntArray, Solution, varying
+from .numbers import Symbol, resolve
 from .trace import Leaf, Tracer, output_tensors
 from .types import (
     Axis,
@@ -119,7 +120,7 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
 
     def forward() -> list[torch.Tensor]:
         try:
-            with tracer.scopes(), tracer:
+            with tracer.scopes(), tracer.numbers.planted(model), tracer.numbers, tracer:
                 out = call(model, example_inputs)
         except Exception as error:  # raised below: here it would leave Torch-Pruning's hooks in the model
             tracing["failure"] = error
@@ -166,9 +167,8 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
     leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
     _freeze_unknown_owners(model, tracer, leaves)
     _choose_units(tracer)
-    solution = tracer.slots.solve()
-    if _freeze_third_axes(tracer, leaves, solution):
-        solution = tracer.slots.solve()
+    _freeze_third_axes(tracer, leaves)
+    solution, counts = resolve(tracer.numbers, tracer.slots)
     roots = _roots(leaves, order, tracer.module_order)
     numbers = _Numbers(solution, roots)
     channel = numbers.channels
@@ -185,7 +185,7 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
     mapped = {t.name for t in tensors}
     other = sum(p.numel() for n, p in model.named_parameters() if n not in mapped)
     work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel(a) for a in w.axes))) for w in tracer.work)
-    widths = {(m, d): channel(slots) for m, d, slots in tracer.widths}
+    widths = {c.symbol: Width(*_place(c.symbol), channel(c.slots), c.per) for c in (*tracer.widths, *counts)}
     plan = Plan(
         n_channels=numbers.count,
         n_units=numbers.n_units,
@@ -194,13 +194,17 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         tensors=tuple(tensors),
         frozen=tuple(numbers.frozen),
         work=work,
-        widths=tuple(Width(m, d, c) for (m, d), c in widths.items() if (c >= 0).any()),
+        widths=tuple(w for w in widths.values() if (w.channels >= 0).any()),
         batch=batch,
         other_params=other,
         notes=notes,
     )
     alone = [i for i, g in enumerate(plan.groups) if len(np.unique(plan.unit[g.start : g.stop])) == 1]
     return plan.freeze(alone, "its channels all go together: nothing of it can be removed")
+
+
+def _place(symbol: Symbol) -> tuple[str, str, int | None]:
+    return symbol.module, symbol.attribute, symbol.index
 
 
 def _choose_units(tracer: Tracer) -> None:
@@ -216,9 +220,10 @@ def _choose_units(tracer: Tracer) -> None:
             tracer.slots.couple(split, split.take([0], axis=dim))
 
 
-def _owner(leaf: Leaf) -> tuple[str, str]:
-    module, _, local = leaf.name.rpartition(".")
-    return module, local
+def _layer(name: str) -> str:
+    """The layer that a tensor is known by: a bare parameter's own name, else the module that has the weight."""
+    module, _, local = name.rpartition(".")
+    return module if module and local == "weight" else name
 
 
 def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
@@ -233,25 +238,23 @@ def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf])
 
 
 def _why_kept(model: nn.Module, closed: list[str], leaf: Leaf, name: str) -> str | None:
-    path, _, local = name.rpartition(".")
-    owner = model.get_submodule(path)
+    path = name.rpartition(".")[0]
     inside = next((c for c in closed if path == c or path.startswith(c + ".")), None)
     if inside is not None:
         return f"belongs to {type(model.get_submodule(inside)).__name__} {inside}, whose sizes are tied"
-    if (leaf.producers or leaf.consumers) and not (isinstance(owner, LAYERS) and local == "weight"):
-        return f"{name} is multiplied in a {type(owner).__name__}, a layer of unknown kind"
     return None
 
 
-def _freeze_third_axes(tracer: Tracer, leaves: list[Leaf], solution: Solution) -> bool:
+def _freeze_third_axes(tracer: Tracer, leaves: list[Leaf]) -> None:
     """A tile has rows and columns: of a tensor with more prunable axes the last ones stay."""
-    changed = False
-    for leaf in leaves:
+    crowded = [leaf for leaf in leaves if len(leaf.axes) > 2]
+    if not crowded:
+        return
+    solution = tracer.slots.solve()
+    for leaf in crowded:
         loose = [d for d in sorted(leaf.axes) if any(u not in solution.frozen for u in solution.unit[leaf.axes[d]])]
         for dim in loose[2:]:
             tracer.slots.freeze(leaf.axes[dim], f"{leaf.name} has more than two prunable dimensions")
-            changed = True
-    return changed
 
 
 def _roots(leaves: list[Leaf], order: list[str], executed: list[str]) -> list[tuple[Leaf, int]]:
@@ -259,7 +262,7 @@ def _roots(leaves: list[Leaf], order: list[str], executed: list[str]) -> list[tu
     rank = {name: i for i, name in enumerate(reversed(list(dict.fromkeys(executed))), start=len(order))}
     rank.update({name: i for i, name in enumerate(order)})
     found = [(leaf, dim) for leaf in leaves if leaf.is_parameter for dim in leaf.producers if dim in leaf.axes]
-    return sorted(found, key=lambda root: rank.get(_owner(root[0])[0], len(rank) + len(order)))
+    return sorted(found, key=lambda root: rank.get(root[0].name.rpartition(".")[0], len(rank) + len(order)))
 
 
 def _role(leaf: Leaf, dim: int) -> str:
@@ -313,7 +316,7 @@ class _Numbers:
             stuck = self._is_frozen[slots]
             if stuck.any():
                 reason = solution.frozen[int(solution.unit[slots[stuck][0]])]
-                self.frozen.append(Frozen(_owner(leaf)[0] or leaf.name, int(stuck.sum()), reason))
+                self.frozen.append(Frozen(_layer(leaf.name), int(stuck.sum()), reason))
             classes, first = np.unique(solution.channel[slots[~stuck]], return_index=True)
             classes = classes[np.argsort(first)]
             classes = classes[~taken[classes]]
@@ -366,12 +369,12 @@ class _Numbers:
                 for i in np.unique(of_channel[axis.channels[axis.channels >= 0]]).tolist():
                     members[i].append((tensor.name, axis.dim))
                     if axis.role == "out":
-                        layers[i].append(tensor.name.rpartition(".")[0])
+                        layers[i].append(_layer(tensor.name))
         found: list[Group] = []
         start = 0
         for i, (leaves, classes) in enumerate(self._claims):
             noted = next((self.solution.noted[c] for c in classes.tolist() if c in self.solution.noted), None)
-            root = _owner(leaves[0])[0] or leaves[0].name
+            root = _layer(leaves[0].name)
             if any(g.root == root for g in found):  # a weight that is used transposed, too, makes channels twice
                 root += " transposed"
             stop = start + len(classes)

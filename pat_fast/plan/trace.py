@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .labels import Factors, IntArray, Slots, is_phantom, varying
+from .labels import Factors, IntArray, Slots, is_phantom, place, varying
+from .numbers import Count, NumberWatch, Symbol
 
 
 @dataclass
@@ -66,7 +67,8 @@ class Tracer(TorchDispatchMode):
         self.leaves: dict[int, Leaf] = {}
         self.module_order: list[str] = []
         self.splits: list[IntArray] = []  # labels that a view spread over several dimensions
-        self.widths: list[tuple[str, int | None, IntArray]] = []  # module, dim from the end, slots
+        self.widths: list[Count] = []
+        self.numbers = NumberWatch(self)
         self._marks = WeakTensorKeyDictionary()
         self._model = model
         self._path: list[str] = []
@@ -102,9 +104,14 @@ class Tracer(TorchDispatchMode):
         """The innermost module that is running."""
         return self._model.get_submodule(self._path[-1]) if self._path else None
 
-    def width(self, slots: IntArray, dim: int | None = None) -> None:
+    def width(self, slots: IntArray, attribute: str, index: int | None = None) -> None:
         """Note that the running module keeps the number of ``slots`` as an attribute."""
-        self.widths.append((self._path[-1], dim, slots.reshape(-1)))
+        self.widths.append(Count(Symbol(self._path[-1], attribute, slots.size, index), slots.reshape(-1), 1))
+
+    def add_factor(self, tensor: Tensor, dim: int) -> None:
+        """Label ``dim`` of a new tensor, whose size was given: it follows what it meets."""
+        if tensor.shape[dim] > 1:
+            self.set(tensor, (*self.mark(tensor).factors, place(self.slots.new(tensor.shape[dim]), dim, tensor.ndim)))
 
     def where(self) -> str:
         """The op being traced and the module that called it, for messages."""

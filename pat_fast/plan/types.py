@@ -98,14 +98,17 @@ class Frozen:
 
 @dataclass(frozen=True, eq=False)
 class Width:
-    """A size that a normalisation layer keeps as an attribute, whether or not it has parameters.
+    """A size that a module keeps as an attribute, whether or not it has parameters: ``kept(channels) / per``.
 
-    ``dim`` counts from the end of a layer norm's ``normalized_shape``; None for the other norms.
+    ``attribute`` may be one of an object that the module keeps (``"config.hidden_size"``); ``index`` is the place
+    in a tuple or list, counted from the end, None for a plain integer.
     """
 
     module: str
-    dim: int | None
+    attribute: str
+    index: int | None
     channels: ChannelArray
+    per: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from torch import nn
 
 from ..plan.types import Width
 
-Change = tuple[nn.Module, str, Any]  # module, attribute, new value
+Change = tuple[Any, str, Any]  # module (or an object that it keeps), attribute, new value
 Shape = tuple[int, ...]
 
 
@@ -106,13 +107,20 @@ def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: i
     return [(module, name, value) for name, value in values.items() if getattr(module, name) != value]
 
 
-def attributes_from_width(module: nn.Module, width: Width, left: int) -> list[Change]:
-    """What a normalisation layer must say of itself when ``left`` channels remain."""
-    if width.dim is not None:
-        shape = list(module.normalized_shape)  # type: ignore[arg-type]
-        shape[width.dim] = left
-        return [(module, "normalized_shape", tuple(shape))]
-    return [(module, "num_channels" if isinstance(module, nn.GroupNorm) else "num_features", left)]
+def attributes_from_widths(widths: Iterable[tuple[nn.Module, Width, int]]) -> list[Change]:
+    """What modules must say of themselves: for each width, how many of the channels that it counts remain."""
+    changes: dict[tuple[int, str], Change] = {}
+    for module, width, left in widths:
+        *path, name = width.attribute.split(".")
+        holder: Any = reduce(getattr, path, module)
+        value: Any = left // width.per
+        if width.index is not None:
+            now = changes[id(holder), name][2] if (id(holder), name) in changes else getattr(holder, name)
+            entries = list(now)
+            entries[width.index] = value
+            value = type(now)(entries)
+        changes[id(holder), name] = (holder, name, value)
+    return list(changes.values())
 
 
 def apply_changes(changes: list[Change], undo: list[Change]) -> None:

@@ -20,7 +20,7 @@ from ..errors import PatError, PlanError, SurgeryError
 from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
 from ..plan.types import Kept, TensorMap, groups_left, shrunk_shape
-from .modules import Change, apply_changes, attributes_from_shape, attributes_from_width
+from .modules import Change, apply_changes, attributes_from_shape, attributes_from_widths
 from .optimizer import StateTensor, state_tensors
 
 Undo = Callable[[], None]
@@ -115,11 +115,9 @@ def _attribute_changes(binding: Binding, kept: Kept, cuts: list[Cut]) -> list[Ch
     for cut in cuts:
         for module, local in binding.owners(cut.tensor_map.name):
             changes += attributes_from_shape(module, local, cut.smaller.shape, cut.smaller.groups)
-    for width in binding.plan.widths:
-        left = len(kept(width.channels))
-        if left != len(width.channels):
-            changes += attributes_from_width(binding.model.get_submodule(width.module), width, left)
-    return changes
+    left = [(w, len(kept(w.channels))) for w in binding.plan.widths]
+    smaller = [(binding.model.get_submodule(w.module), w, n) for w, n in left if n != len(w.channels)]
+    return changes + attributes_from_widths(smaller)
 
 
 # Making the new tensors

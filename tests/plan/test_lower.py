@@ -210,7 +210,7 @@ def test_what_lies_between_two_layers(between, after: int, channels: int, units:
         (lambda x: x.roll(1, 1), 8, "rolled along the channels"),
         (pooled_channels, 4, "resampled"),
         (lambda x: torch.fft.fft(x, dim=1).real, 8, "no rule for this op"),
-        (lambda x: nn.functional.layer_norm(x.transpose(1, 3), (8,)).transpose(1, 3), 8, "written in the code"),
+        (lambda x: nn.functional.layer_norm(x.transpose(1, 3), (8,)).transpose(1, 3), 8, "normalized_shape=[8]"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_mapped_is_frozen_by_name(between, after: int, reason: str) -> None:
@@ -238,20 +238,20 @@ def test_a_cycle_of_slices_and_concats_ends() -> None:
     assert [f.layer for f in plan.frozen if "slice" in f.reason] == ["q"]
 
 
-def test_modules_of_unknown_kind_keep_their_weights() -> None:
+def test_a_bare_parameter_that_is_multiplied_is_a_layer_of_its_own_name() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first = nn.Linear(4, 6)
-            self.weight = nn.Parameter(torch.randn(6, 6))
-            self.last = nn.Linear(6, 2)
+            self.kernel = nn.Parameter(torch.randn(6, 5))
+            self.last = nn.Linear(5, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.first(x) @ self.weight)
+            return self.last(self.first(x) @ self.kernel)
 
     plan = build_plan(Odd(), torch.randn(3, 4))
-    assert plan.n_channels == 0
-    assert any("multiplied in a Odd" in f.reason for f in plan.frozen)
+    assert {g.root: g.channels for g in plan.groups} == {"first": 6, "kernel": 5}
+    assert ("kernel", 0) in plan.groups[[g.root for g in plan.groups].index("first")].members
 
 
 def test_attention_and_recurrence_modules_stay_whole() -> None:

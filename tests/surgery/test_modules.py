@@ -15,7 +15,7 @@ from pat_fast.surgery.modules import (
     SIZES,
     apply_changes,
     attributes_from_shape,
-    attributes_from_width,
+    attributes_from_widths,
     sizes,
 )
 
@@ -77,17 +77,20 @@ def test_a_depthwise_convolution_loses_groups() -> None:
 @pytest.mark.parametrize("name", [n for n in PAIRS if "norm" in n])
 def test_norms_follow_their_width(name: str) -> None:
     module, smaller = pair(name)
-    dim = -1 if "normalized_shape" in sizes(module) else None
+    (attribute,) = sizes(module)
+    index = -1 if attribute == "normalized_shape" else None
     left = smaller.weight.shape[0]
-    apply_changes(attributes_from_width(module, Width("", dim, np.zeros(8, np.int32)), left), [])
+    width = Width("", attribute, index, np.zeros(8, np.int32))
+    apply_changes(attributes_from_widths([(module, width, left)]), [])
     assert sizes(module) == sizes(smaller)
     assert not attributes_from_shape(module, "weight", (1,), 1)
 
 
-def test_one_dimension_of_several_of_a_layer_norm() -> None:
+def test_two_dimensions_of_several_of_a_layer_norm() -> None:
     module = nn.LayerNorm((8, 4, 3))
-    apply_changes(attributes_from_width(module, Width("", -3, np.zeros(8, np.int32)), 5), [])
-    assert module.normalized_shape == (5, 4, 3)
+    eight, three = (Width("", "normalized_shape", i, np.zeros(n, np.int32)) for i, n in ((-3, 8), (-1, 3)))
+    apply_changes(attributes_from_widths([(module, eight, 5), (module, three, 2)]), [])
+    assert module.normalized_shape == (5, 4, 2)
 
 
 def test_subclasses_follow_the_rule_of_their_base_and_others_have_none() -> None:

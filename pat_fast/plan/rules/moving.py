@@ -78,10 +78,23 @@ def _slice(
     if dim not in varying(f) or out.shape[dim] == x.shape[dim]:
         return f
     if varying(f) == (dim,):
-        tr.freeze((f,), "a slice of the channels is taken by number")
-        return None
+        return _slice_of_channels(tr, f, dim, start or 0, min(end, x.shape[dim]), step)
     tr.pin(f, dim, "")
     return f[(slice(None),) * dim + (slice(start, end, step),)]
+
+
+def _slice_of_channels(tr: Tracer, f: IntArray, dim: int, start: int, end: int, step: int) -> IntArray | None:
+    """A part of the channels, between places that an attribute of a module gives."""
+    n = f.shape[dim]
+    start, end = start % n, n if end == n else end % n
+    part = f[(slice(None),) * dim + (slice(start, end, step),)]
+    for place_ in {start, end} - {0, n}:
+        numbers = tr.numbers.find([place_]) if step == 1 else None
+        if numbers is None:
+            tr.freeze((f,), "a slice of the channels is taken by number")
+            return None
+        tr.numbers.use(numbers[0], (f[(slice(None),) * dim + (slice(0, place_),)],), dim)
+    return part
 
 
 _MOVES: dict[str, Callable[..., IntArray | None]] = {
@@ -226,18 +239,31 @@ def split(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
     for factor in tr.mark(x).factors:
         parts = [factor] * len(out)
         if factor.shape[dim] > 1 and len(out) > 1:
-            sizes = set(np.diff(starts).tolist())
+            parts = np.split(factor, starts[1:-1].tolist(), axis=dim)
             if len(varying(factor)) > 1:
                 tr.pin(factor, dim, "")
-            elif len(sizes) > 1 or unbind:
-                tr.freeze((factor,), f"is split into parts of {sorted(sizes)} channels")
+            elif not _split_channels(tr, factor, parts, dim, args[1] if len(args) > 1 else None, unbind):
                 continue
-            else:
-                tr.slots.couple_blocks(factor.reshape(-1), len(out))
-            parts = np.split(factor, starts[1:-1].tolist(), axis=dim)
         for result, part in zip(out, parts, strict=True):
             shape = [n for d, n in enumerate(part.shape) if not (unbind and d == dim)]
             tr.set(result, (*tr.mark(result).factors, part.reshape(shape)))
+
+
+def _split_channels(
+    tr: Tracer, factor: IntArray, parts: list[IntArray], dim: int, written: Any, unbind: bool
+) -> bool:
+    """Whether the parts may shrink: all alike, or each by itself where an attribute says how large it is."""
+    sizes = [p.shape[dim] for p in parts]
+    equal = len(set(sizes)) == 1 and not unbind
+    numbers = tr.numbers.find([sizes[0]] if equal and isinstance(written, int) else sizes)
+    if numbers is None and not equal:
+        tr.freeze((factor,), f"is split into parts of {sorted(set(sizes))} channels")
+        return False
+    if equal:
+        tr.slots.couple_blocks(factor.reshape(-1), len(parts))
+    for number, part in zip(numbers or (), parts, strict=False):
+        tr.numbers.use(number, (part,), dim)
+    return True
 
 
 @rule("constant_pad_nd")

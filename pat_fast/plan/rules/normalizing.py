@@ -29,7 +29,7 @@ def batch_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     if isinstance(tr.module, nn.modules.batchnorm._NormBase):
         for factor in factors:
             if varying(factor) == (1,):  # an instance norm has its channels once for each example
-                tr.width(factor.reshape(-1)[: tr.module.num_features])
+                tr.width(factor.reshape(-1)[: tr.module.num_features], "num_features")
     tr.set(outputs(out)[0], factors)
 
 
@@ -42,9 +42,15 @@ def layer_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     inner = [f for f in factors if max(varying(f)) >= x.ndim - size]
     note(tr, inner, "layer norm")
     for factor in inner:
-        if isinstance(tr.module, (nn.LayerNorm, nn.RMSNorm)) and len(varying(factor)) == 1:
-            tr.width(factor, varying(factor)[0] - x.ndim)
-        else:
+        dim = varying(factor)[-1]
+        numbers = tr.numbers.find([x.shape[dim]])
+        if len(varying(factor)) > 1:
+            tr.freeze((factor,), "its width is written in the code")
+        elif isinstance(tr.module, (nn.LayerNorm, nn.RMSNorm)):
+            tr.width(factor, "normalized_shape", dim - x.ndim)
+        elif numbers is not None:
+            tr.numbers.use(numbers[0], (factor,), dim)
+        elif args[1] != list(x.shape[dim:]):  # else taken from a tensor's shape, or found out by the dry run
             tr.freeze((factor,), "its width is written in the code")
     tr.set(outputs(out)[0], factors)
 
@@ -62,6 +68,6 @@ def group_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         else:
             tr.slots.couple_blocks(slots, groups)
             if isinstance(tr.module, nn.GroupNorm):
-                tr.width(slots)
+                tr.width(slots, "num_channels")
     note(tr, factors, "group norm")
     tr.set(outputs(out)[0], factors)

@@ -1,0 +1,155 @@
+"""Sizes that modules keep as numbers follow what is pruned, or hold it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pat_fast import build_plan
+from pat_fast.plan import Plan, bind
+from pat_fast.surgery import prune
+from tests.helpers import canonical, masked_copy, random_keep
+
+
+class FusedAttention(nn.Module):
+    """Queries and fewer keys and values from one bare weight; every size is an attribute of another kind."""
+
+    def __init__(self, width: int = 24, heads: int = 6, kv_heads: int = 3, head_dim: int = 5) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.parts = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        self.qkv = nn.Parameter(torch.randn(sum(self.parts), width) / 5)
+        self.out = nn.Parameter(torch.randn(width, heads * head_dim) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        q, k, v = F.linear(x, self.qkv).split(self.parts, dim=-1)
+        q = q.view(batch, time, self.num_heads, self.head_dim).transpose(1, 2)
+        k = k.view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = v.view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+        return F.linear(mixed.reshape(batch, time, self.num_heads * self.head_dim), self.out)
+
+
+class Block(nn.Module):
+    """``between`` two layers: ``first`` makes 8 channels, ``last`` takes what comes out."""
+
+    def __init__(self, between: Any, after: int = 8, **attributes: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.last = nn.Linear(after, 3)
+        self.between = between
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self, self.first(x)))
+
+
+def halved(model: nn.Module, inputs: Any) -> Plan:
+    """The plan of ``model`` after a random prune; it still runs, and equals the masked model."""
+    model = model.double()
+    plan = build_plan(model, inputs)
+    keep = random_keep(plan, 3, ratio=0.6)
+    twin = masked_copy(model, plan, keep)
+    smaller = prune(bind(plan, model), keep).plan
+    if not any(g.statistic for g in plan.groups):
+        with torch.no_grad():
+            torch.testing.assert_close(model(inputs), twin(inputs), rtol=1e-9, atol=1e-9)
+    assert canonical(build_plan(model, inputs)) == canonical(smaller)
+    return smaller
+
+
+def test_a_fused_attention_block_with_grouped_queries_loses_whole_heads() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 24), FusedAttention(), nn.Linear(24, 3))
+    x = torch.randn(2, 4, 7, dtype=torch.float64)
+    plan = build_plan(model.double(), x)
+    assert not [f for f in plan.frozen if f.layer != "2"]
+    (heads,) = [g for g in plan.groups if ("1.qkv", 0) in g.members]
+    assert len(np.unique(plan.unit[heads.start : heads.stop])) == 3  # a unit is a key-value head with its queries
+    keep = plan.unit != plan.unit[heads.start]
+    twin = masked_copy(model, plan, keep)
+    prune(bind(plan, model), keep)
+    attention = model[1]
+    assert (attention.num_heads, attention.kv_heads, attention.head_dim) == (4, 2, 5)
+    assert attention.parts == [20, 10, 10]
+    assert type(attention.num_heads) is int
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("between", "after", "attributes", "left"),
+    [
+        (lambda m, x: x.view(-1, m.width), 8, {"width": 8}, {"width"}),
+        (lambda m, x: x.reshape(x.shape[0], m.sizes[0]), 8, {"sizes": (8,)}, {"sizes"}),
+        (lambda m, x: F.layer_norm(x, (m.width,)), 8, {"width": 8}, {"width"}),
+        (lambda m, x: x[:, : m.half] * x[:, m.half :], 4, {"half": 4}, {"half"}),
+        (lambda m, x: torch.cat(x.split(m.half, dim=1), 1), 8, {"half": 4}, {"half"}),
+        (lambda m, x: x + torch.zeros(m.width), 8, {"width": 8}, {"width"}),
+        (lambda m, x: x.view(-1, m.config.heads * m.dim), 8, {"config": None, "dim": 2}, {"config.heads"}),
+    ],
+    ids=["view", "tuple", "layer_norm", "slice", "split", "zeros", "config"],
+)  # fmt: skip
+def test_an_attribute_that_sizes_channels_follows_them(between, after, attributes, left) -> None:
+    torch.manual_seed(0)
+    if "config" in attributes:
+        attributes = {**attributes, "config": type("TinyConfig", (SimpleNamespace,), {})(heads=4)}
+        after, inner = 8, between
+        between = lambda m, x: inner(m, x.view(-1, m.config.heads, m.dim).tanh())  # noqa: E731
+    model = Block(between, after, **attributes)
+    smaller = halved(model, torch.randn(5, 4, dtype=torch.float64))
+    assert {w.attribute for w in smaller.widths} == left
+    assert smaller.n_channels < 8
+
+
+@pytest.mark.parametrize(
+    ("between", "attributes", "reason"),
+    [
+        (lambda m, x: x.view(-1, m.width) / m.width**0.5, {"width": 8}, "takes part in a value"),
+        (lambda m, x: x.view(-1, m.width) * m.width, {"width": 8}, "is an argument of mul"),
+        (lambda m, x: x.view(-1, m.width) + torch.arange(m.width).sum(), {"width": 8}, "is an argument of arange"),
+        (lambda m, x: x.view(-1, m.width) + m.table[: m.width].sum(), {"width": 8}, "__getitem__"),
+    ],
+    ids=["power", "factor", "arange", "index"],
+)  # fmt: skip
+def test_a_number_that_does_more_than_size_channels_holds_them(between, attributes, reason: str) -> None:
+    model = Block(between, **attributes)
+    model.register_buffer("table", torch.arange(9.0))
+    plan = build_plan(model, torch.randn(5, 4))
+    assert plan.n_channels == 0
+    assert any(f.layer == "first" and "its size is width" in f.reason for f in plan.frozen), plan.frozen
+
+
+def test_a_number_for_two_things_that_shrink_by_themselves_holds_both() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width = 8
+            self.one, self.two, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x).view(-1, self.width)
+            return self.last(self.two(x).view(-1, self.width))
+
+    plan = build_plan(Two(), torch.randn(5, 4))
+    assert any("also sizes something that shrinks by itself" in f.reason for f in plan.frozen), plan.frozen
+    halved(Two(), torch.randn(5, 4, dtype=torch.float64))
+
+
+def test_the_model_has_its_plain_numbers_back() -> None:
+    model = Block(lambda m, x: x.view(-1, m.width), width=8, sizes=[8, 3], shape=(2, 8))
+    build_plan(model, torch.randn(5, 4))
+    assert type(model.width) is int and [type(n) for n in (*model.sizes, *model.shape)] == [int] * 4
+    assert type(model.sizes) is list and type(model.shape) is tuple
+    model.between = lambda m, x: 1 / 0
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        build_plan(model, torch.randn(5, 4))
+    assert type(model.width) is int
