@@ -134,9 +134,9 @@ class Binding:
         path, _, local = name.rpartition(".")
         return self.model.get_submodule(path), local
 
-    def owners(self, name: str) -> list[tuple[nn.Module, str]]:
-        """All modules that hold tensor ``name``: more than one when it is tied."""
-        return [self.owner(n) for n in self._names[id(self.tensors[name])]]
+    def aliases(self, name: str) -> list[str]:
+        """All names of tensor ``name``: more than one when it is tied."""
+        return self._names[id(self.tensors[name])]
 
     def tiles(self, key: str, wanted: Callable[[TensorMap, nn.Module, str], bool]) -> tuple[Tiles, ...]:
         """Tile tables over the tensors for which ``wanted(map, owner, local name)`` holds.

@@ -6,8 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +55,7 @@ def _roots_in_torch_prunings_order(model: nn.Module, forward: Any) -> list[str]:
     return [graph._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in graph._module2name]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """Example inputs that are positional and keyword arguments both."""
 
     args: tuple[Any, ...]
@@ -147,17 +145,13 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     return _number(model, tracer, order, _batch(example_inputs), tuple(notes))
 
 
-def _leaves(inputs: Any) -> list[Any]:
-    return tree_leaves((inputs.args, inputs.kwargs) if isinstance(inputs, Call) else inputs)
-
-
 def _shapes(inputs: Any) -> str:
-    leaves = _leaves(inputs)
+    leaves = tree_leaves(inputs)
     return ", ".join(str(tuple(t.shape)) if isinstance(t, torch.Tensor) else type(t).__name__ for t in leaves)
 
 
 def _batch(inputs: Any) -> int:
-    for leaf in _leaves(inputs):
+    for leaf in tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
             return max(leaf.shape[0], 1)
     return 1
@@ -213,11 +207,21 @@ def _choose_units(tracer: Tracer) -> None:
     The first that is not pinned already is taken: of ``[heads, head_dim]`` whole heads, of
     ``[3, heads, head_dim]``, whose first dimension is unbound, heads again.
     """
-    for split in tracer.splits:
-        unit = tracer.slots.solve().unit[tracer.slots.index(split)]
-        loose = [d for d in varying(split) if (unit != unit.take([0], axis=d)).any()]
-        for dim in loose[1:]:
-            tracer.slots.couple(split, split.take([0], axis=dim))
+    left = tracer.splits
+    while left:
+        solution = tracer.slots.solve()
+        touched = np.zeros(len(solution.unit), dtype=np.bool_)
+        later = []
+        for split in left:
+            unit = solution.unit[tracer.slots.index(split)]
+            if touched[unit].any():  # another split has just coupled some of these: look again when that is solved
+                later.append(split)
+                continue
+            loose = [d for d in varying(split) if (unit != unit.take([0], axis=d)).any()]
+            for dim in loose[1:]:
+                tracer.slots.couple(split, split.take([0], axis=dim))
+                touched[unit] = True
+        left = later
 
 
 def _layer(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -182,14 +183,14 @@ class Plan:
                 f"group {group.root}: keep takes {left[torn[0]]} of the {size[torn[0]]} channels of a unit; "
                 "channels of a unit are kept or removed together"
             )
-        for group in self.groups:
-            own = self.unit[group.start : group.stop]
-            stay = len(np.unique(own[keep[group.start : group.stop]]))
-            if stay < self.least_units(group):
-                raise PlanError(
-                    f"group {group.root}: keep leaves {stay} of {len(np.unique(own))} units; at least "
-                    f"{self.least_units(group)} must stay"
-                )
+        home = np.empty(self.n_units, dtype=np.int64)
+        home[self.unit] = self.group_of
+        stay = np.bincount(home[left > 0], minlength=len(self.groups))
+        for number in np.flatnonzero(stay < self._least_units):
+            raise PlanError(
+                f"group {self.groups[number].root}: keep leaves {stay[number]} of {(home == number).sum()} units; at "
+                f"least {self._least_units[number]} must stay"
+            )
         kept = Kept(keep)
         for tensor, axis in self.axes():
             least = self.least(tensor, axis)
@@ -205,8 +206,13 @@ class Plan:
 
         With one head left, or one channel in each block, a network obeys the rules of another plan.
         """
-        units = len(np.unique(self.unit[group.start : group.stop]))
-        return 1 if units == group.channels else min(units, 2)
+        return int(self._least_units[self.groups.index(group)])
+
+    @cached_property
+    def _least_units(self) -> IndexArray:
+        units = np.array([len(np.unique(self.unit[g.start : g.stop])) for g in self.groups], dtype=np.int64)
+        channels = np.array([g.channels for g in self.groups], dtype=np.int64)
+        return np.where(units == channels, 1, np.minimum(units, 2))
 
     def least(self, tensor: TensorMap, axis: Axis) -> int:
         """How many indices of ``axis`` must stay: one, or two per group of a grouped convolution.
@@ -282,6 +288,47 @@ class Plan:
         for tensor in self.tensors:
             for axis in tensor.axes:
                 yield tensor, axis
+
+    def counts(self, axis: Axis) -> tuple[ChannelArray, IndexArray]:
+        """The channels of ``axis``, each once, and how many of its indices each has."""
+        found = self._counts.get(id(axis.channels))
+        if found is None:
+            channels = axis.channels[axis.channels >= 0]
+            ascending = len(channels) < 2 or bool((np.diff(channels) > 0).all())
+            once = np.ones(len(channels), dtype=np.int64)
+            found = (channels, once) if ascending else np.unique(channels, return_counts=True)
+            self._counts[id(axis.channels)] = found
+        return found
+
+    @cached_property
+    def _counts(self) -> dict[int, tuple[ChannelArray, IndexArray]]:
+        return {}
+
+    @cached_property
+    def kinds(self) -> list[tuple[int, list[list[int]]]]:
+        """Units that may change places, as (group, [channels of each unit]).
+
+        Such units hold as many indices of every axis, in the same order. A group has several kinds where its
+        channels have different members (parts of a concatenation, say).
+        """
+        # Random weights tell sets of (axis, count) apart, as a hash does: no Python loop over channels.
+        weights = np.random.default_rng(0)
+        signature = np.zeros(self.n_channels, dtype=np.uint64)
+        for _, axis in self.axes():
+            held, count = self.counts(axis)
+            signature[held] += stirred(count.astype(np.uint64) + weights.integers(2**63, dtype=np.uint64))
+        order = np.argsort(self.unit, kind="stable")  # channels of a unit side by side, in their order
+        unit = self.unit[order]
+        starts = np.flatnonzero(np.diff(unit, prepend=-1))
+        place = np.arange(len(order)) - starts[unit]
+        of_unit = np.zeros(self.n_units, dtype=np.uint64)
+        np.add.at(of_unit, unit, stirred(signature[order] + stirred(place.astype(np.uint64))))
+        of_unit = stirred(of_unit + self.group_of[order[starts]].astype(np.uint64))
+        found: dict[int, tuple[int, list[list[int]]]] = {}
+        for kind, channels in zip(of_unit.tolist(), np.split(order, starts[1:]), strict=True):
+            group = int(self.group_of[channels[0]])
+            found.setdefault(kind, (group, []))[1].append(channels.tolist())
+        return list(found.values())
 
     def describe(self) -> str:
         """A few lines for people: groups, members, what is frozen and why."""
@@ -360,3 +407,10 @@ def by_first_use(unit: NDArray[np.integer[Any]]) -> ChannelArray:
     rank = np.empty(len(first), dtype=np.int32)
     rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
     return rank[inverse].astype(np.int32)
+
+
+def stirred(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Bits of ``x`` stirred (the finaliser of splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

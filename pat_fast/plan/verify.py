@@ -1,29 +1,30 @@
 """The permutation test: a plan whose maps are right may shuffle its channels without moving the output.
 
 If the maps are right, permuting the channels of a group consistently in all its tensors leaves the network's
-function as it was, layer norms, softmax and all. So every group gets a random permutation at once, in
-a float64 copy whose parameters all hold random values (fresh norm weights are all ones and would hide a
-missing member); one forward is compared with another. If the output moved, bisection finds the groups whose
-maps lie.
+function as it was, layer norms, softmax and all. So every group gets a random permutation at once, while the
+parameters hold random values (fresh norm weights are all ones and would hide a missing member) and ops compute in
+float64; one forward is compared with another. If the output moved, bisection finds the groups whose maps lie.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from .lower import Call, call, output_tensors, undisturbed
+from .double import InDouble
+from .lower import call, output_tensors, undisturbed
 from .types import Axis, IntArray, Plan, TensorMap, is_grouped
 
-COARSE = 1e-3  # the same in single precision
+Precision = Callable[[], AbstractContextManager[Any]]
 TOLERANCE = 1e-6  # relative, in float64; a right plan moves the output by 1e-14, a wrong one by 1e-2
+FINE = 1e-5  # of single precision: what moves no more than rounding does need not be looked at in float64
+COARSE = 1e-3  # where float64 is not to be had
 
 
 @dataclass(frozen=True)
@@ -31,62 +32,112 @@ class Verification:
     """What the permutation test found.
 
     ``wrong`` are the indices of groups whose maps do not hold; ``error`` is how far the output moved with all
-    groups permuted, relative to its largest element; ``forwards`` is what it cost.
+    groups permuted, relative to its largest element; ``forwards`` is what it cost; ``shapes`` are those of the
+    model's outputs.
     """
 
     wrong: tuple[int, ...]
     error: float
     forwards: int
+    shapes: list[torch.Size]
 
 
 def verify(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) -> Verification:
     """Test all groups of ``plan`` at once, and bisect if that fails.
 
-    The model is copied to be permuted, in float64, or in its own precision (and with a wider tolerance) if its
-    code insists on that; it is not changed itself.
+    The model's own tensors are permuted in place and put back, to the bit, so no copy of a large model is made;
+    autograd does not see it. It computes in single precision, and if that is not beyond doubt in float64 (or in its
+    own precision, with a wider tolerance, where its code insists on that).
     """
-    try:
-        return _Test(plan, copy.deepcopy(model).double(), as_double(example_inputs), seed).run(TOLERANCE)
-    except (RuntimeError, TypeError, ValueError):
-        return _Test(plan, copy.deepcopy(model), example_inputs, seed).run(COARSE)
+    with _Test(plan, model, seed).at_work() as test:
+        if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):
+            found = test.run(example_inputs, FINE, nullcontext, search=False)
+            if found.error <= FINE:
+                return found
+        try:
+            return test.run(example_inputs, TOLERANCE, InDouble)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return test.run(example_inputs, COARSE, nullcontext)
 
 
 class _Test:
-    """A copy with random values, permuted again and again from its original."""
+    """A model whose tensors change places, with random values wherever what they hold can be kept."""
 
-    def __init__(self, plan: Plan, twin: nn.Module, inputs: Any, seed: int) -> None:
-        self.plan, self.twin, self.inputs = plan, twin, inputs
-        generator = np.random.default_rng(seed)
-        _randomize(twin, plan, generator)
-        named: dict[str, Tensor] = dict(twin.named_parameters(remove_duplicate=False))
-        named.update(twin.named_buffers(remove_duplicate=False))
-        self.tensors = [named[t.name] for t in plan.tensors]
-        self.original = [t.detach().clone() for t in self.tensors]
+    def __init__(self, plan: Plan, model: nn.Module, seed: int) -> None:
+        self.plan, self.model = plan, model
+        self._generator = np.random.default_rng(seed)
+        named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        named.update(model.named_buffers(remove_duplicate=False))
+        self._tensors = [named[t.name].data for t in plan.tensors]
+        self._orders: list[list[IntArray] | None] = [None] * len(plan.tensors)
+        self._kept: dict[int, Tensor] = {}  # by place in the plan: values to permute anew each time
         # Two: by bad luck one may commute with the very mistake (a cycle of few channels with a shift).
-        self.permutations = [draw(plan, generator) for _ in range(2)]
-        self.forwards = 0
+        self._permutations = [draw(plan, self._generator) for _ in range(2)]
+        self._forwards = 0
+        self._precision: Precision = nullcontext
 
-    def outputs(self, groups: Sequence[int], permutation: IntArray) -> list[Tensor]:
-        """What the copy puts out when the channels of ``groups`` have changed places."""
-        self.forwards += 1
+    @contextmanager
+    def at_work(self) -> Iterator[_Test]:
+        """Everything is put back afterwards."""
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            _randomize(self.model, self.plan, self._generator, before)
+            changed = {tensor.data_ptr() for tensor, _ in before}
+            for i, tensor in enumerate(self._tensors):
+                if tensor.data_ptr() in changed:
+                    self._kept[i] = tensor.clone()
+            yield self
+        finally:
+            self._place(None)
+            for tensor, values in before:
+                tensor.copy_(values)
+
+    def _place(self, permutation: IntArray | None) -> None:
+        """Move every tensor's content to where ``permutation`` (None: as it was) takes it."""
+        cache: dict[int, IntArray] = {}
+        for i, (tensor, tensor_map) in enumerate(zip(self._tensors, self.plan.tensors, strict=True)):
+            orders = None
+            if permutation is not None:
+                orders = [_order(axis, permutation, cache) for axis in tensor_map.axes]
+                if i not in self._kept and not all(_is_permutation(o, tensor_map, a) for o, a in
+                                                   zip(orders, tensor_map.axes, strict=True)):
+                    self._place_one(i, None)
+                    self._kept[i] = tensor.clone()  # a lie: it could not be taken back
+            self._place_one(i, orders)
+
+    def _place_one(self, i: int, orders: list[IntArray] | None) -> None:
+        tensor, tensor_map, now = self._tensors[i], self.plan.tensors[i], self._orders[i]
+        if i in self._kept:
+            moved = self._kept[i] if orders is None else permuted(self._kept[i], tensor_map, orders)
+        elif now is None and orders is None:
+            return
+        else:
+            start = [np.argsort(o) for o in now] if now is not None else [np.arange(len(o)) for o in orders or ()]
+            steps = start if orders is None else [s[o] for s, o in zip(start, orders, strict=True)]
+            moved = permuted(tensor, tensor_map, steps)
+        tensor.copy_(moved)
+        self._orders[i] = orders
+
+    def outputs(self, inputs: Any, groups: Sequence[int], permutation: IntArray) -> list[Tensor]:
+        """What the model puts out when the channels of ``groups`` have changed places."""
+        self._forwards += 1
         chosen = np.isin(self.plan.group_of, groups)
-        mixed = np.where(chosen, permutation, np.arange(self.plan.n_channels))
-        with torch.no_grad():
-            for tensor, original, tensor_map in zip(self.tensors, self.original, self.plan.tensors, strict=True):
-                tensor.copy_(permuted(original, tensor_map, mixed))
-        with undisturbed(self.twin), torch.no_grad():
-            return [t.detach() for t in output_tensors(call(self.twin, self.inputs))]
+        self._place(np.where(chosen, permutation, np.arange(self.plan.n_channels)) if chosen.any() else None)
+        with undisturbed(self.model), torch.no_grad(), self._precision():
+            return [t.detach().clone() for t in output_tensors(call(self.model, inputs))]
 
-    def run(self, tolerance: float) -> Verification:
-        still = self.outputs([], self.permutations[0])
+    def run(self, inputs: Any, tolerance: float, precision: Precision, search: bool = True) -> Verification:
+        """Compare outputs of forwards in ``precision``; ``search`` for the groups at fault."""
+        self._forwards, self._precision = 0, precision
+        still = self.outputs(inputs, [], self._permutations[0])
 
         def error(groups: Sequence[int]) -> float:
-            return max(distance(still, self.outputs(groups, p)) for p in self.permutations)
+            return max(distance(still, self.outputs(inputs, groups, p)) for p in self._permutations)
 
         everything = list(range(len(self.plan.groups)))
         worst = error(everything) if everything else 0.0
-        wrong = bisect(everything, lambda groups: error(groups) > tolerance) if worst > tolerance else []
-        return Verification(tuple(wrong), worst, self.forwards)
+        wrong = bisect(everything, lambda groups: error(groups) > tolerance) if search and worst > tolerance else []
+        return Verification(tuple(wrong), worst, self._forwards, [t.shape for t in still])
 
 
 def bisect(items: list[int], fails: Callable[[list[int]], bool]) -> list[int]:
@@ -101,35 +152,13 @@ def bisect(items: list[int], fails: Callable[[list[int]], bool]) -> list[int]:
     return sorted(i for part in parts for i in bisect(part, fails)) if parts else items
 
 
-def kinds(plan: Plan) -> list[tuple[int, list[list[int]]]]:
-    """Units that may change places, as (group, [channels of each unit]).
-
-    Such units hold as many indices of every axis, in the same order. A group has several kinds where its
-    channels have different members (parts of a concatenation, say).
-    """
-    signature: list[list[tuple[int, int]]] = [[] for _ in range(plan.n_channels)]
-    for number, (_, axis) in enumerate(plan.axes()):
-        count = np.bincount(axis.channels[axis.channels >= 0], minlength=plan.n_channels)
-        for channel in np.flatnonzero(count).tolist():
-            signature[channel].append((number, int(count[channel])))
-    members: dict[int, list[int]] = {}
-    for channel, unit in enumerate(plan.unit.tolist()):
-        members.setdefault(unit, []).append(channel)
-    found: dict[Any, tuple[int, list[list[int]]]] = {}
-    for channels in members.values():
-        group = int(plan.group_of[channels[0]])
-        kind = (group, tuple(tuple(signature[c]) for c in channels))
-        found.setdefault(kind, (group, []))[1].append(channels)
-    return list(found.values())
-
-
 def draw(plan: Plan, generator: np.random.Generator) -> IntArray:
     """A random permutation of the channels, within what each group allows: ``[N]``.
 
     Units change places as a whole, with units of their kind: so blocks of grouped convolutions are respected.
     """
     permutation = np.arange(plan.n_channels)
-    for _, units in kinds(plan):
+    for _, units in plan.kinds:
         sources = np.array(units)
         permutation[sources] = sources[_derangement(len(units), generator)]
     return permutation
@@ -143,17 +172,14 @@ def _derangement(n: int, generator: np.random.Generator) -> IntArray:
     return moved
 
 
-def permuted(tensor: Tensor, tensor_map: TensorMap, permutation: IntArray) -> Tensor:
-    """``tensor`` with its channels moved: what channel c held is now what ``permutation[c]`` held."""
-    for axis in tensor_map.axes:
-        order = _order(axis, permutation)
+def permuted(tensor: Tensor, tensor_map: TensorMap, orders: Sequence[IntArray]) -> Tensor:
+    """``tensor`` with, for each axis, the content of index ``order[i]`` at index i."""
+    for axis, order in zip(tensor_map.axes, orders, strict=True):
         if is_grouped(tensor_map, axis):
             width, rows = tensor_map.shape[1], tensor_map.shape[0] // tensor_map.groups
             parts = []
             for g, part in enumerate(tensor.split(rows, 0)):
-                local = torch.from_numpy(order[g * width : (g + 1) * width] - g * width)
-                if local.min() < 0 or local.max() >= width:  # only a wrong plan moves channels between groups
-                    local = local % width
+                local = torch.from_numpy((order[g * width : (g + 1) * width] - g * width) % width)
                 parts.append(part.index_select(1, local.to(tensor.device)))
             tensor = torch.cat(parts, 0)
         else:
@@ -161,18 +187,30 @@ def permuted(tensor: Tensor, tensor_map: TensorMap, permutation: IntArray) -> Te
     return tensor
 
 
-def _order(axis: Axis, permutation: IntArray) -> IntArray:
+def _order(axis: Axis, permutation: IntArray, cache: dict[int, IntArray]) -> IntArray:
     """For each index of an axis, the index whose content it gets: the r-th place of a channel gets the r-th
-    place of the channel it takes over."""
-    places = np.argsort(axis.channels, kind="stable")
-    ranked = axis.channels[places]
-    first = np.searchsorted(ranked, np.arange(len(permutation)))
-    order = np.arange(len(axis.channels))
-    live = ranked >= 0
-    rank = np.arange(len(ranked)) - first[np.where(live, ranked, 0)]
-    target = first[permutation[np.where(live, ranked, 0)]] + rank
-    order[places[live]] = places[np.minimum(target[live], len(places) - 1)]
-    return order
+    place of the channel it takes over. Axes share their vectors of channels, and so ``cache``."""
+    found = cache.get(id(axis.channels))
+    if found is None:
+        places = np.argsort(axis.channels, kind="stable")
+        ranked = axis.channels[places]
+        first = np.searchsorted(ranked, np.arange(len(permutation)))
+        found = np.arange(len(axis.channels))
+        live = ranked >= 0
+        rank = np.arange(len(ranked)) - first[np.where(live, ranked, 0)]
+        target = first[permutation[np.where(live, ranked, 0)]] + rank
+        found[places[live]] = places[np.minimum(target[live], len(places) - 1)]
+        cache[id(axis.channels)] = found
+    return found
+
+
+def _is_permutation(order: IntArray, tensor_map: TensorMap, axis: Axis) -> bool:
+    """Whether a move can be taken back; a plan that lies may overwrite, or leave the block of a group."""
+    every = np.arange(len(order))
+    if not np.array_equal(np.sort(order), every):
+        return False
+    width = tensor_map.shape[1] if is_grouped(tensor_map, axis) else len(order)
+    return np.array_equal(order // width, every // width)
 
 
 def distance(one: list[Tensor], two: list[Tensor]) -> float:
@@ -191,31 +229,27 @@ def distance(one: list[Tensor], two: list[Tensor]) -> float:
     return worst
 
 
-def as_double(example_inputs: Any) -> Any:
-    """Example inputs with floating-point tensors in float64."""
-    if isinstance(example_inputs, Call):
-        return Call(as_double(example_inputs.args), as_double(example_inputs.kwargs))
-    return tree_map(
-        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, example_inputs
-    )
+def _randomize(
+    model: nn.Module, plan: Plan, generator: np.random.Generator, before: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Random values where the model's own are likely alike: matrices by fan-in, vectors around 0 or 1.
 
-
-def _randomize(model: nn.Module, plan: Plan, generator: np.random.Generator) -> None:
-    """Random values that keep activations in range: matrices by fan-in, vectors around 0 or 1."""
+    Vectors, and of the rest only those whose elements are all the same, which could hide a mistake; what they held
+    is noted in ``before``.
+    """
     noise = torch.Generator().manual_seed(int(generator.integers(2**31)))
     mapped = {t.name for t in plan.tensors}
-    tensors: list[tuple[str, Tensor, bool]] = [(n, p, True) for n, p in model.named_parameters()]
-    tensors += [(n, b, n in mapped) for n, b in model.named_buffers()]
-    with torch.no_grad():
-        for name, tensor, ours in tensors:
-            if not ours or not tensor.is_floating_point():
-                continue
-            local = name.rpartition(".")[2]
-            random = torch.randn(tensor.shape, generator=noise, dtype=torch.float64)
-            if local == "running_var" or (tensor.ndim == 1 and "weight" in local):
-                random = 1.0 + 0.5 * torch.tanh(random)
-            elif tensor.ndim > 1:
-                random = random / max(tensor[0].numel(), 1) ** 0.5
-            else:
-                random = 0.5 + 0.25 * torch.tanh(random)  # biases that keep a ReLU from hiding its channels
-            tensor.copy_(random)
+    tensors: list[tuple[str, Tensor]] = [(n, p.data) for n, p in model.named_parameters()]
+    tensors += [(n, b.data) for n, b in model.named_buffers() if n in mapped]
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel() or (tensor.ndim > 1 and tensor.amin() != tensor.amax()):
+            continue
+        before.append((tensor, tensor.clone()))
+        random = torch.randn(tensor.shape, generator=noise)
+        if name.endswith("running_var") or (tensor.ndim == 1 and "weight" in name.rpartition(".")[2]):
+            random = 1.0 + 0.5 * torch.tanh(random)
+        elif tensor.ndim > 1:
+            random = random / max(tensor[0].numel(), 1) ** 0.5
+        else:
+            random = 0.5 + 0.25 * torch.tanh(random)  # biases that keep a ReLU from hiding its channels
+        tensor.copy_(random)

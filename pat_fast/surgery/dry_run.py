@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import PlanError
 from ..plan.bind import Binding
 from ..plan.lower import call, output_tensors, undisturbed
-from ..plan.types import BoolArray, Plan
-from ..plan.verify import bisect, kinds
-from .prune import prune
+from ..plan.types import BoolArray, Kept, Plan, shrunk_shape
+from ..plan.verify import bisect
+from .modules import apply_changes, attribute_changes
+from .prune import dense_strides, prune
+
+SMALL = 256 * 2**20  # bytes of a model that is simply copied: fake tensors would take longer
 
 
-def dry_run(plan: Plan, model: nn.Module, example_inputs: Any) -> dict[int, str]:
+def dry_run(plan: Plan, model: nn.Module, example_inputs: Any, shapes: list[torch.Size]) -> dict[int, str]:
     """Groups of ``plan`` that cannot shrink, with the error that says so; empty when all can.
 
     A copy of the model loses a few units of every group (not as many of each, so that widths which the code
-    takes for equal come apart), then runs forward and backward; its outputs must have the shapes they had.
-    Groups with units of several kinds have another turn for each kind. What fails is found by bisection. The
-    model itself is not touched.
+    takes for equal come apart), then runs forward and backward; its outputs must have ``shapes``, those of the
+    model's. A large model's copy has shapes and no memory, unless the model's code looks at values. Groups with
+    units of several kinds have another turn for each kind. What fails is found by bisection. The model itself is
+    not touched.
     """
-    with undisturbed(model), torch.no_grad():
-        shapes = [t.shape for t in output_tensors(call(model, example_inputs))]
     failures: dict[int, str] = {}
     spare = _spare_units(plan)
     for turn in range(max((len(units) for units in spare.values()), default=0)):
@@ -43,8 +47,9 @@ def dry_run(plan: Plan, model: nn.Module, example_inputs: Any) -> dict[int, str]
                 failures[groups[0]] = message
             return message is not None
 
-        able = [g for g in units if keep_for([g]) is not None]
+        able = list(units)
         if keep_for(able) is None:  # groups that share an axis which cannot spare a channel of each
+            able = [g for g in able if keep_for([g]) is not None]
             able = [g for g in able if keep_for([h for h in able if h <= g]) is not None]
         if able and fails(able):
             for group in bisect(able, fails):
@@ -56,7 +61,7 @@ def _spare_units(plan: Plan) -> dict[int, list[list[int]]]:
     """For each group that can shrink, a few units of each kind; the largest kind first."""
     alike: dict[int, int] = {}  # groups seen of each size: the next one loses one unit more
     found: dict[int, list[list[int]]] = {}
-    for group, units in sorted(kinds(plan), key=lambda kind: -len(kind[1])):
+    for group, units in sorted(plan.kinds, key=lambda kind: -len(kind[1])):
         total = len(np.unique(plan.unit[plan.groups[group].start : plan.groups[group].stop]))
         spare = min(total - plan.least_units(plan.groups[group]), len(units), 1 + total // 4)
         if spare > 0:
@@ -78,16 +83,54 @@ def _without(plan: Plan, units: list[int]) -> BoolArray | None:
 
 def _try(plan: Plan, model: nn.Module, inputs: Any, keep: BoolArray, shapes: list[torch.Size]) -> str | None:
     """The error of a copy with only the channels ``keep``, or None."""
-    twin = copy.deepcopy(model)
+    small = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) <= SMALL
+    found = _run(lambda: _shapes_only(plan, model, keep), inputs, fake=True) if not small else ""
+    if small or (isinstance(found, str) and _looks_at_values(plan, model, inputs)):
+        found = _run(lambda: _smaller_copy(plan, model, keep), inputs, fake=False)
+    if isinstance(found, str):
+        return found
+    if found != shapes:
+        return f"the output changes from {[tuple(s) for s in shapes]} to {[tuple(s) for s in found]}"
+    return None
+
+
+def _looks_at_values(plan: Plan, model: nn.Module, inputs: Any) -> bool:
+    """Whether the model's code needs more than shapes: then a copy without memory does not run even unchanged."""
+    return isinstance(_run(lambda: _shapes_only(plan, model, None), inputs, fake=True), str)
+
+
+def _run(make: Callable[[], nn.Module], inputs: Any, fake: bool) -> str | list[torch.Size]:
+    """Forward and backward of the model that ``make`` gives: the shapes of its outputs, or its error."""
     try:
-        prune(Binding(plan, twin), keep)
-        with undisturbed(twin):
-            out = output_tensors(call(twin, inputs))
-            loss = sum(t.float().sum() for t in out if t.grad_fn is not None)
-            if isinstance(loss, torch.Tensor):
-                loss.backward()
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+            twin = make()
+            with undisturbed(twin):
+                out = output_tensors(call(twin, inputs))
+                loss = sum(t.float().sum() for t in out if t.grad_fn is not None)
+                if isinstance(loss, torch.Tensor):
+                    loss.backward()
+            return [t.shape for t in out]
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if [t.shape for t in out] != shapes:
-        return f"the output changes from {[tuple(s) for s in shapes]} to {[tuple(t.shape) for t in out]}"
-    return None
+
+
+def _shapes_only(plan: Plan, model: nn.Module, keep: BoolArray | None) -> nn.Module:
+    """A copy whose tensors have shapes but no memory, with only the channels ``keep``."""
+    kept = Kept(np.ones(plan.n_channels, dtype=np.bool_) if keep is None else keep)
+    shapes = {t.name: shrunk_shape(t, t.kept(kept)) for t in plan.tensors}
+    memo: dict[int, Any] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        shape = shapes.get(name, tuple(tensor.shape))
+        strides = dense_strides(shape, tensor.stride())
+        empty = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+    twin = copy.deepcopy(model, memo)
+    apply_changes(attribute_changes(Binding(plan, model), kept, twin), [])
+    return twin
+
+
+def _smaller_copy(plan: Plan, model: nn.Module, keep: BoolArray) -> nn.Module:
+    twin = copy.deepcopy(model)
+    prune(Binding(plan, twin), keep)
+    return twin

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..plan.types import Width
+from ..plan.bind import Binding
+from ..plan.types import Kept, Width, groups_left, shrunk_shape
 
 Change = tuple[Any, str, Any]  # module (or an object that it keeps), attribute, new value
 Shape = tuple[int, ...]
@@ -93,6 +94,21 @@ def sizes(module: nn.Module) -> dict[str, Any]:
     """The sizes that ``module`` keeps as attributes; empty for a kind of layer that keeps none."""
     rule = _rule(module)
     return {} if rule is None else {name: getattr(module, name) for name in rule.attributes}
+
+
+def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Change]:
+    """What the modules of ``model`` (or a copy) must say of themselves when ``kept`` of the channels are left."""
+    changes: list[Change] = []
+    for tensor in binding.plan.tensors:
+        left = tensor.kept(kept)
+        shape = shrunk_shape(tensor, left)
+        if shape != tensor.shape:
+            for name in binding.aliases(tensor.name):
+                path, _, local = name.rpartition(".")
+                changes += attributes_from_shape(model.get_submodule(path), local, shape, groups_left(tensor, left))
+    counts = [(w, len(kept(w.channels))) for w in binding.plan.widths]
+    smaller = [(model.get_submodule(w.module), w, n) for w, n in counts if n != len(w.channels)]
+    return changes + attributes_from_widths(smaller)
 
 
 def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: int) -> list[Change]:

@@ -20,7 +20,7 @@ from ..errors import PatError, PlanError, SurgeryError
 from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
 from ..plan.types import Kept, TensorMap, groups_left, shrunk_shape
-from .modules import Change, apply_changes, attributes_from_shape, attributes_from_widths
+from .modules import Change, apply_changes, attribute_changes
 from .optimizer import StateTensor, state_tensors
 
 Undo = Callable[[], None]
@@ -65,7 +65,7 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
     kept = binding.plan.check_keep(keep)
     plan = binding.plan.shrink(kept)
     cuts = _cuts(binding, kept, list(optimizers))
-    changes = _attribute_changes(binding, kept, cuts)
+    changes = attribute_changes(binding, kept, binding.model)
     undo: list[Undo] = []
     attributes: list[Change] = []
     try:
@@ -108,16 +108,6 @@ def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut
             raise SurgeryError(f"{tensor_map.name} has a sparse gradient; call zero_grad() before pruning")
         found.append(cut)
     return found
-
-
-def _attribute_changes(binding: Binding, kept: Kept, cuts: list[Cut]) -> list[Change]:
-    changes: list[Change] = []
-    for cut in cuts:
-        for module, local in binding.owners(cut.tensor_map.name):
-            changes += attributes_from_shape(module, local, cut.smaller.shape, cut.smaller.groups)
-    left = [(w, len(kept(w.channels))) for w in binding.plan.widths]
-    smaller = [(binding.model.get_submodule(w.module), w, n) for w, n in left if n != len(w.channels)]
-    return changes + attributes_from_widths(smaller)
 
 
 # Making the new tensors

@@ -28,7 +28,7 @@ class FusedAttention(nn.Module):
         self.out = nn.Parameter(torch.randn(width, heads * head_dim) / 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
+        batch, time = x.shape[:2]
         q, k, v = F.linear(x, self.qkv).split(self.parts, dim=-1)
         q = q.view(batch, time, self.num_heads, self.head_dim).transpose(1, 2)
         k = k.view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -147,8 +147,8 @@ def test_a_number_for_two_things_that_shrink_by_themselves_holds_both() -> None:
 def test_the_model_has_its_plain_numbers_back() -> None:
     model = Block(lambda m, x: x.view(-1, m.width), width=8, sizes=[8, 3], shape=(2, 8))
     build_plan(model, torch.randn(5, 4))
-    assert type(model.width) is int and [type(n) for n in (*model.sizes, *model.shape)] == [int] * 4
-    assert type(model.sizes) is list and type(model.shape) is tuple
+    assert [type(n) for n in (model.width, *model.sizes, *model.shape)] == [int] * 5
+    assert (type(model.sizes), type(model.shape)) == (list, tuple)
     model.between = lambda m, x: 1 / 0
     with pytest.raises(Exception, match="ZeroDivisionError"):
         build_plan(model, torch.randn(5, 4))
