@@ -222,6 +222,22 @@ def _choose_units(tracer: Tracer) -> None:
                 tracer.slots.couple(split, split.take([0], axis=dim))
                 touched[unit] = True
         left = later
+    _choose_shares(tracer)
+
+
+def _choose_shares(tracer: Tracer) -> None:
+    """A vector that meets ``[heads, head_dim]``: one entry for each head goes with it, one for all must stay."""
+    solution = tracer.slots.solve()
+    for labels, shared in tracer.shares:
+        unit = solution.unit[tracer.slots.index(labels)]
+        loose = {d for d in varying(labels) if (unit != unit.take([0], axis=d)).any()}
+        along = set(varying(np.broadcast_to(shared, np.broadcast_shapes(shared.shape, (1,) * labels.ndim))))
+        if loose <= along:
+            tracer.slots.couple(shared, labels)
+            continue
+        tracer.slots.freeze(shared, "is shared by all heads")
+        for dim in along:
+            tracer.slots.couple(labels, labels.take([0], axis=dim))
 
 
 def _layer(name: str) -> str:

@@ -220,14 +220,13 @@ class NumberWatch(TorchFunctionMode):
         for symbol in number.symbols:
             self.other.setdefault(symbol, f"{what} ({self.tracer.where()})")
 
-    def find(self, values: Sequence[int]) -> list[Number] | None:
-        """The numbers among the arguments of the function that is running that are ``values``, in order."""
-        left, found = list(self._current), []
+    def find(self, values: Sequence[int]) -> list[Number | None]:
+        """For each of ``values`` the number among the arguments of the function that is running, in order."""
+        left = list(self._current)
+        found: list[Number | None] = []
         for value in values:
             at = next((i for i, n in enumerate(left) if n == value), None)
-            if at is None:
-                return None
-            found.append(left.pop(at))
+            found.append(None if at is None else left.pop(at))
         return found
 
     @contextmanager

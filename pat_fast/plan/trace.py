@@ -69,7 +69,9 @@ class Tracer(TorchDispatchMode):
         self.splits: list[IntArray] = []  # labels that a view spread over several dimensions
         self.widths: list[Count] = []
         self.numbers = NumberWatch(self)
+        self.shares: list[tuple[IntArray, IntArray]] = []  # labels, and those of a tensor that meets all of a kind
         self._marks = WeakTensorKeyDictionary()
+        self._poisoned = WeakTensorKeyDictionary()
         self._model = model
         self._path: list[str] = []
         self._op = ""
@@ -88,14 +90,25 @@ class Tracer(TorchDispatchMode):
         from . import rules
 
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if not any(self.labelled(t) for t in inputs):
+        if not any(self.labelled(t) or t in self._poisoned for t in inputs):
             return
         self._op = func._schema.name
         rule = rules.find(func)
-        if rule is not None:
-            rule(self, func, args, kwargs, out)
-        else:
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if results and not any(t.numel() for t in results):
+            return
+        if self._op not in rules.SHAPE_ONLY:
+            for tensor in inputs:
+                factors, reason = self._poisoned.pop(tensor, ((), ""))
+                for factor in factors:
+                    self.slots.freeze(factor, reason)
+        if rule is None:
             self.barrier(inputs, "no rule for this op")
+            return
+        try:
+            rule(self, func, args, kwargs, out)
+        except Exception as error:
+            self.barrier(inputs, f"could not be followed: {type(error).__name__}: {error}")
 
     # What rules call
 
@@ -165,6 +178,10 @@ class Tracer(TorchDispatchMode):
         else:
             self.slots.couple(factor, factor.take([0], axis=dim))
 
+    def poison(self, tensor: Tensor, factor: IntArray, reason: str) -> None:
+        """Freeze ``factor`` if the values of ``tensor`` are ever used: some code needs the shape alone."""
+        self._poisoned[tensor] = ((factor,), f"{reason} ({self.where()})")
+
     def barrier(self, inputs: Sequence[Tensor], reason: str) -> None:
         """Freeze all channels that enter the op; what leaves it is of fixed size."""
         for tensor in inputs:
@@ -199,10 +216,7 @@ class Tracer(TorchDispatchMode):
                 continue
             covered |= shared
             if shared < set(dims) and not is_phantom(other):
-                # One vector for all heads: it cannot follow any of them, so what it lies along keeps its size.
-                self.freeze((other,), "is shared by all heads")
-                for dim in shared:
-                    self.pin(factor, dim, "")
+                self.shares.append((factor, other))  # one for each head, or one for all: see _choose_units
             elif once and not (set(dims) < shared and not is_phantom(factor)):
                 self.slots.unify(factor, other)
         for dim in dims:

@@ -16,6 +16,12 @@ from .reducing import SPATIAL, spatial
 from .registry import RULES, Rule
 
 
+# Of these ops' inputs only the shape counts.
+SHAPE_ONLY = {f"aten::{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")} | {
+    f"aten::new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")
+}
+
+
 def find(func: Any) -> Rule | None:
     """The rule for ``func``, or None."""
     name = func._schema.name
@@ -27,4 +33,4 @@ def find(func: Any) -> Rule | None:
     return found
 
 
-__all__ = ["contracting", "find", "moving", "normalizing"]
+__all__ = ["SHAPE_ONLY", "contracting", "find", "moving", "normalizing"]

@@ -50,6 +50,24 @@ def matmul(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     tr.set(out, factors)
 
 
+@rule("_grouped_mm")
+def grouped_matmul(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Rows [S, K], sorted by expert, times a weight [E, K, N] of which each row meets one: [S, N]."""
+    rows, weight = args[:2]
+    if rows.ndim != 2 or weight.ndim != 3:
+        tr.barrier([rows, weight], "a grouped product of an unusual shape")
+        return
+    mark, factors = tr.mark(weight), []
+    for factor in mark.factors:
+        if 0 in varying(factor):
+            tr.pin(factor, 0, "experts are chosen by number")
+            factor = factor.take([0], axis=0)
+        factors.append(factor.reshape(factor.shape[1:]))
+    wide_rows, rows_shape = _widen(tr.mark(rows), rows.shape, [0, None, 1])
+    wide, shape = _widen(Mark(tuple(factors), mark.leaf), weight.shape[1:], [None, 1, 0])
+    tr.set(out, tr.contract(wide_rows, rows_shape, wide, shape, np.broadcast_shapes(tuple(rows_shape), tuple(shape))))
+
+
 @rule("linear")
 def linear(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """x [..., K] times weight [N, K] transposed, plus bias [N]."""

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ..labels import IntArray, along, place, varying
 from ..trace import Tracer
-from .registry import nth, rule
+from .registry import extents, nth, rule
+
+
+# What comes out is still a parameter, or a part of it: a layer's weight if it is multiplied.
+KEEPS_ORIGIN = ("permute", "transpose", "t", "squeeze", "unsqueeze", "select")
 
 
 @rule("permute", "transpose", "t", "movedim", "unsqueeze", "squeeze", "expand", "flip", "roll", "select", "slice")
@@ -25,7 +29,7 @@ def move(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
         moved = _MOVES[name](tr, factor, args[0], out, *args[1:], **kwargs)
         if moved is not None:
             factors.append(moved)
-    tr.set(out, factors, mark.leaf if name in ("permute", "transpose", "t", "squeeze", "unsqueeze") else None)
+    tr.set(out, factors, mark.leaf if name in KEEPS_ORIGIN else None)
 
 
 def _permute(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, dims: Sequence[int]) -> IntArray:
@@ -65,6 +69,9 @@ def _roll(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, shifts: Any, dims: An
 
 def _select(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, dim: int, index: int) -> IntArray | None:
     dim = nth(dim, x)
+    if varying(f) == (dim,) and tr.mark(x).leaf is None:
+        tr.poison(out, f, f"index {index} is picked out by number")
+        return None
     if dim in varying(f):
         tr.pin(f, dim, f"index {index} is picked out by number")
         f = f.take([index], axis=dim)
@@ -89,11 +96,11 @@ def _slice_of_channels(tr: Tracer, f: IntArray, dim: int, start: int, end: int, 
     start, end = start % n, n if end == n else end % n
     part = f[(slice(None),) * dim + (slice(start, end, step),)]
     for place_ in {start, end} - {0, n}:
-        numbers = tr.numbers.find([place_]) if step == 1 else None
-        if numbers is None:
+        number = tr.numbers.find([place_])[0] if step == 1 else None
+        if number is None:
             tr.freeze((f,), "a slice of the channels is taken by number")
             return None
-        tr.numbers.use(numbers[0], (f[(slice(None),) * dim + (slice(0, place_),)],), dim)
+        tr.numbers.use(number, (f[(slice(None),) * dim + (slice(0, place_),)],), dim)
     return part
 
 
@@ -189,8 +196,8 @@ def repeat(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
 @rule("cat", "concatenate")
 def cat(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Along the concatenated dimension labels are strung together; along the others they are the same."""
-    tensors = [t for t in args[0] if t.ndim == out.ndim]
     dim = nth(args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
+    tensors = [t for t in args[0] if t.ndim == out.ndim and t.shape[dim]]
     across, strung = [], []
     for t in tensors:
         own = tr.mark(t).factors
@@ -256,13 +263,16 @@ def _split_channels(
     sizes = [p.shape[dim] for p in parts]
     equal = len(set(sizes)) == 1 and not unbind
     numbers = tr.numbers.find([sizes[0]] if equal and isinstance(written, int) else sizes)
-    if numbers is None and not equal:
+    if not any(numbers) and not equal:
         tr.freeze((factor,), f"is split into parts of {sorted(set(sizes))} channels")
         return False
     if equal:
         tr.slots.couple_blocks(factor.reshape(-1), len(parts))
-    for number, part in zip(numbers or (), parts, strict=False):
-        tr.numbers.use(number, (part,), dim)
+    for number, part in zip(numbers, parts, strict=False):
+        if number is not None:
+            tr.numbers.use(number, (part,), dim)
+        elif not equal:
+            tr.freeze((part,), f"is a part of {part.size} channels by number")
     return True
 
 
@@ -287,7 +297,48 @@ def pad(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     tr.set(out, factors)
 
 
-@rule("index_select", "index", "gather", "embedding", "take_along_dim")
+@rule("gather", "take_along_dim")
+def gather(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Places along one dimension are looked up by number; along the others nothing moves."""
+    x, indices = args[0], args[2] if func._schema.name == "aten::gather" else args[1]
+    dim = nth(args[1] if func._schema.name == "aten::gather" else args[2], x)
+    shape = [1 if d == dim else n for d, n in enumerate(out.shape)]
+    operands = []
+    for tensor in (x, indices):
+        left = []
+        for factor in tr.mark(tensor).factors:
+            if dim in varying(factor):
+                tr.pin(factor, dim, "is looked up by number")
+                factor = factor.take([0], axis=dim)
+            left.append(factor)
+        sizes = [1 if d == dim else n for d, n in enumerate(extents(tensor))]
+        if all(n in (1, shape[d]) for d, n in enumerate(sizes)):
+            operands.append((sizes, tuple(left)))
+        else:
+            tr.freeze(left, "is looked up by number")
+    tr.set(out, tr.merge(operands, shape))
+
+
+@rule("index_add", "scatter_add", "index_copy", "scatter")
+def add_rows(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Rows (places along one dimension) go where an index says; along the other dimensions nothing moves."""
+    x, source = args[0], args[3]
+    dim = nth(args[1], x)
+    operands = []
+    for tensor in (x, source):
+        if not isinstance(tensor, Tensor):
+            continue
+        left = []
+        for factor in tr.mark(tensor).factors:
+            if dim in varying(factor):
+                tr.pin(factor, dim, "its places are written by number")
+                factor = factor.take([0], axis=dim)
+            left.append(factor)
+        operands.append(([1 if d == dim else n for d, n in enumerate(extents(tensor))], tuple(left)))
+    tr.set(out, tr.merge(operands, [1 if d == dim else n for d, n in enumerate(out.shape)]))
+
+
+@rule("index_select", "index", "embedding")
 def index(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Look-ups: the dimension looked up by number must stay, the others keep their labels."""
     x, name = args[0], func._schema.name.removeprefix("aten::")
@@ -302,9 +353,6 @@ def index(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
             return
     else:
         looked_up, width = {nth(args[1], x)}, 1
-        if name != "index_select" and any(varying(f) != tuple(looked_up) for f in tr.mark(args[2]).factors):
-            tr.barrier([x, args[2]], "is gathered by computed indices")
-            return
     dim = min(looked_up)
     mark, factors = tr.mark(x), []
     for factor in mark.factors:
@@ -316,7 +364,7 @@ def index(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
         factors.append(factor.reshape(shape))
         if mark.leaf is not None and name == "embedding":  # any other table follows what it is added to
             tr.use(mark.leaf, factor, consumed=False)
-    tr.set(out, factors)
+    tr.set(out, factors, mark.leaf if name == "index" else None)
 
 
 @rule("pixel_shuffle", "pixel_unshuffle")

@@ -43,13 +43,13 @@ def layer_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     note(tr, inner, "layer norm")
     for factor in inner:
         dim = varying(factor)[-1]
-        numbers = tr.numbers.find([x.shape[dim]])
+        (number,) = tr.numbers.find([x.shape[dim]])
         if len(varying(factor)) > 1:
             tr.freeze((factor,), "its width is written in the code")
         elif isinstance(tr.module, (nn.LayerNorm, nn.RMSNorm)):
             tr.width(factor, "normalized_shape", dim - x.ndim)
-        elif numbers is not None:
-            tr.numbers.use(numbers[0], (factor,), dim)
+        elif number is not None:
+            tr.numbers.use(number, (factor,), dim)
         elif args[1] != list(x.shape[dim:]):  # else taken from a tensor's shape, or found out by the dry run
             tr.freeze((factor,), "its width is written in the code")
     tr.set(outputs(out)[0], factors)

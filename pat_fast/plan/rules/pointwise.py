@@ -9,20 +9,20 @@ from torch.utils._pytree import tree_leaves
 
 from ..labels import varying
 from ..trace import Tracer
-from .registry import note, nth, outputs, rule
+from .registry import extents, note, nth, outputs, rule
 
 
 @rule(
     "native_dropout", "_prelu_kernel", "copy", "where", "masked_fill", "lerp", "addcmul", "addcdiv",
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "fill",
     "uniform", "normal", "zero", "rrelu_with_noise", "_log_softmax", "_softmax", "cumsum", "cumprod",
-    "logcumsumexp", "_safe_softmax", "nan_to_num", "polar", "isin",
+    "logcumsumexp", "_safe_softmax", "nan_to_num", "polar", "isin", "hardswish", "log_sigmoid_forward",
 )  # fmt: skip
 def elementwise(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Every output element depends on the input elements at its place, up to broadcasting."""
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     for result in outputs(out):
-        factors = tr.merge([(t.shape, tr.mark(t).factors) for t in inputs if t.ndim], result.shape)
+        factors = tr.merge([(extents(t), tr.mark(t).factors) for t in inputs if t.ndim], result.shape)
         if "softmax" in func._schema.name:
             note(tr, [f for f in factors if nth(args[1], result) in varying(f)], "softmax")
         tr.set(result, factors)

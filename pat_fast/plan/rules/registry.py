@@ -35,6 +35,11 @@ def nth(dim: int, tensor: Tensor) -> int:
     return dim % max(tensor.ndim, 1)
 
 
+def extents(tensor: Tensor) -> list[int]:
+    """Sizes of ``tensor``, 1 where it is expanded: what is repeated there fits any size."""
+    return [1 if stride == 0 else n for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
 def note(tr: Tracer, factors: Sequence[IntArray], what: str) -> None:
     for factor in factors:
         tr.slots.note(factor, f"{what} over the channels ({tr.where()})")
