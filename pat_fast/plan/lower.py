@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import PlanError
 from .labels import PHANTOM, IntArray, Solution, varying
 from .numbers import Symbol, resolve
-from .trace import Leaf, Tracer, output_tensors
+from .trace import Leaf, Tracer, fixed_outputs
 from .types import (
     Axis,
     ChannelArray,
@@ -77,9 +79,10 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run forwards in eval mode with gradients enabled, and leave nothing behind.
 
-    Restored: the train/eval flag of every module, buffers, ``requires_grad``, and the random state.
+    Restored: the train/eval flag and the attributes of every module (also what its lists and dicts hold), buffers,
+    ``requires_grad``, and the random state.
     """
-    modes = [(m, m.training) for m in model.modules()]
+    attributes = [(m, _snapshot(m)) for m in model.modules()]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -94,14 +97,39 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, training in modes:
-            module.training = training
+        for module, attributes_before in attributes:
+            _restore(module, attributes_before)
         for p, flag in flags:
             p.requires_grad_(flag)
         with torch.no_grad():
             for b, version, before in buffers:
                 if b._version != version:
                     b.copy_(before)
+
+
+def _snapshot(module: nn.Module) -> dict[str, Any]:
+    """The attributes of ``module`` (its hooks, parameters and children among them), with copies of lists and dicts."""
+    held = (dict, OrderedDict, list, set)
+    return {k: (v, copy.copy(v)) if type(v) in held else (v, None) for k, v in vars(module).items()}
+
+
+def _restore(module: nn.Module, before: dict[str, Any]) -> None:
+    for name in vars(module).keys() - before.keys():
+        del vars(module)[name]
+    for name, (value, content) in before.items():
+        vars(module)[name] = value
+        if content is not None and not _same(value, content):
+            if isinstance(value, list):
+                value[:] = content
+            else:
+                value.clear()
+                value.update(content)
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, dict):
+        return _same([*one.keys(), *one.values()], [*two.keys(), *two.values()])
+    return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
 
 
 def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
@@ -113,36 +141,58 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     Raises:
         PlanError: the forward fails on these inputs.
     """
-    tracer = Tracer(model)
-    tracing: dict[str, Any] = {}
-
-    def forward() -> list[torch.Tensor]:
-        try:
-            with tracer.scopes(), tracer.numbers.planted(model), tracer.numbers, tracer:
-                out = call(model, example_inputs)
-        except Exception as error:  # raised below: here it would leave Torch-Pruning's hooks in the model
-            tracing["failure"] = error
-            return []
-        tracing["outputs"] = output_tensors(out)
-        for tensor in tracing["outputs"]:
-            tracer.freeze(tracer.mark(tensor).factors, "is an output of the model")
-        return [t for t in tracing["outputs"] if t.grad_fn is not None]
-
     notes: list[str] = []
-    with undisturbed(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    failure: Exception | None = None
+    # Torch-Pruning's hooks, and the numbers that ours plants, are not for every model: then without.
+    for with_graph, with_numbers in ((True, True), (False, True), (False, False)):
+        attempt = _Attempt(model, example_inputs, with_numbers)
+        order = attempt.run(with_graph, notes)
+        if attempt.failure is None:
+            return _number(model, attempt.tracer, order, _batch(example_inputs), tuple(notes))
+        failure = failure or attempt.failure
+    raise PlanError(
+        f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "
+        f"{type(failure).__name__}: {failure}"
+    ) from failure
+
+
+class _Attempt:
+    """One traced forward."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, with_numbers: bool) -> None:
+        self.tracer = Tracer(model)
+        self.failure: Exception | None = None
+        self._model, self._inputs, self._with_numbers = model, example_inputs, with_numbers
+
+    def run(self, with_graph: bool, notes: list[str]) -> list[str]:
+        """Trace; the names of the layers in the order of Torch-Pruning's roots, as far as it can graph the model."""
+        with undisturbed(self._model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not with_graph:
+                self._forward()
+                return []
+            try:
+                return _roots_in_torch_prunings_order(self._model, self._forward)
+            except Exception as error:
+                notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
+                return []
+
+    def _forward(self) -> list[torch.Tensor]:
+        tracer = self.tracer
         try:
-            order = _roots_in_torch_prunings_order(model, forward)
-        except Exception as error:
-            notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
-            order = []
-    if "failure" in tracing:
-        failure = tracing["failure"]
-        raise PlanError(
-            f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "
-            f"{type(failure).__name__}: {failure}"
-        ) from failure
-    return _number(model, tracer, order, _batch(example_inputs), tuple(notes))
+            with tracer.scopes(), ExitStack() as stack:
+                if self._with_numbers:
+                    stack.enter_context(tracer.numbers.planted(self._model))
+                    stack.enter_context(tracer.numbers)
+                stack.enter_context(tracer)
+                out = call(self._model, self._inputs)
+        except Exception as error:  # kept: raised here it would leave Torch-Pruning's hooks in the model
+            self.failure = error
+            return []
+        outputs = fixed_outputs(out)
+        for tensor in outputs:
+            tracer.give_out(tensor)
+        return [t for t in outputs if t.grad_fn is not None]
 
 
 def _shapes(inputs: Any) -> str:

@@ -171,6 +171,11 @@ class Tracer(TorchDispatchMode):
         for factor in factors:
             self.slots.freeze(factor, f"{reason} ({self.where()})")
 
+    def give_out(self, tensor: Tensor) -> None:
+        """An output of the model keeps its shape."""
+        poisoned, _ = self._poisoned.get(tensor, ((), ""))
+        self.freeze((*self.mark(tensor).factors, *poisoned), "is an output of the model")
+
     def pin(self, factor: IntArray, dim: int, reason: str) -> None:
         """Say that dimension ``dim`` must keep its size: what varies along it goes together, or stays."""
         if varying(factor) == (dim,):
@@ -300,6 +305,17 @@ def _independent(factors: list[IntArray]) -> Factors:
         if dims and not any(dims <= set(varying(k)) for k in kept):
             kept.append(factor)
     return tuple(kept)
+
+
+def fixed_outputs(out: Any) -> list[Tensor]:
+    """The tensors of what a model returned that must keep their shapes.
+
+    All of them, except where one is called logits (of a ``ModelOutput``, say): what comes with logits are by-products
+    for another call of the same model (caches, hidden states), which may be as wide as the model is.
+    """
+    if isinstance(out, dict) and any(str(k).endswith("logits") for k in out):
+        out = [v for k, v in out.items() if str(k).endswith(("logits", "loss"))]
+    return output_tensors(out)
 
 
 def output_tensors(out: Any) -> list[Tensor]:

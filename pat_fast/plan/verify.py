@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .double import InDouble
-from .lower import call, output_tensors, undisturbed
+from .lower import call, fixed_outputs, undisturbed
 from .types import Axis, IntArray, Plan, TensorMap, is_grouped
 
 Precision = Callable[[], AbstractContextManager[Any]]
@@ -124,7 +124,7 @@ class _Test:
         chosen = np.isin(self.plan.group_of, groups)
         self._place(np.where(chosen, permutation, np.arange(self.plan.n_channels)) if chosen.any() else None)
         with undisturbed(self.model), torch.no_grad(), self._precision():
-            return [t.detach().clone() for t in output_tensors(call(self.model, inputs))]
+            return [t.detach().clone() for t in fixed_outputs(call(self.model, inputs))]
 
     def run(self, inputs: Any, tolerance: float, precision: Precision, search: bool = True) -> Verification:
         """Compare outputs of forwards in ``precision``; ``search`` for the groups at fault."""

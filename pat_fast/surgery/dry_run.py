@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import PlanError
+from ..masks import Mask
 from ..plan.bind import Binding
-from ..plan.lower import call, output_tensors, undisturbed
+from ..plan.lower import call, fixed_outputs, undisturbed
 from ..plan.types import BoolArray, Kept, Plan, shrunk_shape
-from ..plan.verify import bisect
+from ..plan.verify import COARSE, bisect, distance
 from .modules import apply_changes, attribute_changes
 from .prune import dense_strides, prune
 
@@ -29,20 +31,25 @@ def dry_run(plan: Plan, model: nn.Module, example_inputs: Any, shapes: list[torc
     A copy of the model loses a few units of every group (not as many of each, so that widths which the code
     takes for equal come apart), then runs forward and backward; its outputs must have ``shapes``, those of the
     model's. A large model's copy has shapes and no memory, unless the model's code looks at values. Groups with
-    units of several kinds have another turn for each kind. What fails is found by bisection. The model itself is
-    not touched.
+    units of several kinds have another turn for each kind. What fails is found by bisection. A small model's copy
+    must also compute what the model computes with these channels at zero, where no statistic tells the two apart.
+    The model itself is not touched.
     """
     failures: dict[int, str] = {}
+    trial = _Trial(plan, model, example_inputs, shapes)
     spare = _spare_units(plan)
-    for turn in range(max((len(units) for units in spare.values()), default=0)):
-        units = {g: u[turn] for g, u in spare.items() if turn < len(u) and g not in failures}
+    exact = {g for g in spare if plan.groups[g].statistic is None}
+    rounds = max((len(units) for units in spare.values()), default=0)
+    # Groups that take part in a statistic have rounds of their own: the others can be held against the masked model.
+    for turn, among in product(range(rounds), (exact, set(spare) - exact)):
+        units = {g: u[turn] for g, u in spare.items() if turn < len(u) and g in among and g not in failures}
 
         def keep_for(groups: Sequence[int], units: dict[int, list[int]] = units) -> BoolArray | None:
             return _without(plan, [u for g in groups for u in units[g]])
 
         def fails(groups: Sequence[int]) -> bool:
             keep = keep_for(groups)
-            message = None if keep is None else _try(plan, model, example_inputs, keep, shapes)
+            message = None if keep is None else trial.error(keep)
             if message is not None and len(groups) == 1:
                 failures[groups[0]] = message
             return message is not None
@@ -81,42 +88,71 @@ def _without(plan: Plan, units: list[int]) -> BoolArray | None:
     return keep
 
 
-def _try(plan: Plan, model: nn.Module, inputs: Any, keep: BoolArray, shapes: list[torch.Size]) -> str | None:
-    """The error of a copy with only the channels ``keep``, or None."""
-    small = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) <= SMALL
-    found = _run(lambda: _shapes_only(plan, model, keep), inputs, fake=True) if not small else ""
-    if small or (isinstance(found, str) and _looks_at_values(plan, model, inputs)):
-        found = _run(lambda: _smaller_copy(plan, model, keep), inputs, fake=False)
-    if isinstance(found, str):
-        return found
-    if found != shapes:
-        return f"the output changes from {[tuple(s) for s in shapes]} to {[tuple(s) for s in found]}"
-    return None
+class _Trial:
+    """Runs smaller copies of a model."""
 
+    def __init__(self, plan: Plan, model: nn.Module, inputs: Any, shapes: list[torch.Size]) -> None:
+        self.plan, self.model, self.inputs, self.shapes = plan, model, inputs, shapes
+        self.backward = True  # until the model itself is found not to have one, in eval mode
+        size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        self.fake = size > SMALL
+        everything = np.ones(plan.n_channels, dtype=np.bool_)
+        self._dense = everything
+        self._checked = False
 
-def _looks_at_values(plan: Plan, model: nn.Module, inputs: Any) -> bool:
-    """Whether the model's code needs more than shapes: then a copy without memory does not run even unchanged."""
-    return isinstance(_run(lambda: _shapes_only(plan, model, None), inputs, fake=True), str)
+    def error(self, keep: BoolArray) -> str | None:
+        """What is wrong with a copy that has only the channels ``keep``, or None."""
+        found = self._run(keep)
+        if isinstance(found, str) and not self._checked:
+            self._adapt()
+            found = self._run(keep)
+        if isinstance(found, str):
+            return found
+        if found != self.shapes:
+            return f"the output changes from {[tuple(s) for s in self.shapes]} to {[tuple(s) for s in found]}"
+        return None
 
+    def _adapt(self) -> None:
+        """Do not blame a prune for what the model as it is cannot do: run without memory, or backward in eval mode."""
+        self._checked = True
+        if self.fake and isinstance(self._run(self._dense), str):
+            self.fake = False
+        if isinstance(self._run(self._dense), str):
+            self.backward = False
 
-def _run(make: Callable[[], nn.Module], inputs: Any, fake: bool) -> str | list[torch.Size]:
-    """Forward and backward of the model that ``make`` gives: the shapes of its outputs, or its error."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-            twin = make()
-            with undisturbed(twin):
-                out = output_tensors(call(twin, inputs))
-                loss = sum(t.float().sum() for t in out if t.grad_fn is not None)
-                if isinstance(loss, torch.Tensor):
-                    loss.backward()
+    def _run(self, keep: BoolArray) -> str | list[torch.Size]:
+        """Forward and backward of a smaller copy: the shapes of its outputs, or its error."""
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) if self.fake else nullcontext():
+                twin = _shapes_only(self.plan, self.model, keep) if self.fake else copy.deepcopy(self.model)
+                expected = None if self.fake else self._masked(twin, keep)
+                with undisturbed(twin):
+                    out = fixed_outputs(call(twin, self.inputs))
+                    loss = sum(t.float().sum() for t in out if t.grad_fn is not None)
+                    if isinstance(loss, torch.Tensor) and self.backward:
+                        loss.backward()
+            if expected is not None and distance(expected, [t.detach() for t in out]) > COARSE:
+                return "what it computes when smaller is not what it computes with these channels at zero"
             return [t.shape for t in out]
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+    def _masked(self, twin: nn.Module, keep: BoolArray) -> list[torch.Tensor] | None:
+        """Prune ``twin``; its outputs with the channels at zero instead, unless a statistic tells these apart."""
+        plan, expected = self.plan, None
+        binding = Binding(plan, twin)
+        gone = np.unique(plan.group_of[~keep])
+        if gone.size and not any(plan.groups[g].statistic for g in gone):
+            Mask(binding).set(torch.from_numpy(keep), [])
+            with undisturbed(twin), torch.no_grad():
+                expected = [t.detach().clone() for t in fixed_outputs(call(twin, self.inputs))]
+        prune(binding, keep)
+        return expected
 
 
-def _shapes_only(plan: Plan, model: nn.Module, keep: BoolArray | None) -> nn.Module:
+def _shapes_only(plan: Plan, model: nn.Module, keep: BoolArray) -> nn.Module:
     """A copy whose tensors have shapes but no memory, with only the channels ``keep``."""
-    kept = Kept(np.ones(plan.n_channels, dtype=np.bool_) if keep is None else keep)
+    kept = Kept(keep)
     shapes = {t.name: shrunk_shape(t, t.kept(kept)) for t in plan.tensors}
     memo: dict[int, Any] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -127,10 +163,4 @@ def _shapes_only(plan: Plan, model: nn.Module, keep: BoolArray | None) -> nn.Mod
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
     twin = copy.deepcopy(model, memo)
     apply_changes(attribute_changes(Binding(plan, model), kept, twin), [])
-    return twin
-
-
-def _smaller_copy(plan: Plan, model: nn.Module, keep: BoolArray) -> nn.Module:
-    twin = copy.deepcopy(model)
-    prune(Binding(plan, twin), keep)
     return twin

@@ -15,7 +15,6 @@ from .pointwise import elementwise
 from .reducing import SPATIAL, spatial
 from .registry import RULES, Rule
 
-
 # Of these ops' inputs only the shape counts.
 SHAPE_ONLY = {f"aten::{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")} | {
     f"aten::new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")

@@ -14,7 +14,6 @@ from ..labels import IntArray, along, place, varying
 from ..trace import Tracer
 from .registry import extents, nth, rule
 
-
 # What comes out is still a parameter, or a part of it: a layer's weight if it is multiplied.
 KEEPS_ORIGIN = ("permute", "transpose", "t", "squeeze", "unsqueeze", "select")
 
