@@ -1,4 +1,4 @@
-"""What ``pat-fast env`` prints: versions, the C++ extension, and which backend runs which op."""
+"""What ``pat-fast env`` prints: versions, devices, the C++ extension, and which backend runs which op."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ PACKAGES = ("pat-fast", "torch", "torch-pruning", "numpy", "safetensors", "trito
 def report() -> dict[str, Any]:
     """Return versions, threads, the extension's state and the backend of each (op, device type).
 
-    Keys: ``python``, ``platform``, ``versions`` (package -> version or None), ``threads``, ``extension``
-    (``built``, ``why``, ``isa``, ``isas``, ``openmp``), ``override`` (``PAT_FAST_BACKEND`` or None) and
-    ``backends`` (a list of ``device``, ``op``, ``backend``, ``why``).
+    Keys: ``python``, ``platform``, ``versions`` (package -> version or None), ``threads``, ``gpus`` (a list of
+    ``name``, ``capability``, ``gigabytes``), ``extension`` (``built``, ``why``, ``isa``, ``isas``, ``openmp``),
+    ``override`` (``PAT_FAST_BACKEND`` or None) and ``backends`` (a list of ``device``, ``op``, ``backend``,
+    ``why``). On a machine with a GPU this starts CUDA and tries the GPU backends out.
     """
     why = cpu.unavailable()
     extension: dict[str, Any] = {"built": why is None, "why": why, "isa": None, "isas": [], "openmp": False}
@@ -31,6 +32,7 @@ def report() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: _version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
+        "gpus": _gpus(),
         "extension": extension,
         "override": os.environ.get(backends.ENV) or None,
         "backends": backends.describe(),
@@ -47,9 +49,13 @@ def render() -> str:
         built += "" if extension["openmp"] else ", without OpenMP: one thread"
     lines = [("python", f"{found['python']} on {found['platform']}")]
     lines += [(name, version or "not installed") for name, version in found["versions"].items()]
-    lines += [("threads", str(found["threads"])), ("C++ extension", built)]
+    lines.append(("threads", str(found["threads"])))
+    lines += [("GPU", f"{g['name']}, sm_{g['capability']}, {g['gigabytes']:.0f} GiB") for g in found["gpus"]]
+    lines.append(("C++ extension", built))
     if extension["why"]:
         lines.append(("", extension["why"]))
+    if found["override"]:
+        lines.append((backends.ENV, found["override"]))
     # One line for each device and backend, not for each op.
     for device in dict.fromkeys(row["device"] for row in found["backends"]):
         rows = [row for row in found["backends"] if row["device"] == device]
@@ -59,6 +65,16 @@ def render() -> str:
             lines.append((where, f"{backend} ({why}): {names}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _gpus() -> list[dict[str, Any]]:
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}{properties.minor}"
+        gigabytes = properties.total_memory / 2**30
+        found.append({"name": properties.name, "capability": capability, "gigabytes": gigabytes})
+    return found
 
 
 def _version(package: str) -> str | None:

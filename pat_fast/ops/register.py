@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pat_fast.backends import ANY, select
-from pat_fast.ops.schema import LIB
+from pat_fast.backends import ANY, DEVICES, override, runner
+from pat_fast.ops.schema import LIB, OPS
 
 _WRITES = ("channel_axpy_", "channel_scale_", "channel_compact")
 
@@ -22,9 +22,12 @@ def register() -> None:
     Raises:
         BackendError: ``PAT_FAST_BACKEND`` names a backend that cannot run here.
     """
-    for choice in select():
-        key = "CompositeExplicitAutograd" if choice.device == ANY else choice.device.upper()
-        LIB.impl(choice.op, _bumping(choice.run) if choice.op in _WRITES else choice.run, key)
+    override()
+    for device in DEVICES:
+        key = "CompositeExplicitAutograd" if device == ANY else device.upper()
+        for op in OPS:
+            run = runner(op, device)
+            LIB.impl(op, _bumping(run) if op in _WRITES else run, key)
 
 
 def _bumping(run: Callable[..., Any]) -> Callable[..., Any]:

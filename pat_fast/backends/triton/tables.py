@@ -1,0 +1,164 @@
+"""What the kernels read besides tensors: work records and addresses, kept on the device between calls.
+
+Records are cut once for each tile table (and element size) and live as long as the table. Addresses go to the
+device when they differ from those of recent calls, through pinned memory, without waiting for the device.
+
+CUDA graphs: a capture uses what eager calls before it have left, so call an op once before it is captured, and
+keep the tile table for as long as the graph. Addresses that are new in the capture are copied by the graph itself,
+from pinned memory that was put aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pat_fast.errors import BackendError
+
+from .work import Cut, Ints, Shape, cut, cut_copy
+
+RECENT = 4
+"""Lists of addresses to keep: weights, gradients and moments take turns with one table."""
+SPARE = 4
+"""Captured calls for which pinned memory is put aside."""
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is being captured into a CUDA graph, not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """A tensor on the device, filled from the host; on a GPU the stream and the event of the copy."""
+
+    tensor: Tensor
+    stream: torch.cuda.Stream | None = None
+    event: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, host: Tensor, device: torch.device) -> _Upload:
+        if device.type != "cuda":
+            return cls(host.to(device))
+        stream = torch.cuda.current_stream(device)
+        tensor = host.pin_memory().to(device, non_blocking=True)
+        return cls(tensor, stream, stream.record_event())
+
+    def here(self) -> Tensor:
+        """The tensor, ready for the current stream.
+
+        A capture may not wait for work outside it and need not: what came before a capture is complete.
+        """
+        if self.event is not None and not is_capturing(self.tensor.device):
+            stream = torch.cuda.current_stream(self.tensor.device)
+            if stream != self.stream:
+                stream.wait_event(self.event)
+                self.tensor.record_stream(stream)
+        return self.tensor
+
+
+class Addresses:
+    """Device copies of lists of addresses, for the calls with one table."""
+
+    def __init__(self, device: torch.device, length: int) -> None:
+        self.device = device
+        self._recent: dict[tuple[int, ...], _Upload] = {}
+        self._captured: list[tuple[_Upload, Tensor | None]] = []
+        self._spare: list[Tensor] = []
+        if device.type == "cuda":
+            self._spare = list(torch.empty(SPARE, length, dtype=torch.int64, pin_memory=True).unbind())
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The addresses of ``tensors``: ``[len(tensors)]`` int64 on the device."""
+        key = tuple(map(Tensor.data_ptr, tensors))
+        known = self._recent.get(key)
+        if is_capturing(self.device):
+            return self._while_capturing(key, known)
+        if known is None:
+            known = _Upload.of(torch.tensor(key, dtype=torch.int64), self.device)
+            self._recent[key] = known
+            if len(self._recent) > RECENT:
+                del self._recent[next(iter(self._recent))]
+        return known.here()
+
+    def _while_capturing(self, key: tuple[int, ...], known: _Upload | None) -> Tensor:
+        staged = None
+        if known is None:
+            if not self._spare:
+                raise BackendError(
+                    f"expected at most {SPARE} captured calls with new tensors for one table; got more; call the op "
+                    "with these tensors once before the capture"
+                )
+            staged = self._spare.pop()
+            staged.copy_(torch.tensor(key, dtype=torch.int64))
+            known = _Upload(staged.to(self.device, non_blocking=True))
+        self._captured.append((known, staged))  # the graph reads both at every replay
+        return known.tensor
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of one table on one device."""
+
+    shape: Shape
+    items: _Upload
+    sums: _Upload | None
+    counts: tuple[int, int, int]
+    """Items, sums and partials."""
+    addresses: Addresses
+
+
+_records: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _kept(owners: Sequence[Tensor], key: Any, make: Callable[[], Records]) -> Records:
+    """What ``make`` returns, from a cache that lives as long as all of ``owners``."""
+    level = _records
+    for owner in owners[:-1]:
+        level = level.setdefault(owner, WeakIdKeyDictionary())
+    entries = level.setdefault(owners[-1], {})
+    if key not in entries:
+        entries[key] = make()
+    return entries[key]
+
+
+def _upload(found: Cut, shape: Shape, device: torch.device, length: int) -> Records:
+    if is_capturing(device):
+        raise BackendError(
+            "expected an op to have run once with this table before it is captured into a CUDA graph; got its first "
+            "call; run the step once before the capture"
+        )
+    sums = _Upload.of(torch.from_numpy(found.sums), device) if len(found.sums) else None
+    counts = (len(found.items), len(found.sums), found.partials)
+    return Records(shape, _Upload.of(torch.from_numpy(found.items), device), sums, counts, Addresses(device, length))
+
+
+def records(tiles: Tensor, slots: int, like: Tensor, length: int) -> Records:
+    """The records for a table over tensors like ``like``; calls bring ``length`` addresses."""
+    shape = Shape.of(like.element_size())
+
+    def make() -> Records:
+        return _upload(cut(_rows(tiles), slots, shape), shape, like.device, length)
+
+    return _kept([tiles], (like.device, shape, slots, length), make)
+
+
+def copy_records(tiles: Tensor, out_tiles: Tensor, like: Tensor, length: int) -> Records:
+    """The records for a gather from ``tiles`` to ``out_tiles``."""
+    shape = Shape.of(like.element_size())
+
+    def make() -> Records:
+        found = Cut(cut_copy(_rows(tiles), _rows(out_tiles), shape), np.zeros((0, 1), np.int64), 0)
+        return _upload(found, shape, like.device, length)
+
+    return _kept([tiles, out_tiles], (like.device, shape, length), make)
+
+
+def _rows(tiles: Tensor) -> Ints:
+    return tiles.detach().numpy()
