@@ -46,7 +46,7 @@ class Made:
 
     def outside(self) -> Tensor:
         """Return the elements of the buffer that are not in the tensor."""
-        inside = torch.zeros(self.base.shape, dtype=torch.bool)
+        inside = torch.zeros(self.base.shape, dtype=torch.bool, device=self.base.device)
         inside.as_strided(self.sizes, self.strides, self.x.storage_offset()).fill_(True)
         return self.base[~inside]
 
@@ -57,6 +57,7 @@ def make(
     gap: int = 0,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Made:
     """Make a random tensor with its axes in ``order`` and ``gap`` unused elements after every run."""
     step, steps = 1, {}
@@ -66,7 +67,7 @@ def make(
     strides = (steps["r"], steps["c"], steps["k"])
     margin = 3
     values = torch.randn(sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    base = torch.full((step + 2 * margin,), SENTINEL, dtype=dtype)
+    base = torch.full((step + 2 * margin,), SENTINEL, dtype=dtype, device=device)
     x = base.as_strided(sizes, strides, margin)
     x.copy_(values)
     return Made(base, x, sizes, strides)

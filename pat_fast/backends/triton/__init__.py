@@ -26,6 +26,8 @@ OLDEST = (3, 6)
 WARPS = 4
 SUM_DEPTH = 16
 """Partials that a program of the second pass adds at once, per slot."""
+FUSED = {"enable_fp_fusion": True}
+"""Products are added without being rounded first, said outright: Triton 3.10 changes its mind about it."""
 _BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
@@ -98,10 +100,10 @@ def channel_reduce(
             y = work.addresses.of(ys) if ys else x
             _kernels().reduce_items[(n_items,)](
                 x, y, work.items.here(), partials, f, p if f == "pow" else 0.0, of, sums_of, *_block(work),
-                num_warps=WARPS,
+                num_warps=WARPS, **FUSED,
             )  # fmt: skip
         _kernels().add_partials[(n_sums,)](
-            work.sums.here(), partials, out, sums_of, SUM_DEPTH, SUM_SLOTS, num_warps=WARPS
+            work.sums.here(), partials, out, sums_of, SUM_DEPTH, SUM_SLOTS, num_warps=WARPS, **FUSED
         )
     return out
 
@@ -115,7 +117,7 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, coe
         with _on(ys[0]):
             y, x = work.addresses.of(ys), work.addresses.of(xs)
             _kernels().axpy_items[(work.counts[0],)](
-                y, x, work.items.here(), coef, *_type_of(ys[0]), *_block(work), num_warps=WARPS
+                y, x, work.items.here(), coef, *_type_of(ys[0]), *_block(work), num_warps=WARPS, **FUSED
             )
 
 
@@ -127,7 +129,7 @@ def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
     if work.counts[0]:
         with _on(xs[0]):
             _kernels().scale_items[(work.counts[0],)](
-                work.addresses.of(xs), work.items.here(), scale, *_type_of(xs[0]), *_block(work), num_warps=WARPS
+                work.addresses.of(xs), work.items.here(), scale, *_type_of(xs[0]), *_block(work), num_warps=WARPS, **FUSED
             )
 
 
@@ -143,7 +145,7 @@ def channel_compact(
         with _on(xs[0]):
             out, x = work.addresses.of(outs), work.addresses.of(xs)
             _kernels().copy_items[(work.counts[0],)](
-                out, x, work.items.here(), index.to(x.device), bits, *_block(work), num_warps=WARPS
+                out, x, work.items.here(), index.to(x.device), bits, *_block(work), num_warps=WARPS, **FUSED
             )
 
 
