@@ -159,7 +159,7 @@ def _check(backend: Backend, device: str, named: bool) -> str | None:
 
 
 def runner(op: str, device: str) -> Callable[..., Any]:
-    """Return the implementation of ``op`` on ``device``; for a device type in ``LATE`` one that is found when called."""
+    """Return the implementation of ``op`` on ``device``; for device types in ``LATE`` it is chosen when called."""
     if device not in LATE:
         return _winner(op, device)
 

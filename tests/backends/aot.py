@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pat_fast.backends.triton import FUSED, SUM_DEPTH, WARPS, kernels
+from pat_fast.backends.triton import OPTIONS, SUM_DEPTH, kernels
 from pat_fast.backends.triton.work import SUM_SLOTS, Shape
 
 # Triton's name in signatures, dtype, accumulator, bytes.
@@ -50,7 +50,8 @@ def variants(thorough: bool) -> Iterator[tuple[str, Any, dict[str, str], dict[st
         yield f"scale {name}", kernels.scale_items, {"values": f"*{accumulator}"}, {**types, **block}
     for accumulator, dtype in ACCUMULATORS.items():
         pointers = {"partials": f"*{accumulator}", "out": f"*{accumulator}"}
-        yield f"add {accumulator}", kernels.add_partials, pointers, {"ACC": dtype, "DEPTH": SUM_DEPTH, "SLOTS": SUM_SLOTS}
+        constants = {"ACC": dtype, "DEPTH": SUM_DEPTH, "SLOTS": SUM_SLOTS}
+        yield f"add {accumulator}", kernels.add_partials, pointers, constants
     for size, dtype in BITS.items():
         yield f"copy {8 * size}", kernels.copy_items, {"index": "*i32"}, {"TYPE": dtype, **_block(size)}
 
@@ -70,8 +71,7 @@ def compile_for(capability: int, thorough: bool) -> list[dict[str, Any]]:
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
         for attributes in (aligned, {}) if thorough else (aligned,):
             source = ASTSource(kernel, signature, constexprs=indexed, attrs=attributes)
-            options = {"num_warps": WARPS, **FUSED}
-            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=OPTIONS)
             moves = re.findall(r"\b(?:ld|st)\.global[.\w:]*", compiled.asm["ptx"])
             binary = compiled.asm["cubin"]
             found.append(

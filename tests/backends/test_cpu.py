@@ -49,6 +49,10 @@ def test_writes_of_many_chunks(sizes: tuple[int, int, int]) -> None:
     cases.writes_big(cpu.OPS, sizes)
 
 
+def test_addresses_that_are_no_multiple_of_16(isa: str) -> None:
+    cases.unaligned(cpu.OPS)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_product_of_zero_clears_inf_and_nan(dtype: torch.dtype, isa: str) -> None:
     cases.zero_clears(cpu.OPS, dtype)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch
 
 from pat_fast import backends, env
-from pat_fast.backends import cpu
+from pat_fast.backends import Backend, cpu, reference, triton
+from pat_fast.errors import BackendError
 
 WITHOUT_EXTENSION = "import sys; sys.modules['pat_fast._C'] = None; "
 SHOW = (
@@ -47,7 +53,7 @@ def test_the_override_forces_the_reference() -> None:
 def test_an_unknown_override_is_refused_with_a_suggestion() -> None:
     found = run(SHOW, "cpuu")
     assert found.returncode != 0
-    assert "BackendError: expected PAT_FAST_BACKEND to be one of cpu, reference; got 'cpuu'" in found.stderr
+    assert "BackendError: expected PAT_FAST_BACKEND to be one of cpu, " in found.stderr
     assert "did you mean 'cpu'?" in found.stderr
 
 
@@ -74,6 +80,100 @@ def test_importing_the_ops_starts_neither_cuda_nor_a_compiler() -> None:
     )
     found = run(code)
     assert found.returncode == 0, found.stderr
+
+
+def test_triton_on_the_cpu_only_in_its_interpreter_and_only_by_name() -> None:
+    if triton.unavailable("cpu") == "Triton is not installed":
+        pytest.skip("Triton is not installed")
+    code = "import os; os.environ.pop('TRITON_INTERPRET', None); "
+    if not torch.cuda.device_count():
+        found = run(code + SHOW, "triton")
+        assert "expected PAT_FAST_BACKEND=triton to run here; got: PyTorch sees no CUDA device" in found.stderr
+    found = run("import os; os.environ['TRITON_INTERPRET'] = '1'; " + SHOW)
+    assert "triton" not in found.stdout, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [("3.5.1", "Triton 3.5.1 is older than 3.6"), (None, "Triton is not installed")]
+)
+def test_triton_says_why_it_cannot_run(version: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> str:
+        if version is None:
+            raise triton.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(triton.importlib.metadata, "version", find)
+    assert triton.unavailable("cuda") == triton.unavailable("cpu") == message
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Put a backend of some ops, to be checked before use, in front of the reference on the CPU."""
+    monkeypatch.delenv(backends.ENV, raising=False)
+
+    def install(**changed: Any) -> None:
+        module = types.ModuleType("fake_backend")
+        module.OPS = reference.OPS | changed
+        monkeypatch.setitem(sys.modules, "fake_backend", module)
+        made = Backend("fake", "fake_backend", ("cpu",), lambda device: None, checked=True)
+        monkeypatch.setattr(backends, "BACKENDS", (made, backends.BACKENDS[-1]))
+        backends.select.cache_clear()
+
+    yield install
+    backends.select.cache_clear()
+
+
+def test_a_backend_that_agrees_is_used(fake: Callable[..., None]) -> None:
+    fake()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {choice.backend for choice in backends.select("cpu")} == {"fake"}
+
+
+def test_a_backend_that_differs_is_passed_over_with_one_warning(fake: Callable[..., None]) -> None:
+    def wrong(*arguments: Any) -> torch.Tensor:
+        return reference.channel_reduce(*arguments) * 1.01
+
+    fake(channel_reduce=wrong)
+    with pytest.warns(RuntimeWarning, match="does not use its fake kernels on cpu: channel_reduce of float32") as seen:
+        choices = backends.select("cpu")
+    assert len(seen) == 1
+    assert {choice.backend for choice in choices} == {"reference"}
+    assert all("not fake: channel_reduce of float32 differs from the reference" in choice.why for choice in choices)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select("cpu") is choices
+
+
+def test_a_backend_that_differs_and_was_asked_for_is_an_error(
+    fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(channel_scale_=lambda xs, tiles, scale: None)
+    monkeypatch.setenv(backends.ENV, "fake")
+    with pytest.raises(BackendError, match="PAT_FAST_BACKEND=fake to agree with the reference on cpu; got: chan"):
+        backends.select("cpu")
+
+
+def test_a_late_choice_is_made_at_the_first_call_and_kept(
+    fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def noting(*arguments: Any) -> torch.Tensor:
+        calls.append("fake")
+        return reference.channel_reduce(*arguments)
+
+    fake(channel_reduce=noting)
+    monkeypatch.setattr(backends, "LATE", ("cpu",))
+    backends._winner.cache_clear()
+    run = backends.runner("channel_reduce", "cpu")
+    assert not calls
+    arguments = ([torch.ones(3)], [], torch.tensor([[0, 0, 3, 1, 1, 1, 1, 1, 0, -1]]), 3, "pow", 2.0)
+    assert run(*arguments).tolist() == [1, 1, 1]
+    checked = len(calls)
+    run(*arguments)
+    assert len(calls) == checked + 1
+    backends._winner.cache_clear()
 
 
 def test_env_reports_what_runs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from pat_fast.backends.triton.work import (
     ITEM_ELEMENTS,
     KERNEL_INNER,
     SCALAR,
-    SUM,
     SUM_SLOTS,
     Ints,
     Shape,
@@ -70,7 +71,8 @@ def test_the_sums_of_the_partials_are_the_sums_of_the_tile(order: str) -> None:
         for slot, slots_here, base, step, blocks, block_stride, kernel, kernel_stride in found.sums.tolist():
             assert slots_here <= SUM_SLOTS
             for s in range(slots_here):
-                own = [base + s * step + b * block_stride + k * kernel_stride for b in range(blocks) for k in range(kernel)]
+                places = itertools.product(range(blocks), range(kernel))
+                own = [base + s * step + b * block_stride + k * kernel_stride for b, k in places]
                 assert np.isnan(out[slot + s])
                 out[slot + s] = partials[own].sum()
         exact = np.zeros(table.slots)

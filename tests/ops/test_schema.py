@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pat_fast import ops
-from pat_fast.ops import TileTable
+from pat_fast.ops import Tile, TileTable
 from tests.ops.layouts import make
 
 
@@ -52,6 +52,31 @@ def test_the_wrappers_run_under_torch_compile() -> None:
     w2, g2 = w.clone(), g.clone()
     torch.testing.assert_close(compiled(w, g), shrink(w2, g2))
     torch.testing.assert_close((w, g), (w2, g2))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_forward_that_contains_the_ops_has_no_graph_break(backend: str) -> None:
+    """``fullgraph`` refuses anything but one graph; gradients flow past the ops as without a compiler."""
+    made, other = make((4, 3, 2)), make((4, 3, 2), seed=1)
+    table = made.table()
+    kept = torch.tensor([1, 3], dtype=torch.int32)
+    narrow = TileTable.from_tiles([torch.empty(2, 3, 2)], [Tile(0, 0, (2, 3, 2), (6, 2, 1), 0)], 2, shared_slots=True)
+
+    def step(w: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        norms = ops.channel_reduce([w], table)
+        ops.channel_axpy_([grad], [w], table, 1e-2 * norms)
+        ops.channel_scale_([grad], table, (norms > norms.mean()).float())
+        smaller = torch.empty(2, 3, 2)
+        ops.channel_compact([smaller], [w.detach()], table, narrow, kept)
+        return (w * x).sum().square() / norms.sum(), grad, smaller
+
+    results = []
+    for run in (torch.compile(step, backend=backend, fullgraph=True), step):
+        w, grad = made.x.contiguous().clone().requires_grad_(), other.x.contiguous().clone()
+        loss, *rest = run(w, grad, torch.arange(24.0).view(4, 3, 2))
+        loss.backward()
+        results.append([loss.detach(), *rest, w.grad])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

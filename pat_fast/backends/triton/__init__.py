@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from .tables import copy_records, records
-from .work import SUM_SLOTS, VECTOR_BYTES
+from .work import SUM_SLOTS
 
 OLDEST = (3, 6)
-WARPS = 4
 SUM_DEPTH = 16
 """Partials that a program of the second pass adds at once, per slot."""
-FUSED = {"enable_fp_fusion": True}
-"""Products are added without being rounded first, said outright: Triton 3.10 changes its mind about it."""
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+"""Of every launch. Fusion is said outright, because Triton 3.10 changes its default."""
 _BITS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
@@ -99,11 +98,10 @@ def channel_reduce(
             x = work.addresses.of(xs)
             y = work.addresses.of(ys) if ys else x
             _kernels().reduce_items[(n_items,)](
-                x, y, work.items.here(), partials, f, p if f == "pow" else 0.0, of, sums_of, *_block(work),
-                num_warps=WARPS, **FUSED,
+                x, y, work.items.here(), partials, f, p if f == "pow" else 0.0, of, sums_of, *_block(work), **OPTIONS
             )  # fmt: skip
         _kernels().add_partials[(n_sums,)](
-            work.sums.here(), partials, out, sums_of, SUM_DEPTH, SUM_SLOTS, num_warps=WARPS, **FUSED
+            work.sums.here(), partials, out, sums_of, SUM_DEPTH, SUM_SLOTS, **OPTIONS
         )
     return out
 
@@ -117,7 +115,7 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, coe
         with _on(ys[0]):
             y, x = work.addresses.of(ys), work.addresses.of(xs)
             _kernels().axpy_items[(work.counts[0],)](
-                y, x, work.items.here(), coef, *_type_of(ys[0]), *_block(work), num_warps=WARPS, **FUSED
+                y, x, work.items.here(), coef, *_type_of(ys[0]), *_block(work), **OPTIONS
             )
 
 
@@ -129,7 +127,7 @@ def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
     if work.counts[0]:
         with _on(xs[0]):
             _kernels().scale_items[(work.counts[0],)](
-                work.addresses.of(xs), work.items.here(), scale, *_type_of(xs[0]), *_block(work), num_warps=WARPS, **FUSED
+                work.addresses.of(xs), work.items.here(), scale, *_type_of(xs[0]), *_block(work), **OPTIONS
             )
 
 
@@ -145,7 +143,7 @@ def channel_compact(
         with _on(xs[0]):
             out, x = work.addresses.of(outs), work.addresses.of(xs)
             _kernels().copy_items[(work.counts[0],)](
-                out, x, work.items.here(), index.to(x.device), bits, *_block(work), num_warps=WARPS, **FUSED
+                out, x, work.items.here(), index.to(x.device), bits, *_block(work), **OPTIONS
             )
 
 

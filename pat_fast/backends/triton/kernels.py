@@ -75,18 +75,17 @@ def _pointer(address, offset, TYPE: tl.constexpr, VECTOR: tl.constexpr):
 def _value(x, y, F: tl.constexpr, P: tl.constexpr):
     if F == "mul":
         return x * y
-    elif F == "absmul":
+    if F == "absmul":
         return tl.abs(x * y)
-    elif F == "sqmul":
+    if F == "sqmul":
         return x * (x * y)
-    elif P == 1.0:
+    if P == 1.0:
         return tl.abs(x)
-    elif P == 2.0:
+    if P == 2.0:
         return x * x
-    elif P == 0.0:
+    if P == 0.0:
         return tl.full(x.shape, 1.0, x.dtype)
-    else:
-        return tl.exp2(P * tl.log2(tl.abs(x)))
+    return tl.exp2(P * tl.log2(tl.abs(x)))
 
 
 @triton.jit

@@ -47,7 +47,7 @@ class _Upload:
         if device.type != "cuda":
             return cls(host.to(device))
         stream = torch.cuda.current_stream(device)
-        tensor = host.pin_memory().to(device, non_blocking=True)
+        tensor = (host.pin_memory() if host.numel() else host).to(device, non_blocking=True)
         return cls(tensor, stream, stream.record_event())
 
     def here(self) -> Tensor:
@@ -77,14 +77,12 @@ class Addresses:
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """The addresses of ``tensors``: ``[len(tensors)]`` int64 on the device."""
         key = tuple(map(Tensor.data_ptr, tensors))
-        known = self._recent.get(key)
         if is_capturing(self.device):
-            return self._while_capturing(key, known)
-        if known is None:
-            known = _Upload.of(torch.tensor(key, dtype=torch.int64), self.device)
-            self._recent[key] = known
-            if len(self._recent) > RECENT:
-                del self._recent[next(iter(self._recent))]
+            return self._while_capturing(key, self._recent.get(key))
+        known = self._recent.pop(key, None) or _Upload.of(torch.tensor(key, dtype=torch.int64), self.device)
+        self._recent[key] = known  # the latest is last
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
         return known.here()
 
     def _while_capturing(self, key: tuple[int, ...], known: _Upload | None) -> Tensor:

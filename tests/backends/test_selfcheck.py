@@ -1,0 +1,86 @@
+"""The self-check finds wrong backends, whatever is wrong with them, and passes right ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pat_fast.backends import cpu, reference, selfcheck
+
+CPU = torch.device("cpu")
+
+
+def compute(op: str) -> Any:
+    return reference.OPS[op]
+
+
+def no_column_sums(xs: Sequence[Tensor], ys: Sequence[Tensor], tiles: Tensor, *rest: Any) -> Tensor:
+    without = tiles.clone()
+    without[:, 9] = -1
+    return compute("channel_reduce")(xs, ys, without, *rest)
+
+
+def gaps_left_open(xs: Sequence[Tensor], ys: Sequence[Tensor], tiles: Tensor, slots: int, *rest: Any) -> Tensor:
+    found = compute("channel_reduce")(xs, ys, tiles, slots, *rest)
+    found[-1] = torch.nan
+    return found
+
+
+def half_sums(xs: Sequence[Tensor], *rest: Any) -> Tensor:
+    return compute("channel_reduce")(xs, *rest).to(xs[0].dtype).float()
+
+
+def wrong_for_bfloat16(ys: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, coef: Tensor) -> None:
+    compute("channel_axpy_")(ys, xs, tiles, -coef if ys[0].dtype == torch.bfloat16 else coef)
+
+
+def ieee_products(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
+    infinite = [x.isinf() for x in xs]
+    compute("channel_scale_")(xs, tiles, scale)
+    for x, where in zip(xs, infinite, strict=True):
+        x[where] = torch.nan
+
+
+def shifted(outs: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, out_tiles: Tensor, index: Tensor) -> None:
+    compute("channel_compact")(outs, xs, tiles, out_tiles, index)
+    outs[1].copy_(outs[1].roll(1))
+
+
+def broken(*arguments: Any) -> None:
+    raise OSError("no compiler\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "message"),
+    [
+        ("channel_reduce", no_column_sums, "channel_reduce of float32 differs .*sums: off by up to"),
+        ("channel_reduce", gaps_left_open, "channel_reduce of float32 differs"),
+        ("channel_reduce", half_sums, "channel_reduce of bfloat16 differs"),
+        ("channel_axpy_", wrong_for_bfloat16, "channel_axpy_ of bfloat16 differs"),
+        ("channel_scale_", ieee_products, r"channel_scale_ of float32 differs from the reference \(\(7, 5, 9\)"),
+        ("channel_compact", shifted, r"channel_compact of float32 differs .*\(8, 4, 9\): not the same bits"),
+        ("channel_compact", broken, r"channel_compact of float32 failed \(OSError: no compiler\)"),
+    ],
+)
+def test_what_is_wrong_is_named(op: str, wrong: Any, message: str) -> None:
+    found = selfcheck.difference(reference.OPS | {op: wrong}, CPU)
+    assert found is not None
+    assert re.search(message, found), found
+
+
+def test_right_backends_pass() -> None:
+    assert selfcheck.difference(reference.OPS, CPU) is None
+    if cpu.unavailable() is None:
+        assert selfcheck.difference(cpu.OPS, CPU) is None
+    assert selfcheck.difference({}, CPU) is None
+
+
+def test_random_numbers_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    selfcheck.difference(reference.OPS, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
