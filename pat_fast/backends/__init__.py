@@ -70,6 +70,10 @@ def _probe_cpu(device: str) -> str | None:
     return importlib.import_module("pat_fast.backends.cpu").unavailable()
 
 
+def _probe_cuda(device: str) -> str | None:
+    return importlib.import_module("pat_fast.backends.cuda").unavailable()
+
+
 def _probe_triton(device: str) -> str | None:
     return importlib.import_module("pat_fast.backends.triton").unavailable(device)
 
@@ -77,6 +81,7 @@ def _probe_triton(device: str) -> str | None:
 # Best first. On CUDA devices a compiled extension ("cuda") goes before Triton: where somebody built it, it needs
 # neither a compiler at run time nor a launcher in Python. To be turned round if measurements say so.
 BACKENDS = (
+    Backend("cuda", "pat_fast.backends.cuda", ("cuda",), _probe_cuda, checked=True),
     Backend("cpu", "pat_fast.backends.cpu", ("cpu",), _probe_cpu),
     Backend(
         "triton", "pat_fast.backends.triton", ("cuda",), _probe_triton, named_devices=("cpu",), checked=True

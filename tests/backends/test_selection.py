@@ -53,7 +53,7 @@ def test_the_override_forces_the_reference() -> None:
 def test_an_unknown_override_is_refused_with_a_suggestion() -> None:
     found = run(SHOW, "cpuu")
     assert found.returncode != 0
-    assert "BackendError: expected PAT_FAST_BACKEND to be one of cpu, " in found.stderr
+    assert "BackendError: expected PAT_FAST_BACKEND to be one of cuda, cpu, " in found.stderr
     assert "did you mean 'cpu'?" in found.stderr
 
 
