@@ -113,7 +113,7 @@ class Nvcc:
         host = os.environ.get("CXX", "").split()
         self.command = [*named, "-ccbin", host[0]] if len(host) == 1 else named
         wanted = os.environ.get("PAT_FAST_CUDA_ARCHS", "") or CUDA_ARCHS
-        self.archs = sorted(re.findall(r"\d+[a-z]?", wanted), key=lambda arch: int(arch.rstrip("af")))
+        self.archs = sorted(re.findall(r"\d+[af]?", wanted), key=lambda arch: int(arch.rstrip("af")))
         self.problem = "" if self.archs else f"PAT_FAST_CUDA_ARCHS={wanted!r} names no architecture, such as 90"
         if not shutil.which(named[0]):
             self.problem = f"no {named[0]} on PATH; set CUDACXX"

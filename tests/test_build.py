@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+VARIABLES = ("PAT_FAST_BUILD", "PAT_FAST_BACKEND", "PAT_FAST_CUDA_ARCHS", "CXX", "CUDACXX")
 ROOT = Path(__file__).resolve().parents[1]
+FATBIN = struct.pack("<I", 0xBA55ED50)
 # An editable install of the checkout would lend its extension to the wheel under test.
 SHOW = """
 import sys
@@ -38,7 +41,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("PAT_FAST_BUILD", "PAT_FAST_BACKEND", "CXX")}
+    clean = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     return subprocess.run(
         command,
         cwd=cwd,
@@ -96,8 +99,11 @@ def test_auto_without_a_compiler_says_so_once(source: Path, tmp_path: Path) -> N
     ("variables", "message"),
     [
         ({"PAT_FAST_BUILD": "cpu", "CXX": "/nonexistent/c++"}, "expected a C++17 compiler"),
-        ({"PAT_FAST_BUILD": "cuda"}, "no CUDA sources yet"),
-        ({"PAT_FAST_BUILD": "fast"}, "expected one of auto, none, cpu; got 'fast'"),
+        ({"PAT_FAST_BUILD": "cuda", "CXX": "/nonexistent/c++"}, "expected a C++17 compiler"),
+        ({"PAT_FAST_BUILD": "cuda", "CUDACXX": "/nonexistent/nvcc"}, "no /nonexistent/nvcc on PATH"),
+        ({"PAT_FAST_BUILD": "cuda", "CUDACXX": "false"}, "false does not compile"),
+        ({"PAT_FAST_BUILD": "cuda", "CUDACXX": "true", "PAT_FAST_CUDA_ARCHS": "all"}, "names no architecture"),
+        ({"PAT_FAST_BUILD": "fast"}, "expected one of auto, none, cpu, cuda; got 'fast'"),
     ],
 )
 def test_what_cannot_be_built_fails_with_one_clear_line(
@@ -130,3 +136,72 @@ def test_a_wheel_with_kernels(source: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     shown = run([sys.executable, "-c", SHOW], tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert "'cpu'" in shown.stdout
+
+
+LOAD_CUDA = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("_CUDA", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert not torch.cuda.is_initialized()
+print(module.archs(), module.device_count() == torch.cuda.device_count())
+"""
+
+
+def code_in(binary: bytes) -> set[tuple[str, int]]:
+    """Return the code in all fatbins of ``binary``: ("sass" or "ptx", architecture)."""
+    found, at = set(), binary.find(FATBIN)
+    while at >= 0:
+        _, header, size = struct.unpack_from("<HHQ", binary, at + 4)
+        entry, end = at + header, at + header + size
+        while entry < end:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", binary, entry)
+            (arch,) = struct.unpack_from("<I", binary, entry + 28)
+            found.add(({1: "ptx", 2: "sass"}[kind], arch))
+            entry += entry_header + entry_size
+        at = binary.find(FATBIN, end)
+    return found
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@needs_nvcc
+def test_the_cuda_sources_compile_and_import_without_a_gpu(source: Path) -> None:
+    # Everything but the C++ kernels, which other tests build: half the time.
+    script = source / "setup.py"
+    script.write_text(script.read_text().replace('Extension("pat_fast._C", sources=[]), ', ""))
+    result = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], source, PAT_FAST_BUILD="cuda")
+    assert result.returncode == 0, result.stdout
+    (built,) = (source / "pat_fast").glob("_CUDA*.so")
+    assert {("sass", 80), ("sass", 90), ("ptx", 90)} <= code_in(built.read_bytes())
+    shown = run([sys.executable, "-c", LOAD_CUDA, str(built)], source)
+    assert shown.stdout.split() == ["sm_80,sm_90,compute_90", "True"]
+
+
+@needs_nvcc
+def test_auto_does_without_cuda_sources_that_do_not_compile(source: Path) -> None:
+    script = source / "setup.py"
+    script.write_text(script.read_text().replace('Extension("pat_fast._C", sources=[]), ', ""))
+    for path in (source / "csrc/cuda").iterdir():
+        path.write_text("#error broken\n")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    result = run(command, source)
+    assert result.returncode == 0, result.stdout
+    assert "installed without the CUDA kernels: they did not compile" in result.stdout
+    assert not list((source / "pat_fast").glob("*.so"))
+    result = run(command, source, PAT_FAST_BUILD="cuda")
+    assert result.returncode != 0
+    assert "pat_fast._CUDA did not compile" in result.stdout
+
+
+def test_auto_without_nvcc_says_so_once(source: Path) -> None:
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler")
+    script = source / "setup.py"
+    script.write_text(script.read_text().replace('Extension("pat_fast._C", sources=[]), ', ""))
+    result = run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], source, CUDACXX="/nonexistent/nvcc"
+    )
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("without the CUDA kernels: no /nonexistent/nvcc on PATH") == 1
