@@ -4,6 +4,7 @@
 one line what it left out; ``cpu`` builds the C++ extension alone and fails without a compiler; ``cuda``
 builds both and fails without nvcc; ``none`` never builds. ``CUDACXX`` names another nvcc,
 ``PAT_FAST_CUDA_ARCHS`` ("80 90") the architectures to compile for, the last of them as PTX too.
+``CXX`` and ``CXXFLAGS`` are honoured.
 Neither PyTorch nor a GPU is needed to build.
 """
 
@@ -206,6 +207,7 @@ def ninja_file(name: str, tools: Toolchain, objects: Path, target: Path) -> str:
         return " ".join(f"'{word}'" if " " in word else word for word in words).replace("$", "$$")
 
     flags: dict[str, list[str]] = {}
+    extra = os.environ.get("CXXFLAGS", "").split()
     if name == "pat_fast._CUDA":
         compilers = {".cpp": tools.cxx, ".cu": nvcc().command}
         link = [*nvcc().command, "-shared", "-cudart", "static"]
@@ -219,8 +221,8 @@ def ninja_file(name: str, tools: Toolchain, objects: Path, target: Path) -> str:
         for isa, words in variants().items():
             flags[f"csrc/cpu/kernels_{isa}.cpp"] = [*COMMON, *KERNEL, *simd, *words]
     lines = [
-        f"rule compile{kind}\n  command = {quoted(command)} -{'MMD' if kind == '.cpp' else 'MD'} -MF $out.d $flags"
-        " -c $in -o $out\n  deps = gcc\n  depfile = $out.d"
+        f"rule compile{kind}\n  command = {quoted(command)} -{'MMD' if kind == '.cpp' else 'MD'} -MF $out.d $flags "
+        f"{quoted(extra if kind == '.cpp' else [])} -c $in -o $out\n  deps = gcc\n  depfile = $out.d"
         for kind, command in compilers.items()
     ]
     lines.append(f"rule link\n  command = {quoted(link)} $in -o $out")

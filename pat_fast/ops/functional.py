@@ -16,8 +16,10 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pat_fast.errors import OpError, did_you_mean
+from pat_fast.ops.memory import clash
 from pat_fast.ops.schema import accumulator
 from pat_fast.ops.tiles import COL, ROW, C, K, R, TileTable
 
@@ -72,12 +74,13 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], table: TileTable, 
         coef: ``[table.slots]`` in the accumulator dtype, on the tensors' device.
 
     Raises:
-        OpError: tensors that do not fit the table, tiles that overlap.
+        OpError: tensors that do not fit the table, tiles or tensors that overlap.
     """
     _check_tensors("ys", ys, table)
     _check_tensors("xs", xs, table, like=ys)
     _check_slots("coef", coef, table, ys)
     _check_writable("ys", table)
+    _check_apart("ys", ys, (*xs, coef), table)
     _ops.channel_axpy_.default(ys, xs, table.table, coef)
 
 
@@ -92,11 +95,12 @@ def channel_scale_(xs: Sequence[Tensor], table: TileTable, scale: Tensor) -> Non
         scale: ``[table.slots]`` in the accumulator dtype, on the tensors' device.
 
     Raises:
-        OpError: tensors that do not fit the table, tiles that overlap.
+        OpError: tensors that do not fit the table, tiles or tensors that overlap.
     """
     _check_tensors("xs", xs, table)
     _check_slots("scale", scale, table, xs)
     _check_writable("xs", table)
+    _check_apart("xs", xs, (scale,), table)
     _ops.channel_scale_.default(xs, table.table, scale)
 
 
@@ -118,7 +122,7 @@ def channel_compact(
 
     Raises:
         OpError: tensors that do not fit their table, lists that are out of bounds or not ascending,
-            ``outs`` that overlap ``xs``.
+            ``outs`` that overlap ``xs`` or one another.
     """
     _check_tensors("xs", xs, table, dtypes=None)
     _check_tensors("outs", outs, out_table, dtypes=None)
@@ -127,11 +131,12 @@ def channel_compact(
     if xs and xs[0].element_size() not in MOVABLE_BYTES:
         _fail(f"elements of {MOVABLE_BYTES} bytes", f"{xs[0].dtype} ({xs[0].element_size()} bytes)")
     _check_writable("outs", out_table)
-    _check_index(table, out_table, index)
+    _check_index(xs, table, out_table, index)
     if not torch.compiler.is_compiling():
         sources = {x.untyped_storage().data_ptr() for x in xs if x.numel()}
         if any(out.numel() and out.untyped_storage().data_ptr() in sources for out in outs):
             _fail("outs with storage of their own", "an output that shares its storage with an input")
+    _check_apart("outs", outs, (index,), out_table)
     _ops.channel_compact.default(outs, xs, table.table, out_table.table, index)
 
 
@@ -154,9 +159,12 @@ def _check_tensors(
         return
     first = like[0] if like is not None else xs[0]
     dtype, device = first.dtype, first.device
+    eager = not torch.compiler.is_compiling()
     if dtypes is not None and dtype not in dtypes:
         _fail(f"{name} of dtype {', '.join(str(d) for d in dtypes)}", str(dtype))
     for i, (x, (shape, strides)) in enumerate(zip(xs, table.layouts)):  # noqa: B905 (length checked above)
+        if x.layout is not torch.strided:
+            _fail(f"{name}[{i}] to be a strided tensor", str(x.layout))
         if x.shape != shape or x.stride() != strides:
             _fail(
                 f"{name}[{i}] of shape {shape} and strides {strides}, as in the table",
@@ -165,16 +173,19 @@ def _check_tensors(
             )
         if x.dtype is not dtype or x.device != device:
             _fail(f"{name}[{i}] of {dtype} on {device}, as its companions", f"{x.dtype} on {x.device}")
+        if eager and (x.is_neg() or (dtypes is None and x.is_conj())):
+            _fail(f"{name}[{i}] as it stands in memory", "a lazily negated or conjugated view", "call resolve_neg()")
 
 
 def _check_slots(name: str, values: Tensor, table: TileTable, xs: Sequence[Tensor]) -> None:
     dtype = accumulator(xs[0].dtype) if len(xs) else values.dtype
     device = xs[0].device if len(xs) else values.device
-    wanted = (dtype, (table.slots,), device)
-    if (values.dtype, values.shape, values.device) != wanted or not values.is_contiguous():
+    wanted = (dtype, (table.slots,), device, torch.strided)
+    if (values.dtype, values.shape, values.device, values.layout) != wanted or not values.is_contiguous():
+        strides = values.stride() if values.layout is torch.strided else values.layout
         _fail(
             f"{name} contiguous of shape [{table.slots}], {dtype} on {device}",
-            f"{list(values.shape)}, {values.dtype} on {values.device}, strides {values.stride()}",
+            f"{list(values.shape)}, {values.dtype} on {values.device}, strides {strides}",
         )
 
 
@@ -183,7 +194,24 @@ def _check_writable(name: str, table: TileTable) -> None:
         _fail(f"tiles that name each element of {name} once", "tiles or strides that overlap")
 
 
-def _check_index(table: TileTable, out_table: TileTable, index: Tensor) -> None:
+def _check_apart(name: str, written: Sequence[Tensor], read: Sequence[Tensor], table: TileTable) -> None:
+    """Refuse written tensors that share memory with others; what passed once is only recognised again."""
+    if torch.compiler.is_compiling() or not len(written) or isinstance(written[0], FakeTensor):
+        return
+    where = (written[0].element_size(), *[x.data_ptr() for x in written], *[x.data_ptr() for x in read])
+    if where == table.apart:
+        return
+    found = clash(written, read)
+    if found is not None:
+        names = [f"{name}[{i}]" if i < len(written) else "a tensor that is read" for i in found]
+        _fail(f"{name} that share no memory with other tensors of the call", f"{names[0]} inside {names[1]}")
+    table.apart = where
+
+
+def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, index: Tensor) -> None:
+    devices = [torch.device("cpu")] + [x.device for x in xs[:1]]
+    if index.layout is not torch.strided or index.device not in devices:
+        _fail(f"index on {' or '.join(map(str, devices))}", f"{index.layout} on {index.device}")
     fits = index.dim() == 1 and index.is_contiguous() and len(index) >= out_table.slots
     if index.dtype != torch.int32 or not fits:
         _fail(f"index int32 of shape [>= {out_table.slots}]", f"{list(index.shape)} {index.dtype}")

@@ -7,6 +7,7 @@ row ``r`` of a tile stands at entry ``ROW + r`` of a flat vector, column ``c`` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,9 @@ TENSOR, OFFSET, R, C, K, SR, SC, SK, ROW, COL = range(10)
 WIDTH = 10
 NONE = -1
 """In ``ROW`` or ``COL``: the rows (columns) of this tile have no slots."""
+
+REACH = 2**48
+"""More elements than any memory holds; within it, no size in bytes overflows 64 bits."""
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -60,9 +64,10 @@ class TileTable:
         layouts: ``(shape, strides)`` of each tensor; every call compares them with what it is given.
         rows: ``table`` as Python integers.
         writable: whether no element is named twice, so that each can be written on its own.
+        apart: addresses of the last tensors that were found to share no memory; kept by the public ops.
     """
 
-    __slots__ = ("layouts", "n_tensors", "rows", "slots", "table", "writable")
+    __slots__ = ("apart", "layouts", "n_tensors", "rows", "slots", "table", "writable")
 
     def __init__(
         self, table: Tensor, tensors: Sequence[Tensor], slots: int, *, shared_slots: bool = False
@@ -82,9 +87,15 @@ class TileTable:
                 f"expected a tile table of shape [T, {WIDTH}], int64, on the CPU; got {list(table.shape)} "
                 f"{table.dtype} on {table.device}"
             )
-        self.table = table.contiguous()
+        if slots < 0:
+            raise OpError(f"expected slots >= 0; got {slots}")
+        for number, tensor in enumerate(tensors):
+            if tensor.layout is not torch.strided:
+                raise OpError(f"expected tensor {number} to be strided; got {tensor.layout}")
+        self.table = table.clone(memory_format=torch.contiguous_format)
         self.slots = slots
         self.n_tensors = len(tensors)
+        self.apart: tuple[int, ...] | None = None
         self.layouts: tuple[Layout, ...] = tuple((tuple(t.shape), tuple(t.stride())) for t in tensors)
         self.rows: list[list[int]] = self.table.tolist()
         extents = [_extent(layout) for layout in self.layouts]
@@ -112,6 +123,9 @@ class TileTable:
             OpError: as the constructor.
         """
         entries = [tile.entry() for tile in tiles]
+        for number, entry in enumerate(entries):
+            if max(map(abs, entry)) > REACH:
+                raise OpError(f"tile {number}: expected entries within 2**48; got {entry}")
         if slots is None:
             slots = max((end for entry in entries for _, end, _ in _slot_ranges(entry)), default=0)
         table = torch.tensor(entries, dtype=torch.int64).reshape(len(entries), WIDTH)
@@ -149,6 +163,9 @@ def _check_tile(number: int, row: list[int], extents: list[int], slots: int) -> 
         fail(f"a tensor index in [0, {len(extents)})", tensor)
     if offset < 0 or min(sizes) < 0 or min(strides) < 0:
         fail("no negative offset, size or stride", f"offset {offset}, sizes {sizes}, strides {strides}")
+    # Empty tiles too: kernels multiply before they compare.
+    if max(offset, *strides) * max(1, *sizes) > REACH or math.prod(max(1, size) for size in sizes) > REACH:
+        fail("sizes and strides of less than 2**48 elements", f"sizes {sizes}, strides {strides}")
     if 0 not in sizes:
         last = _last(row)
         if last >= extents[tensor]:

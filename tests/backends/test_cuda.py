@@ -6,6 +6,7 @@ Cutting, index arithmetic, the order of sums, the glue and the bindings are thos
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -43,6 +44,7 @@ def on_host(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     sources.append(ROOT / "tests/backends/cuda_on_host.cpp")
     include = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+    flags += os.environ.get("CXXFLAGS", "").split()
     command = [compiler, *flags, *include, *map(str, sources), "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     spec = importlib.util.spec_from_file_location("_CUDA", target)
