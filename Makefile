@@ -64,7 +64,6 @@ sanitize: $(VENV)/.test
 # On a machine with a GPU and no network: the Python that has PyTorch, and its packages. WHEELS names a folder with
 # those that are missing.
 OUT ?= results
-export OUT
 gpu:
 	@mkdir -p $(OUT)
 	@if [ -n '$(WHEELS)' ]; then $(PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps $(WHEELS)/*.whl; fi

@@ -293,7 +293,8 @@ PAT_BOTH void scale_rows(const Work& w, T* x, const accumulator_t<T>* scale, int
 template <bool kWhole, class T>
 PAT_BOTH void move_rows(const Move& m, const T* from, T* to, const int32_t* index, int thread) {
   const Lane<T, kWhole> at(m.row, thread);
-  constexpr int n = kWhole ? 1 : at.kPositions;
+  // Elements one by one are short loads: more of them must be under way at once.
+  constexpr int n = kWhole ? 1 : at.kPositions, batch = kWhole ? 4 : 2;
   int64_t source[n], target[n];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
@@ -302,16 +303,16 @@ PAT_BOTH void move_rows(const Move& m, const T* from, T* to, const int32_t* inde
     source[i] = (m.col_list >= 0 ? index[m.col_list + c] : c) * m.from_col + k * m.from_kernel;
     target[i] = c * m.to_col + k * m.to_kernel;
   }
-  for (int64_t start = at.y; start < m.rows; start += at.kBatch * at.rows_at_once) {
-    typename Lane<T, kWhole>::Word words[at.kBatch];
+  for (int64_t start = at.y; start < m.rows; start += batch * at.rows_at_once) {
+    typename Lane<T, kWhole>::Word words[batch];
 #pragma unroll
-    for (int b = 0; b < at.kBatch; ++b) {
+    for (int b = 0; b < batch; ++b) {
       const int64_t r = m.first_row + start + b * at.rows_at_once;
       if (r >= m.first_row + m.rows) continue;
       at.read(from + (m.row_list >= 0 ? index[m.row_list + r] : r) * m.from_row, source, words[b]);
     }
 #pragma unroll
-    for (int b = 0; b < at.kBatch; ++b) {
+    for (int b = 0; b < batch; ++b) {
       const int64_t r = m.first_row + start + b * at.rows_at_once;
       if (r < m.first_row + m.rows) at.write(to + r * m.to_row, target, words[b]);
     }

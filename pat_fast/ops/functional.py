@@ -230,8 +230,10 @@ def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, i
                 )
             if target[start] >= 0:
                 seen.add((target[start], target[size], source[size]))
-    if not index.is_cpu or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or index.is_meta or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
+    # Waits for a GPU: a compaction is rare, and an index out of bounds would end the process.
+    index = index.cpu()
     for start, size, bound in seen:
         kept = index[start : start + size]
         if size and (int(kept[0]) < 0 or int(kept[-1]) >= bound or bool((kept[1:] <= kept[:-1]).any())):
