@@ -269,20 +269,26 @@ def measure(model: str, dtype: str, clock: Clock, channels_last: bool) -> list[R
             rows.append(Row(name, dtype, "all", backend.name, f"not available: {why}"))
             continue
         functions = importlib.import_module(backend.module).OPS
-        for op, (moved, run, _) in case.calls(functions).items():
+        for op in case.calls(functions):
             row = Row(name, dtype, op, backend.name)
-            problem = case.problem(op, functions)
-            if problem:
-                rows.append(replace(row, problem=problem))
-                continue
-            copy = clock.copy_gbps()
-            ms = clock.ms(run)
-            # The reference is the oracle; as a baseline, its eager time is enough.
-            graph = clock.graph_ms(run) if served else None
-            rate = moved / ms / 1e6
-            graph_share = moved / graph / 1e6 / copy if graph else None
-            rows.append(replace(row, ms=ms, graph_ms=graph, gbps=rate, share=rate / copy, graph_share=graph_share))
+            try:
+                rows.append(_measured(row, case, functions, clock, graph=served))
+            except Exception as error:  # a backend that fails is a finding, not the end of the run
+                rows.append(replace(row, problem=f"{type(error).__name__}: {error}"))
     return rows
+
+
+def _measured(row: Row, case: Case, functions: dict[str, Callable[..., Any]], clock: Clock, graph: bool) -> Row:
+    problem = case.problem(row.op, functions)
+    if problem:
+        return replace(row, problem=problem)
+    moved, run, _ = case.calls(functions)[row.op]
+    copy, ms = clock.copy_gbps(), clock.ms(run)
+    # The reference is the oracle; as a baseline, its eager time is enough.
+    graph_ms = clock.graph_ms(run) if graph else None
+    rate = moved / ms / 1e6
+    graph_share = moved / graph_ms / 1e6 / copy if graph_ms else None
+    return replace(row, ms=ms, graph_ms=graph_ms, gbps=rate, share=rate / copy, graph_share=graph_share)
 
 
 def against_torch_pruning(clock: Clock, rounds: int = 5) -> list[dict[str, Any]]:
@@ -309,7 +315,7 @@ def against_torch_pruning(clock: Clock, rounds: int = 5) -> list[dict[str, Any]]
     return rows
 
 
-def beside_training(clock: Clock, batch: int = 256) -> dict[str, float]:
+def beside_training(clock: Clock, batch: int = 256) -> list[dict[str, float]]:
     """Time the regulariser and a training step of ResNet-50 (channels_last, bf16 autocast)."""
     from pat_fast.plan import bind, build_plan
     from pat_fast.regularizers import GroupNormRegularizer
@@ -334,7 +340,7 @@ def beside_training(clock: Clock, batch: int = 256) -> dict[str, float]:
     step_ms = clock.wall_ms(step, 10)
     regularizer, binding = GroupNormRegularizer(strength=1e-4), bind(plan, model)
     own_ms = clock.wall_ms(lambda: regularizer.apply(binding), 20)
-    return {"batch": len(images), "step_ms": step_ms, "regularizer_ms": own_ms, "share": own_ms / step_ms}
+    return [{"batch": len(images), "step_ms": step_ms, "regularizer_ms": own_ms, "share": own_ms / step_ms}]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -389,15 +395,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     print(f"copy: {result['copy_gbps']:.0f} GB/s\n{table(rows)}")
     result["rows"] = [asdict(row) for row in rows]
+    _write(args.json, result)
     if not args.only_ops and importlib.util.find_spec("torch_pruning"):
-        result["torch_pruning"] = against_torch_pruning(clock)
-        result["training"] = beside_training(clock)
+        for key, extra in (("torch_pruning", against_torch_pruning), ("training", beside_training)):
+            try:
+                result[key] = extra(clock)
+            except Exception as error:  # what was measured so far is worth keeping
+                result[key] = [{"problem": f"{type(error).__name__}: {error}"}]
         print(json.dumps({key: result[key] for key in ("torch_pruning", "training")}, indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        _write(args.json, result)
     failed = [row for row in rows if row.problem and not row.problem.startswith("not available")]
-    return int(bool(failed or [row for row in result.get("torch_pruning", ()) if "problem" in row]))
+    extras = [*result.get("torch_pruning", ()), *result.get("training", ())]
+    return int(bool(failed or [row for row in extras if "problem" in row]))
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
