@@ -264,7 +264,7 @@ def measure(model: str, dtype: str, clock: Clock, channels_last: bool) -> list[R
         served = clock.device.type in backend.devices
         if not served and ANY not in backend.devices:
             continue
-        why = backend.probe()
+        why = backend.probe(clock.device.type)
         if why is not None:
             rows.append(Row(name, dtype, "all", backend.name, f"not available: {why}"))
             continue

@@ -53,7 +53,7 @@ def test_a_wrong_result_gets_no_number(op: str, tmp_path: Path, monkeypatch: pyt
 
     broken = {**reference.OPS, op: wrong}
     monkeypatch.setitem(sys.modules, "broken_backend", SimpleNamespace(OPS=broken))
-    monkeypatch.setattr(gpu, "BACKENDS", (Backend("broken", "broken_backend", ("cpu",), lambda: None),))
+    monkeypatch.setattr(gpu, "BACKENDS", (Backend("broken", "broken_backend", ("cpu",), lambda device: None),))
     status, found = rows(tmp_path)
     assert status == 1
     bad = [row for row in found if row["op"].startswith(op)]
