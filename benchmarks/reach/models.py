@@ -51,6 +51,7 @@ _INNER = dict.fromkeys(
         "shared_intermediate_size",
         "dense_intermediate_size",
         "dim_ff",
+        "dff",
     ),
     56,
 )
@@ -91,16 +92,31 @@ _HEADS = dict.fromkeys(
         "num_decoder_attention_heads",
         "num_encoder_attention_heads",
         "attention_heads",
+        "swa_num_attention_heads",
     ),
     4,
 )
-_KV_HEADS = dict.fromkeys(("num_key_value_heads", "decoder_kv_heads", "num_kv_heads", "multi_query_group_num"), 2)
+_KV_HEADS = dict.fromkeys(("num_key_value_heads", "decoder_kv_heads", "num_kv_heads", "swa_num_key_value_heads"), 2)
 _HEAD_SIZES = dict.fromkeys(
-    ("head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "kv_channels", "dim_head", "d_head"), 8
+    (
+        "head_dim",
+        "d_kv",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "kv_channels",
+        "dim_head",
+        "d_head",
+        "swa_head_dim",
+    ),
+    8,
 )
-_HEAD_SIZES |= {"kv_lora_rank": 20, "q_lora_rank": 28, "query_pre_attn_scalar": 8, "rotary_dim": 4}
+_HEAD_SIZES |= {"kv_lora_rank": 20, "q_lora_rank": 28, "o_lora_rank": 12, "query_pre_attn_scalar": 8, "rotary_dim": 4}
 _POSITIONS = dict.fromkeys(
     (
+        "max_encoder_position_embeddings",
+        "max_decoder_position_embeddings",
+        "num_hash_buckets",
         "max_position_embeddings",
         "n_positions",
         "max_seq_len",
@@ -234,12 +250,13 @@ def _small_values(config_class: type[PreTrainedConfig], overrides: Mapping[str, 
         default = config_class()
     except Exception:  # a class without a valid default: the overrides must say more
         default = config_class(**overrides)
-    names = {f.name for f in fields(config_class)}
-    for name, value in vars(default).items():
+    names = {config_class.attribute_map.get(f.name, f.name): f.name for f in fields(config_class)}
+    for stored, value in vars(default).items():
+        name = names.get(stored, stored)
         if isinstance(value, PreTrainedConfig):
             nested = overrides.get(name, {})
             yield name, shrink(type(value), nested if isinstance(nested, dict) else {})
-        elif name in names and name not in overrides:
+        elif stored in names and name not in overrides:
             small = _small(name, value)
             if small is not None:
                 yield name, small

@@ -65,6 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3, 4]}
     | {"encoder_config": {"hidden_size_global": 64}, "decoder_config": {"hidden_size_global": 64}}
     | {"global_config": {"hidden_size": 64}},
+    "canine": {"local_transformer_stride": 8},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]}
     | {
         "rope_parameters": {
@@ -89,13 +90,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _HYBRID,
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "inkling2_text": {"rel_extent": 16, "d_rel": 4},
+    "inkling_text": {"rel_extent": 16, "d_rel": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _LATENT | _HYBRID,
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
+    "led": {"attention_window": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48},
-    "longcat_flash": _LATENT,
+    "longformer": {"attention_window": 4},
+    "longcat_flash": _LATENT | {"zero_expert_num": 2},
+    "markuplm": {"max_xpath_tag_unit_embeddings": 20, "max_xpath_subs_unit_embeddings": 20, "max_depth": 4}
+    | {"tag_pad_id": 18, "subs_pad_id": 18, "xpath_unit_hidden_size": 6},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
     "minicpm3": _LATENT,
     "ministral": {"head_dim": 8},
@@ -120,7 +127,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "youtu": _LATENT,
     "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3}
-    | { "attention_hidden_size": 64, "attention_head_dim": 16},
+    | {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 import traceback
@@ -46,6 +45,7 @@ class Row:
             own outputs.
         frozen: (reason without names, channels) of what the plan leaves alone.
         equal: whether the masked and the pruned model agree, in words.
+        afresh: "=" if the plan foreseen for the pruned model is the one built for it afresh, or what differs.
     """
 
     family: str
@@ -63,6 +63,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     equal: str = ""
+    afresh: str = ""
     trace: str = ""
 
     @property
@@ -97,7 +98,7 @@ def probe(family: Family, ratio: float, report: Report) -> Row:
         _prune_and_run(row, family, model, inputs, ran, shapes, ratio, begin)
     except Exception as error:
         row.status, row.detail = FAILED, f"{step}: {_message(error)}"
-        row.trace = "".join(traceback.format_exception(error)[-6:])
+        row.trace = "".join(traceback.format_exception(_root(error))[-6:])
     return row
 
 
@@ -123,13 +124,15 @@ def _prune_and_run(
     row.free, row.channels = coverage(model, plan, ran)
     keep = keep_for(plan, ratio)
     begin("masked against pruned")
-    row.equal = masked_equals_pruned(model, inputs, plan, keep)
+    row.equal = masked_equals_pruned(family, model, inputs, plan, keep)
     begin("prune")
-    prune(bind(plan, model), keep)
+    foreseen = prune(bind(plan, model), keep).plan
     row.params_left, row.weights_left = _elements(model.parameters()), _elements(weights)
     begin("forward and backward of the pruned model")
     if (after := dense_run(model, inputs)[1]) != shapes:
         raise Mismatch(f"outputs of shapes {_plain(after)}, before {_plain(shapes)}")
+    begin("build_plan of the pruned model")
+    row.afresh = difference(foreseen, pat.build_plan(model, inputs))
     if generates:
         begin("generate")
         generate(model, inputs)
@@ -207,7 +210,7 @@ def keep_for(plan: Plan, ratio: float, seed: int = 0) -> Keep:
     return kept[plan.unit]
 
 
-def masked_equals_pruned(model: nn.Module, inputs: dict[str, Any], plan: Plan, keep: Keep) -> str:
+def masked_equals_pruned(family: Family, model: nn.Module, inputs: dict[str, Any], plan: Plan, keep: Keep) -> str:
     """Compare in float64, with only those groups pruned over which no norm takes a statistic.
 
     Raises:
@@ -219,13 +222,12 @@ def masked_equals_pruned(model: nn.Module, inputs: dict[str, Any], plan: Plan, k
             keep[group.start : group.stop] = True
     if keep.all():
         return "nothing to compare"
+    masked, pruned = _twin(family, model).double(), _twin(family, model).double()
     inputs = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
-    masked = copy.deepcopy(model).double().eval()
     try:
         _outputs(masked, inputs)
     except RuntimeError as error:
         return f"not in float64: {_message(error)}"
-    pruned = copy.deepcopy(masked)
     prune(bind(plan, pruned), keep)
     Mask(bind(plan, masked)).set(torch.from_numpy(keep), [])
     worst = 0.0
@@ -237,6 +239,29 @@ def masked_equals_pruned(model: nn.Module, inputs: dict[str, Any], plan: Plan, k
     if not worst <= TOLERANCE:
         raise Mismatch(f"differ by {worst:.1e} of the largest output")
     return f"{worst:.0e}"
+
+
+def difference(foreseen: Plan, afresh: Plan) -> str:
+    """Where two plans of one model differ, in words; "=" if they do not."""
+    one, two = ({g.root: g for g in plan.groups} for plan in (foreseen, afresh))
+    for words, roots in (("lacks", one.keys() - two.keys()), ("adds", two.keys() - one.keys())):
+        if roots:
+            return f"{words} {len(roots)} of {len(one)} groups: {min(roots)}"
+    for root, group in one.items():
+        if group != two[root]:
+            return f"group {root} differs"
+    axes = [{(t.name, t.shape, a.dim): a.channels.tolist() for t, a in p.axes()} for p in (foreseen, afresh)]
+    for key in sorted(axes[0].keys() | axes[1].keys()):
+        if axes[0].get(key) != axes[1].get(key):
+            return f"{key[0]} dim {key[2]} differs"
+    return "=" if foreseen.unit.tolist() == afresh.unit.tolist() else "units differ"
+
+
+def _twin(family: Family, model: nn.Module) -> nn.Module:
+    """Another model with the same weights; not a copy, which some models do not allow after a forward."""
+    twin = build(family)[0].eval()
+    twin.load_state_dict(model.state_dict())
+    return twin
 
 
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -272,6 +297,13 @@ def general(reason: str) -> str:
     reason = re.sub(r"[\w.]+\.(\w+) has more than", r"\1 has more than", reason)
     reason = re.sub(r"\[[-\d, ()*xX]*\]", "[..]", reason)
     return re.sub(r"\d+", "#", reason)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an error was raised from, in the end."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _elements(tensors: Any) -> int:
