@@ -34,8 +34,8 @@ MAPPINGS = (
 KINDS = {"image": ("image",), "backbone": ("backbone",), "text": ("seq2seq", "encoder", "decoder")}
 
 # Field names and their small values. Widths differ from one another, so that a mixed-up axis shows.
-_WIDTHS = dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim"), 32)
-_WIDTHS |= dict.fromkeys(("embedding_size", "word_embed_proj_dim", "embedding_dim", "cross_attention_hidden_size"), 32)
+_WIDTHS = dict.fromkeys(("hidden_size", "d_model", "n_embd", "embed_dim", "emb_dim", "dim"), 64)
+_WIDTHS |= dict.fromkeys(("embedding_size", "word_embed_proj_dim", "embedding_dim", "cross_attention_hidden_size"), 64)
 _INNER = dict.fromkeys(
     (
         "intermediate_size",
@@ -53,7 +53,7 @@ _INNER = dict.fromkeys(
         "dim_ff",
         "dff",
     ),
-    56,
+    88,
 )
 _INNER |= dict.fromkeys(
     (
@@ -64,7 +64,7 @@ _INNER |= dict.fromkeys(
         "expert_ffn_hidden_size",
         "prediction_head_size",
     ),
-    24,
+    40,
 )
 _LAYERS = dict.fromkeys(
     (
@@ -97,21 +97,12 @@ _HEADS = dict.fromkeys(
     4,
 )
 _KV_HEADS = dict.fromkeys(("num_key_value_heads", "decoder_kv_heads", "num_kv_heads", "swa_num_key_value_heads"), 2)
+# Rotary embeddings turn a quarter of some heads: that is two pairs of 16.
 _HEAD_SIZES = dict.fromkeys(
-    (
-        "head_dim",
-        "d_kv",
-        "qk_rope_head_dim",
-        "qk_nope_head_dim",
-        "v_head_dim",
-        "kv_channels",
-        "dim_head",
-        "d_head",
-        "swa_head_dim",
-    ),
-    8,
+    ("head_dim", "d_kv", "v_head_dim", "kv_channels", "dim_head", "d_head", "swa_head_dim", "query_pre_attn_scalar"), 16
 )
-_HEAD_SIZES |= {"kv_lora_rank": 20, "q_lora_rank": 28, "o_lora_rank": 12, "query_pre_attn_scalar": 8, "rotary_dim": 4}
+_HEAD_SIZES |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "rotary_dim": 8}
+_HEAD_SIZES |= {"kv_lora_rank": 20, "q_lora_rank": 28, "o_lora_rank": 12}
 _POSITIONS = dict.fromkeys(
     (
         "max_encoder_position_embeddings",
@@ -133,14 +124,14 @@ _POSITIONS = dict.fromkeys(
 _EXPERTS = dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4)
 _EXPERTS |= dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_top_k", "num_experts_per_token", "moe_k"), 2)
 _EXPERTS |= dict.fromkeys(("n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts"), 1)
-_EXPERTS |= {"first_k_dense_replace": 1, "num_dense_layers": 1, "mlp_only_layers": []}
+_EXPERTS |= dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), 1)
 _STATE = {
     "mamba_d_state": 8,
     "mamba_d_conv": 4,
     "mamba_n_heads": 8,
-    "mamba_d_head": 8,
+    "mamba_d_head": 16,
     "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
+    "mamba_head_dim": 16,
     "mamba_chunk_size": 8,
     "mamba_dt_rank": 4,
     "n_mamba_heads": 2,
@@ -158,7 +149,7 @@ _STATE = {
     "index_n_heads": 4,
     "index_topk": 4,
 }
-_IMAGES = {"projection_dim": 32, "pooler_output_size": 32, "window_size": 4, "num_register_tokens": 2}
+_IMAGES = {"projection_dim": 48, "pooler_output_size": 64, "window_size": 4, "num_register_tokens": 2}
 SMALL: dict[str, Any] = {
     **_WIDTHS,
     **_INNER,

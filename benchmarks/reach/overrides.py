@@ -63,8 +63,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _LATENT | _HYBRID,
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [3, 4]}
-    | {"encoder_config": {"hidden_size_global": 64}, "decoder_config": {"hidden_size_global": 64}}
-    | {"global_config": {"hidden_size": 64}},
+    | {"encoder_config": {"hidden_size_global": 128}, "decoder_config": {"hidden_size_global": 128}}
+    | {"global_config": {"hidden_size": 128}},
     "canine": {"local_transformer_stride": 8},
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]}
     | {
@@ -80,7 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dots3_note": _LATENT,
     "esm": {"vocab_size": 96, "mask_token_id": 4, "pad_token_id": 0},
     "esmc": _LATENT,
-    "falcon_h1": {"mamba_d_ssm": 64},
+    "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
     | {"num_hidden_layers": 4, "hidden_size_per_layer_input": 12, "laurel_rank": 6, "intermediate_size": 56}
     | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
@@ -88,24 +88,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _HYBRID,
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
     "inkling2_text": {"rel_extent": 16, "d_rel": 4},
     "inkling_text": {"rel_extent": 16, "d_rel": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _LATENT | _HYBRID,
-    "layoutlmv3": {"coordinate_size": 5, "shape_size": 6},
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
     "led": {"attention_window": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48},
     "longformer": {"attention_window": 4},
-    "longcat_flash": _LATENT | {"zero_expert_num": 2},
+    "longcat_flash": _LATENT | {"zero_expert_num": 2, "head_dim": 8},
     "markuplm": {"max_xpath_tag_unit_embeddings": 20, "max_xpath_subs_unit_embeddings": 20, "max_depth": 4}
     | {"tag_pad_id": 18, "subs_pad_id": 18, "xpath_unit_hidden_size": 6},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
     "minicpm3": _LATENT,
-    "ministral": {"head_dim": 8},
+    "ministral": {"head_dim": 16},
     "mistral4": _LATENT,
     "nemotron": {"num_key_value_heads": 2},
     "neomme": {"head_dim": 16, "embedding_rank": 20},
@@ -113,12 +113,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": _HYBRID,
     "qwen3_next": _HYBRID,
     "qwen4_exp": _HYBRID
-    | {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4}
+    | {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4}
     | {"indexer_compress_ratio": 2},
-    "qwen3_asr": {"audio_config": {"downsample_hidden_size": 16, "output_dim": 32}},
-    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
-    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [12, 20]}
-    | {"attention_head_size": 8, "feed_forward_size": 56, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4}
+    "qwen3_asr": {"audio_config": {"downsample_hidden_size": 16, "output_dim": 64}},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64},
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [24, 40]}
+    | {"attention_head_size": 16, "feed_forward_size": 88, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4}
     | {"num_buckets": 2, "hash_seed": 0, "max_position_embeddings": 16},
     "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 10, "no_token_index": 11},
     "siglip2": {"vision_config": {"num_patches": 16, "patch_size": 8}},
@@ -127,7 +127,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "youtu": _LATENT,
     "zamba": {"layers_block_type": ["hybrid", "linear_attention", "hybrid"], "num_hidden_layers": 3}
-    | {"attention_hidden_size": 64, "attention_head_dim": 16},
+    | {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }

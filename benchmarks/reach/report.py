@@ -7,7 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.reach.probe import ALONE, FAILED, LEAST, OUTPUT, OUTSIDE, PRUNED, UNBUILT, Row
 
-HEADER = ("family", "kind", "parameters", "gone", "weights gone", "free / all channels", "groups", "plan s")
+HEADER: tuple[str, ...] = (
+    "family",
+    "kind",
+    "parameters",
+    "gone",
+    "weights gone",
+    "free / all channels",
+    "groups",
+    "plan s",
+)
 HEADER += ("masked=pruned", "afresh", "status", "frozen")
 
 
