@@ -53,7 +53,7 @@ def _receive(receiver: Connection, family: Family, timeout: float) -> Row:
         if isinstance(message, Row):
             return message
         step = message
-    return Row(family.name, family.kind, _status(step), f"{step}: not done after {timeout:.0f} s")
+    return Row(family.name, family.kind, _status(step), f"{step}: not done after {timeout:g} s")
 
 
 def _status(step: str) -> str:
