@@ -268,7 +268,8 @@ def _twin(family: Family, model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in twin.parameters():
-            p.add_(torch.randn(p.shape, generator=generator), alpha=0.2 if p.ndim < 2 else 0.5 / p[0].numel() ** 0.5)
+            fan_in = max(p.numel() // max(len(p), 1), 1) if p.ndim > 1 else 0
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.5 / fan_in**0.5 if fan_in else 0.2)
     if isinstance(twin, PreTrainedModel):
         twin.set_experts_implementation("eager")  # the fused one has no float64
     return twin
