@@ -1,27 +1,18 @@
-"""Importance criteria: a score for every channel of a bound plan, from one pass over the weights."""
+"""Group magnitude, the default criterion."""
 
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .errors import check
-from .ops import channel_reduce
-from .plan.bind import Binding
-from .plan.types import TensorMap
+from ..errors import check
+from ..ops import channel_reduce
+from ..plan.bind import Binding
+from ..plan.types import TensorMap
 
 SCORED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-
-
-class Criterion(Protocol):
-    """Anything that scores channels."""
-
-    def score(self, binding: Binding) -> Tensor:
-        """Importance of every channel: ``[N]``, on the model's device; less is pruned first."""
-        ...
 
 
 def is_scored(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:

@@ -1,0 +1,207 @@
+"""Which index of which tensor counts for which channel: the book that all scores are added up from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..plan.bind import Binding, Tiles, blocks
+from ..plan.types import Axis, ChannelArray, IndexArray, Plan, TensorMap, is_grouped
+
+Member = tuple[str, int]  # a tensor and its dimension
+Order = Mapping[int, Sequence[Member]]  # for a group, its members from the first to the last
+
+
+@dataclass(frozen=True)
+class Part:
+    """The ids ``start .. start + count`` of the indices of one tensor axis."""
+
+    tensor: TensorMap
+    axis: Axis
+    start: int
+    count: int
+
+
+class Ledger:
+    """Entries (index, channel, member) of the axes of a list of tensors.
+
+    Every index of every axis has an id; a *member* is an axis of a tensor as far as it holds channels of one
+    group. An entry says that an index counts for a channel, as part of a member; where a flatten repeats
+    channels, several indices of a member count for one channel. With ``pooled``, the inputs of a grouped
+    convolution have one id for all blocks: what the blocks hold at that place is added up and counts for the
+    channel of every block (as Torch-Pruning has it; these channels are removed together).
+
+    Attributes:
+        parts: the axes, with their ids.
+        indices: number of ids.
+        index, channel, member: ``[E]`` int64, on ``device``.
+        members: (tensor, dimension, group) for each member.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        maps: Iterable[TensorMap],
+        device: torch.device,
+        wanted: Callable[[TensorMap, Axis], bool] = lambda *_: True,
+        pooled: bool = True,
+    ) -> None:
+        maps = list(maps)
+        self.n_channels = plan.n_channels
+        self.device = device
+        self.plan = plan
+        self._maps = {m.name: m for m in maps}
+        self.parts: list[Part] = []
+        self.members: list[tuple[str, int, int]] = []
+        self.indices = 0
+        entries: list[tuple[IndexArray, IndexArray, IndexArray]] = []
+        for tensor_map in maps:
+            for axis in tensor_map.axes:
+                if wanted(tensor_map, axis):
+                    entries.append(self._add(tensor_map, axis, pooled))
+        empty = (np.zeros(0, np.int64),) * 3
+        columns = [np.concatenate(column) for column in zip(empty, *entries, strict=True)]
+        self.index, self.channel, self.member = (torch.from_numpy(c).to(device) for c in columns)
+        self._index_is_range = bool(np.array_equal(columns[0], np.arange(self.indices)))
+
+    def _add(self, tensor_map: TensorMap, axis: Axis, pooled: bool) -> tuple[IndexArray, IndexArray, IndexArray]:
+        shared = pooled and is_grouped(tensor_map, axis)
+        part = Part(tensor_map, axis, self.indices, tensor_map.shape[1] if shared else len(axis.channels))
+        self.parts.append(part)
+        self.indices += part.count
+        held = np.flatnonzero(axis.channels >= 0)
+        channels = axis.channels[held].astype(np.int64)
+        groups, which = np.unique(self.plan.group_of[channels], return_inverse=True)
+        member = len(self.members) + which
+        self.members += [(tensor_map.name, axis.dim, g) for g in groups.tolist()]
+        return part.start + held % part.count, channels, member
+
+    def slots(self, tiles: Tiles) -> Tensor:
+        """The id of every slot of a table over the ledger's tensors; ``indices`` where it has none: ``[slots]``."""
+        starts = {(p.tensor.name, p.axis.dim): p for p in self.parts}
+        found = [np.zeros(0, np.int64)]
+        for name, tensor in zip(tiles.names, tiles.tensors, strict=True):
+            tensor_map = self._maps[name]
+            # The same blocks as the table's, with ids in the place of channels.
+            axes = tuple(replace(a, channels=self._ids(a, starts.get((name, a.dim)))) for a in tensor_map.axes)
+            for block in blocks(replace(tensor_map, axes=axes), tensor.stride()):
+                found += [c.astype(np.int64) for c in (block.row_channels, block.col_channels) if c is not None]
+        ids = np.concatenate(found)
+        ids[ids < 0] = self.indices
+        return torch.from_numpy(ids).to(tiles.slot_channel.device)
+
+    def _ids(self, axis: Axis, part: Part | None) -> ChannelArray:
+        own = self.indices if part is None else part.start + np.arange(len(axis.channels)) % part.count
+        return np.where(axis.channels >= 0, own, -1).astype(np.int32)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """For each channel, the members of its group, at least 1: ``[N]`` float32."""
+        return self._spread([len(of) for of in self._of_group]).float().clamp_min_(1)
+
+    @cached_property
+    def scored(self) -> Tensor:
+        """Channels whose group has a member: bool ``[N]``."""
+        return self._spread([len(of) for of in self._of_group]) > 0
+
+    def _spread(self, per_group: Sequence[int]) -> Tensor:
+        values = np.repeat(np.asarray(per_group, np.int64), [g.channels for g in self.plan.groups])
+        return torch.from_numpy(values).to(self.device)
+
+    @cached_property
+    def _of_group(self) -> list[list[int]]:
+        """The members of each group, in the order of the plan."""
+        found: list[list[int]] = [[] for _ in self.plan.groups]
+        for number, (*_, group) in enumerate(self.members):
+            found[group].append(number)
+        return found
+
+    def ordered(self, order: Order | None = None) -> list[list[int]]:
+        """The members of each group from the first to the last.
+
+        As ``order`` has them; members that it does not name, or all where it does not name the group, follow
+        with the root's own output first, then in the order of the plan.
+        """
+        found = []
+        for g, of in enumerate(self._of_group):
+            root = self.plan.groups[g].root
+            given = {member: place for place, member in enumerate(order.get(g, ()) if order else ())}
+
+            def place(number: int, root: str = root, given: dict[Member, int] = given) -> tuple[int, bool, int]:
+                name, dim, _ = self.members[number]
+                out = (name, dim) in self._outputs and name.rpartition(".")[0] == root
+                return given.get((name, dim), len(given)), not out, number
+
+            found.append(sorted(of, key=place))
+        return found
+
+    @cached_property
+    def _outputs(self) -> set[Member]:
+        return {(p.tensor.name, p.axis.dim) for p in self.parts if p.axis.role != "in"}
+
+    @cached_property
+    def cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of a member and a channel that it holds.
+
+        ``(cell [E] of each entry, channel [cells], member [cells])``, int64.
+        """
+        key = self.member * self.n_channels + self.channel
+        pairs, cell = torch.unique(key, return_inverse=True)
+        return cell, pairs % self.n_channels, pairs // self.n_channels
+
+    def entries(self, values: Tensor) -> Tensor:
+        """``values [indices]`` of each entry: ``[E]``."""
+        return values if self._index_is_range else values[self.index]
+
+    def by_cell(self, values: Tensor) -> Tensor:
+        """Sums of ``values [indices]`` over what each member holds of each channel: ``[cells]``."""
+        cell, channel, _ = self.cells
+        return values.new_zeros(len(channel)).index_add_(0, cell, self.entries(values))
+
+    def by_channel(self, values: Tensor) -> Tensor:
+        """Sums of ``values [indices]`` over all members: ``[N]``."""
+        return values.new_zeros(self.n_channels).index_add_(0, self.channel, self.entries(values))
+
+
+class Book:
+    """A ledger over the tensors of a binding that ``wanted`` names, and the slots of their tile tables."""
+
+    def __init__(self, binding: Binding, tiles: tuple[Tiles, ...], **how: Any) -> None:
+        names = {name for bucket in tiles for name in bucket.names}
+        maps = [m for m in binding.plan.tensors if m.name in names]
+        self.tiles = tiles
+        self.ledger = Ledger(binding.plan, maps, binding.device, **how)
+        self._slots = [self.ledger.slots(bucket) for bucket in tiles]
+
+    def collect(self, slots: Sequence[Tensor]) -> Tensor:
+        """Sum the slots of each table, ``slots[i] [slots]``, onto the ledger's indices: ``[indices]``."""
+        found: Tensor | None = None
+        for values, ids in zip(slots, self._slots, strict=True):
+            own = values.new_zeros(self.ledger.indices + 1).index_add_(0, ids, values)[:-1].to(self.ledger.device)
+            found = own if found is None else found + own  # of several dtypes the wider one
+        return torch.zeros(0, device=self.ledger.device) if found is None else found
+
+
+_books: WeakKeyDictionary[Binding, dict[str, Book]] = WeakKeyDictionary()
+
+
+def book(
+    binding: Binding,
+    key: str,
+    wanted: Callable[[TensorMap], bool],
+    axes: Callable[[TensorMap, Axis], bool] = lambda *_: True,
+    pooled: bool = True,
+) -> Book:
+    """The book over the tensors for which ``wanted(map)`` holds; kept under ``key`` while their layout stays."""
+    tiles = binding.tiles(key, lambda tensor_map, *_: wanted(tensor_map))
+    kept = _books.setdefault(binding, {})
+    if key not in kept or kept[key].tiles is not tiles:
+        kept[key] = Book(binding, tiles, wanted=axes, pooled=pooled)
+    return kept[key]
