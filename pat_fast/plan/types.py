@@ -223,10 +223,18 @@ class Plan:
         grouped = tensor.groups > 1 and not tensor.whole_groups
         return min(len(axis.channels), 2 * tensor.groups) if grouped else 1
 
+    def movable(self, kept: Kept) -> BoolArray:
+        """The channels ``[N]`` that are channels of :meth:`shrink`'s plan, too, in the same order.
+
+        A group's last channel has no choice left: it is fixed.
+        """
+        left = np.bincount(self.group_of[kept.keep], minlength=len(self.groups))
+        return kept.keep & (left[self.group_of] > 1)
+
     def shrink(self, kept: Kept) -> Plan:
         """The plan of the model after a prune (see :meth:`check_keep`). Equal to a plan lowered afresh."""
         left = np.bincount(self.group_of[kept.keep], minlength=len(self.groups))
-        movable = kept.keep & (left[self.group_of] > 1)  # a group's last channel has no choice left: it is fixed
+        movable = self.movable(kept)
         lonely = tuple(
             Frozen(g.root, 1, "one channel is left") for g, n in zip(self.groups, left.tolist(), strict=True) if n == 1
         )

@@ -1,0 +1,20 @@
+"""Sparsity regularisers: gradients that push unimportant channels towards zero before they are pruned.
+
+Each has ``apply(binding, scale, where, only)``, which adds to the gradients that are there.
+"""
+
+from __future__ import annotations
+
+from .bn_scale import BNScaleRegularizer
+from .group_norm import GroupNormRegularizer
+from .growing import GrowingRegularizer
+from .push import REGULARIZED, gradients, is_regularized
+
+__all__ = [
+    "REGULARIZED",
+    "BNScaleRegularizer",
+    "GroupNormRegularizer",
+    "GrowingRegularizer",
+    "gradients",
+    "is_regularized",
+]

@@ -1,0 +1,124 @@
+"""Growing regularisation: a strength for each channel that rises while training goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..criteria import Criterion, GroupNorm, Segments, normalize
+from ..errors import PlanError, check
+from ..plan.bind import Binding
+from ..plan.types import Plan
+from .push import is_regularized, is_regularized_bias, push, without_nan_groups
+
+
+class GrowingRegularizer:
+    """A decay that grows, fastest for the least important: ``g += lambda_c * w``.
+
+    ``lambda`` starts at ``strength`` for every channel, and each :meth:`grow` adds
+    ``delta * (s_max - s_c) / (s_max - s_min + 1e-8)``, with the extremes of the scores s over the group. A weight
+    gets the term of its output channel plus that of its input channel. Wang et al., "Neural Pruning via Growing
+    Regularization", ICLR 2021, https://arxiv.org/abs/2012.09243.
+
+    The strengths belong to the channels of a plan: after a prune, :meth:`shrink` keeps those of the channels
+    that are left.
+
+    Args:
+        strength: at least 0, where every channel starts.
+        delta: at least 0, what one :meth:`grow` adds for the least important channel of a group.
+        criterion: what scores the channels; group magnitude (p = 2) by default.
+        bias: push the biases of the same layers, too.
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1e-5,
+        delta: float = 1e-5,
+        criterion: Criterion | None = None,
+        bias: bool = False,
+    ) -> None:
+        check("strength", strength, lambda v: 0 <= v < math.inf, "a number, at least 0")
+        check("delta", delta, lambda v: 0 <= v < math.inf, "a number, at least 0")
+        self.strength = strength
+        self.delta = delta
+        self.criterion = criterion or GroupNorm(2.0)
+        self.bias = bias
+        self._grown: Tensor | None = None
+
+    def strengths(self, binding: Binding) -> Tensor:
+        """How hard each channel is pushed: ``[N]`` float32.
+
+        Raises:
+            PlanError: the strengths belong to another plan, one with more or fewer channels.
+        """
+        n = binding.plan.n_channels
+        if self._grown is None:
+            self._grown = torch.full((n,), float(self.strength), device=binding.device)
+        if len(self._grown) != n:
+            raise PlanError(
+                f"the grown strengths are those of {len(self._grown)} channels, the plan has {n}; call shrink(plan, "
+                "keep) with each prune, or reset() to start anew"
+            )
+        return self._grown
+
+    def reset(self) -> None:
+        """Back to ``strength`` for every channel."""
+        self._grown = None
+
+    @torch.no_grad()
+    def grow(self, binding: Binding) -> None:
+        """Raise the strengths by the scores as they are now; groups without scores keep theirs."""
+        now = self.strengths(binding)
+        scores = self.criterion.score(binding)
+        place = 1 - normalize(scores, Segments.of(binding), "standarization")
+        self._grown = now + self.delta * without_nan_groups(binding, place).clamp(0.0, 1.0).to(now)
+
+    def shrink(self, plan: Plan, keep: Tensor | NDArray[np.bool_]) -> None:
+        """Keep the strengths of the channels that a prune leaves.
+
+        Args:
+            plan: of the model before the prune.
+            keep: bool ``[N]``, as it was given to :func:`pat_fast.surgery.prune`.
+        """
+        if self._grown is not None:
+            kept = keep.cpu().numpy() if isinstance(keep, Tensor) else keep
+            movable = plan.movable(plan.check_keep(kept))
+            self._grown = self._grown[torch.from_numpy(movable).to(self._grown.device)]
+
+    @torch.no_grad()
+    def apply(
+        self,
+        binding: Binding,
+        scale: float = 1.0,
+        where: Tensor | None = None,
+        only: Collection[int] | None = None,
+    ) -> None:
+        """Add to the gradients of the regularised weights; weights without a gradient are left alone.
+
+        Args:
+            scale: multiplies the strengths (a loss scale that is still in the gradients).
+            where: bool ``[N]``, the channels to push; all by default.
+            only: ``id`` of the parameters to push; all by default.
+        """
+        gamma = self.strengths(binding) * scale
+        if where is not None:
+            gamma = gamma * where
+        push(binding, "regularized", is_regularized, gamma, only)
+        if self.bias:
+            push(binding, "regularized biases", is_regularized_bias, gamma, only)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The grown strengths: ``{"grown": [N] or None}``."""
+        return {"grown": None if self._grown is None else self._grown.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        self._grown = None if state["grown"] is None else state["grown"].clone()

@@ -1,0 +1,78 @@
+"""What all regularisers share: adding ``coefficient of the channel * weight`` to the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import channel_axpy_
+from ..plan.bind import Binding, Tiles
+from ..plan.types import TensorMap
+
+Wanted = Callable[[TensorMap, nn.Module, str], bool]
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+REGULARIZED = (nn.modules.conv._ConvNd, nn.Linear, *NORMS)
+
+
+def is_regularized(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
+    """Weights of convolutions, linear layers and batch norms."""
+    return local == "weight" and isinstance(owner, REGULARIZED) and tensor_map.is_parameter
+
+
+def is_regularized_bias(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
+    """Biases of the same."""
+    return local == "bias" and isinstance(owner, REGULARIZED) and tensor_map.is_parameter
+
+
+def is_norm_weight(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
+    """Weights of batch norms."""
+    return local == "weight" and isinstance(owner, NORMS) and tensor_map.is_parameter
+
+
+@torch.no_grad()
+def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collection[int] | None = None) -> None:
+    """``g += gamma[c] * w`` for what belongs to channel c, by row and by column; without a gradient: nothing.
+
+    Args:
+        key: under which the tables of the tensors that ``wanted`` names are kept.
+        gamma: ``[N]``.
+        only: ``id`` of the tensors to push; all by default.
+    """
+    for tiles in binding.tiles(key, wanted):
+        pushed = [t.grad is not None and (only is None or id(t) in only) for t in tiles.tensors]
+        if all(pushed):
+            _add(binding, tiles, gamma)
+        elif any(pushed):
+            for one, yes in zip(binding.each(tiles), pushed, strict=True):
+                if yes:
+                    _add(binding, one, gamma)
+
+
+def _add(binding: Binding, tiles: Tiles, gamma: Tensor) -> None:
+    coef = binding.to_slots(tiles, gamma, fill=0.0)
+    channel_axpy_(gradients(tiles), tiles.tensors, tiles.table, coef)
+
+
+def gradients(tiles: Tiles) -> list[Tensor]:
+    """The gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
+    found = []
+    for tensor in tiles.tensors:
+        grad = tensor.grad
+        assert grad is not None
+        if grad.stride() != tensor.stride():
+            grad = torch.empty_like(tensor).copy_(grad)
+            tensor.grad = grad
+        found.append(grad)
+    return found
+
+
+def without_nan_groups(binding: Binding, values: Tensor) -> Tensor:
+    """``values [N]`` with 0 for all channels of a group that has a NaN: what cannot be scored is not pushed."""
+    bad = torch.isnan(values)
+    if binding.alive is not None:
+        bad &= binding.alive
+    poisoned = torch.zeros(len(binding.plan.groups), dtype=torch.bool, device=values.device)
+    poisoned[binding.group_of[bad]] = True
+    return values.masked_fill(poisoned[binding.group_of], 0.0)
