@@ -153,7 +153,8 @@ def _at_rank(x: Tensor, segments: Segments, q: float) -> Tensor:
 def _lamp(x: Tensor, segments: Segments) -> Tensor:
     # Scale does not matter; at the same scale, one running sum serves all groups without loss.
     top = segments.spread(segments.extreme(x.abs(), "amax"))
-    scaled = segments.living(_divide(x, top), 0.0)
+    broken = ~top.isfinite()  # must not leak into the other groups
+    scaled = segments.living(_divide(x, top), 0.0).masked_fill(broken, 0.0)
     order = segments.ascending(x)
     rising = scaled[order]
     from_here = rising.flip(0).cumsum(0).flip(0)
@@ -161,7 +162,7 @@ def _lamp(x: Tensor, segments: Segments) -> Tensor:
     beyond = torch.cat([from_here, from_here.new_zeros(1)])[ends.where(ends > 0, torch.full_like(ends, len(x)))]
     found = torch.empty_like(x)
     found[order] = _divide(rising, from_here - segments.spread(beyond)[order])
-    return found
+    return found.masked_fill(broken, torch.nan)
 
 
 def _by_function(scores: Tensor, segments: Segments, how: Callable[[Tensor], Tensor]) -> Tensor:
