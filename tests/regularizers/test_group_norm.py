@@ -17,6 +17,7 @@ from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.types import is_grouped
 from pat_fast.regularizers import REGULARIZED
 from tests.helpers import Case, Small, small_inputs
+from tests.regularizers.helpers import grads, zero_grads
 
 STRENGTH = 1e-2
 
@@ -29,15 +30,6 @@ def _one_thread() -> None:
 @cache
 def subject(name: str) -> Subject:
     return Subject(name, small=True)
-
-
-def zero_grads(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-
-
-def grads(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg16_bn", "densenet121", "googlenet", "conv3d"])
@@ -222,3 +214,99 @@ def test_any_criterion_may_say_what_is_important() -> None:
 def test_settings_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GroupNormRegularizer(**arguments)
+
+
+def torch_prunings(model: nn.Module, x: Tensor, **how: Any) -> Any:
+    return tp.pruner.GroupNormPruner(
+        model, x, tp.importance.MagnitudeImportance(), in_channel_groups={}, out_channel_groups={}, num_heads={}, **how
+    )
+
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("layers", "error"),
+    [
+        ([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 4, 1)], IndexError),
+        ([nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3), nn.Conv2d(6, 4, 1)], (IndexError, RuntimeError)),
+        ([nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 1)], AttributeError),
+    ],
+)
+def test_layers_that_torch_pruning_fails_on(layers: list[nn.Module], error: Any) -> None:
+    """Against loops: test_gradients_are_those_of_loops; Torch-Pruning raises."""
+    model = nn.Sequential(*layers)
+    zero_grads(model)
+    with pytest.raises(error):
+        torch_prunings(model, IMAGE).regularize(model)
+    zero_grads(model)
+    binding = bind(build_plan(model, IMAGE), model)
+    gamma = GroupNormRegularizer().gamma(binding)
+    GroupNormRegularizer(STRENGTH).apply(binding)
+    for name in (t.name for t in binding.plan.tensors if t.name.endswith("weight")):
+        expected = slow_gradient(binding, name, gamma, STRENGTH)
+        torch.testing.assert_close(binding.tensors[name].grad, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_equal_importances_of_torch_pruning_are_nan() -> None:
+    model = Small()
+    for p in model.parameters():
+        nn.init.ones_(p)
+    zero_grads(model)
+    torch_prunings(model, small_inputs()).regularize(model)
+    assert model.inner.weight.grad.isnan().all()
+
+
+def test_alpha_is_honoured() -> None:
+    """Torch-Pruning takes ``alpha`` when it is made, and regularises with 16 all the same."""
+    both = subject("resnet18")
+    found = []
+    for alpha in (2, 8):
+        zero_grads(both.model)
+        both.pruner(tp.pruner.GroupNormPruner, both.model, reg=STRENGTH, alpha=alpha).regularize(both.model)
+        theirs = grads(both.model)
+        zero_grads(both.model)
+        GroupNormRegularizer(STRENGTH, alpha=2.0**alpha).apply(both.binding)
+        found.append((theirs, grads(both.model)))
+    (theirs_low, ours_low), (theirs_high, ours_high) = found
+    assert all(torch.equal(theirs_low[key], theirs_high[key]) for key in theirs_low)
+    assert ours_high["conv1.weight"].norm() > ours_low["conv1.weight"].norm()
+
+
+def test_ignored_layers_are_left_alone() -> None:
+    """Torch-Pruning pushes the inputs of ignored layers."""
+    model, binding = small_binding()
+    zero_grads(model)
+    torch_prunings(model, small_inputs(dtype=torch.float64), ignored_layers=[model.head]).regularize(model)
+    assert model.head.weight.grad.any()
+    zero_grads(model)
+    GroupNormRegularizer(STRENGTH).apply(binding, only={id(p) for p in model.parameters()} - {id(model.head.weight)})
+    assert not model.head.weight.grad.any()
+    assert model.outer.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16_bn"])
+def test_biases_are_torch_prunings(name: str) -> None:
+    both = subject(name)
+    zero_grads(both.model)
+    both.pruner(tp.pruner.GroupNormPruner, both.model, reg=STRENGTH).regularize(both.model, alpha=16, bias=True)
+    theirs = grads(both.model)
+    zero_grads(both.model)
+    GroupNormRegularizer(STRENGTH, alpha=16, bias=True).apply(both.binding)
+    for key, ours in grads(both.model).items():
+        torch.testing.assert_close(ours, theirs[key], rtol=1e-4, atol=1e-9, msg=key)
+    assert any(g.any() for key, g in theirs.items() if key.endswith("bias"))
+
+
+def test_groups_with_nan_scores_are_not_pushed() -> None:
+    class Blind:
+        def score(self, binding: Binding) -> Tensor:
+            scores = torch.arange(binding.plan.n_channels, dtype=torch.float64)
+            scores[binding.plan.groups[0].start] = torch.nan
+            return scores
+
+    _, binding = small_binding()
+    gamma = GroupNormRegularizer(criterion=Blind()).gamma(binding)
+    group = binding.plan.groups[0]
+    assert (gamma[group.start : group.stop] == 0).all()
+    assert (gamma[group.stop :] >= 1).all()
