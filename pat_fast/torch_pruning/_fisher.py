@@ -79,7 +79,7 @@ class OBDCImportance(GroupMagnitudeImportance):
             ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
         )
         for group in groups:
-            for item in items(pruner._downstream_node_as_root_if_attention(group), self.target_types):
+            for item in items(group, self.target_types):
                 if item.side == "out" and isinstance(item.layer, LAYERS) and item.layer not in self.modules:
                     self.modules.append(item.layer)
                     self._handles.append(item.layer.register_forward_hook(self._watch))

@@ -1,0 +1,189 @@
+"""The drop-in's importances: on groups against Torch-Pruning's, on plans against those on groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from benchmarks.cases import Subject
+from benchmarks.zoo import ZOO
+from pat_fast.criteria import NORMALIZERS, REDUCTIONS
+from pat_fast.plan import bind
+from pat_fast.torch_pruning import importance as ours
+from pat_fast.torch_pruning._groups import is_depthwise
+from tests.torch_pruning.groups import close, plan_of, randomize_grads_
+
+NORMALIZERS_ = [*(n for n in NORMALIZERS if n != "sentinel"), "sentinel_0.3", None]
+# Torch-Pruning cannot trace the channel shuffle (ZeroDivisionError).
+MODELS = [name for name in ZOO if name != "shufflenet_v2"]
+# Groups of Torch-Pruning that no group of ours equals. The channels of attention: it couples q, k, v and the
+# projection index by index, the plan knows heads. A split: it couples both halves. A depth multiplier: it has no
+# notion of it, and indexes out of range.
+UNMATCHED = {
+    "vit_s16": {"blocks.0.attn.v", "blocks.1.attn.v"},
+    "vit_s16_fused": {"blocks.0.attn.qkv", "blocks.1.attn.qkv"},
+    "shuffle_plain": {"stages.1.branch2.2.0", "stages.2.branch2.2.0", "stages.4.branch2.2.0"},
+    "depth_multiplier": {"features.0", "features.3", "features.6", "features.9", "features.12", "features.15"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # the models are too small for two
+
+
+@cache
+def subject(name: str) -> Subject:
+    found = Subject(name, small=True)
+    found.model.double()
+    randomize_grads_(found.model)
+    return found
+
+
+def doubled(values: Tensor) -> Tensor:
+    return 2 * values
+
+
+def spread(rows: Tensor) -> Tensor:
+    return rows.amax(0) - rows[0] + rows[-1]
+
+
+def configurations() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"group_reduction": r, "normalizer": n} for r in REDUCTIONS for n in NORMALIZERS_]
+    found += [{"group_reduction": spread, "normalizer": n} for n in ("mean", doubled)]
+    return [*found, {"group_reduction": "mean", "normalizer": doubled}]
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "magnitude": ours.MagnitudeImportance,
+    "magnitude_p1_bias": lambda **kw: ours.GroupMagnitudeImportance(p=1, bias=True, **kw),
+    "bn_scale": ours.BNScaleImportance,
+    "fpgm": ours.FPGMImportance,
+    "taylor": ours.TaylorImportance,
+    "taylor_multivariable_bias": lambda **kw: ours.GroupTaylorImportance(multivariable=True, bias=True, **kw),
+    "hessian": ours.HessianImportance,
+    "hessian_bias": lambda **kw: ours.GroupHessianImportance(bias=True, **kw),
+}
+DEFAULTS = ("mean", "mean")
+
+
+def chosen(kind: str) -> list[dict[str, Any]]:
+    """Every reduction with every normaliser for one kind; for the others each reduction and each normaliser once."""
+    if kind == "magnitude_p1_bias":
+        return configurations()
+    reductions = [{"group_reduction": r, "normalizer": "mean"} for r in REDUCTIONS]
+    return reductions + [{"group_reduction": "mean", "normalizer": n} for n in NORMALIZERS_]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_named_groups_are_not_compared(name: str) -> None:
+    assert set(subject(name).unmatched) == UNMATCHED.get(name, set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plan_scores_as_its_groups_do(name: str, kind: str) -> None:
+    both = subject(name)
+    order = ours.member_order(both.binding, both.tp_groups)
+    for how in chosen(kind):
+        importance = KINDS[kind](**how)
+        scores = importance.score(both.binding, order)
+        for match in both.matches:
+            mine, single = scores[match.start : match.stop], importance(match.group)
+            if single is None:
+                assert mine.isnan().all()
+            else:
+                close(mine, single[match.order], f"{kind} {how} {match.root}", 1e-7, 1e-9)
+
+
+# Of a depth multiplier, Torch-Pruning puts one index into two groups.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "depth_multiplier"])
+def test_every_group_of_torch_pruning_as_a_plan(name: str, kind: str) -> None:
+    """The same without exceptions: a plan that is made of Torch-Pruning's groups, attention and all."""
+    both = subject(name)
+    binding = bind(plan_of(both.tp_groups, both.model), both.model)
+    order = {i: list(group.members) for i, group in enumerate(binding.plan.groups)}
+    for how in chosen(kind):
+        importance = KINDS[kind](**how)
+        scores = importance.score(binding, order)
+        for group, theirs in zip(binding.plan.groups, both.tp_groups, strict=True):
+            mine, single = scores[group.start : group.stop], importance(theirs)
+            if single is None:
+                assert mine.isnan().all()
+            else:
+                close(mine, single, f"{kind} {how} {group.root}", 1e-7, 1e-9)
+
+
+PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "magnitude": (ours.MagnitudeImportance, tp.importance.MagnitudeImportance),
+    "magnitude_p1_bias": (
+        lambda **kw: ours.GroupMagnitudeImportance(p=1, bias=True, **kw),
+        lambda **kw: tp.importance.GroupMagnitudeImportance(p=1, bias=True, **kw),
+    ),
+    "bn_scale": (ours.BNScaleImportance, tp.importance.BNScaleImportance),
+    "fpgm": (ours.FPGMImportance, tp.importance.FPGMImportance),
+    "taylor": (
+        lambda **kw: ours.TaylorImportance(target_types=WITHOUT_BATCH_NORM, **kw),
+        lambda **kw: tp.importance.TaylorImportance(target_types=WITHOUT_BATCH_NORM, **kw),
+    ),
+    "taylor_multivariable_bias": (
+        lambda **kw: ours.TaylorImportance(multivariable=True, bias=True, target_types=WITHOUT_BATCH_NORM, **kw),
+        lambda **kw: tp.importance.TaylorImportance(
+            multivariable=True, bias=True, target_types=WITHOUT_BATCH_NORM, **kw
+        ),
+    ),
+    "hessian": (ours.HessianImportance, tp.importance.HessianImportance),
+}
+WITHOUT_BATCH_NORM = [nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm]
+
+
+def wrong_in_torch_pruning(group: Any, how: dict[str, Any], kind: str) -> str | None:
+    """Why Torch-Pruning's score of this group is not right; each reason has a test of its own below."""
+    layers = [item.dep.target.module for item in group]
+    repeated = any(
+        len(set(item.root_idxs)) < len(item.idxs) for item in group if hasattr(item.dep.target.module, "weight")
+    )
+    grouped = any(isinstance(m, nn.modules.conv._ConvNd) and m.groups > 1 for m in layers)
+    if kind != "bn_scale" and any(is_depthwise(m) for m in layers):
+        return "depthwise"
+    if repeated and how["group_reduction"] in ("max", "prod", "first", "gate", None):
+        return "repeats"
+    if how["group_reduction"] is None and str(how["normalizer"]).startswith("sentinel"):
+        return "sentinel of several members at once"
+    if grouped and kind == "fpgm":
+        return "fpgm of grouped convolutions"
+    if grouped and how["normalizer"] == "lamp" and how["group_reduction"] in ("max", "gate", None):
+        return "ties are ranked at random"
+    sizes = {len(item.idxs) for item in group if hasattr(item.dep.target.module, "weight")}
+    if how["group_reduction"] is None and len(sizes) > 1:
+        return "members of unequal length are stacked"
+    return None
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_score_as_torch_prunings(name: str, kind: str) -> None:
+    both = subject(name)
+    ours_, theirs = PAIRS[kind]
+    compared = 0
+    hows = [{"group_reduction": r, "normalizer": n} for r in (*REDUCTIONS, None) for n in NORMALIZERS_]
+    for how in hows if kind == "magnitude_p1_bias" else [*chosen(kind), {"group_reduction": None, "normalizer": None}]:
+        mine, other = ours_(**how), theirs(**how)
+        for group in both.tp_groups:
+            if wrong_in_torch_pruning(group, how, kind) is None:
+                expected, found = other(group), mine(group)
+                assert (found is None) == (expected is None)
+                if found is not None:
+                    # Torch-Pruning subtracts in float32 whatever the model's dtype is.
+                    atol = 3e-5 if how["normalizer"] in ("gaussian", "standarization") else 0
+                    close(found, expected, f"{kind} {how} {group[0].dep.target.name}", 1e-5, atol)
+                    compared += 1
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in both.model.modules())
+    assert compared or name == "depth_multiplier" or (kind == "bn_scale" and not norms)
