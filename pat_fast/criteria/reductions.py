@@ -96,9 +96,7 @@ def _by_function(rows: Tensor, how: Callable[[Tensor], Tensor]) -> Tensor:
     return found
 
 
-def _groups_by_function(
-    values: Tensor, ledger: Ledger, how: Callable[[Tensor], Tensor], order: Order | None
-) -> Tensor:
+def _groups_by_function(values: Tensor, ledger: Ledger, how: Callable[[Tensor], Tensor], order: Order | None) -> Tensor:
     cells = ledger.by_cell(values)
     _, channel, member = ledger.cells
     found = values.new_zeros(ledger.n_channels)

@@ -555,3 +555,16 @@ def test_a_shared_weight_counts_once() -> None:
     torch.testing.assert_close(ours.MagnitudeImportance(**how)(group), once)
     torch.testing.assert_close(ours.MagnitudeImportance(**how).score(bind(build_plan(model, x), model)), once)
     assert (tp.importance.MagnitudeImportance(**how)(group) > once).all()
+
+
+def test_any_norm_counts_if_it_is_named() -> None:
+    model = chain(nn.Conv2d(3, 6, 3), nn.GroupNorm(1, 6), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 4, 3))
+    nn.init.normal_(model[1].weight)
+    nn.init.normal_(model[2].weight)
+    group = one_group(model, IMAGE, model[0])
+    types = [nn.GroupNorm, nn.InstanceNorm2d]
+    how: dict[str, Any] = {"target_types": types, "normalizer": None, "group_reduction": "sum"}
+    assert tp.importance.MagnitudeImportance(**how)(group) is None
+    expected = (model[1].weight.square() + model[2].weight.square()).detach()
+    torch.testing.assert_close(ours.MagnitudeImportance(**how)(group), expected)
+    torch.testing.assert_close(ours.MagnitudeImportance(**how).score(bind(build_plan(model, IMAGE), model)), expected)
