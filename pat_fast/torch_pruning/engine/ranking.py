@@ -1,0 +1,155 @@
+"""Which units of which group go: Torch-Pruning's thresholds within scopes, exact where scores are tied.
+
+A unit is what is removed as one: a channel, the j-th channels of all blocks of a grouped layer, a dimension of
+all heads. Torch-Pruning removes what scores no better than a threshold, more than was asked for if scores are
+tied; here it is as many as asked for, and ties are spread evenly over the groups.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...plan.types import BoolArray
+
+Scores = NDArray[np.floating]
+
+
+@dataclass
+class Candidate:
+    """A group that takes part in a ranking.
+
+    Attributes:
+        name: its root layer, for messages.
+        scope: what it is ranked with.
+        ratio: of its scope's units that are to be gone after this step, of those that it began with.
+        scores: ``[U]``, one for each unit.
+        width: channels of its root layer.
+        cap: units that must stay because of ``max_pruning_ratio``.
+        least: units that must stay if any goes.
+        gone: bool ``[U]``, what was chosen.
+    """
+
+    name: str
+    scope: str
+    ratio: float
+    scores: Scores
+    width: int
+    cap: int = 0
+    least: int = 1
+    gone: BoolArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = np.where(np.isnan(self.scores), np.inf, self.scores)
+        self.gone = np.zeros(len(self.scores), dtype=np.bool_)
+
+    @property
+    def units(self) -> int:
+        return len(self.scores)
+
+    def ranked(self) -> NDArray[np.int64]:
+        """Units from the least important to the most; ties in order."""
+        return np.argsort(self.scores, kind="stable")
+
+
+def choose(candidates: Sequence[Candidate], initial: dict[str, int], round_to: int | None) -> None:
+    """Fill ``gone`` of all candidates, scope by scope.
+
+    ``initial``: units that each scope began with; new scopes are entered.
+    """
+    scopes: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        scopes.setdefault(candidate.scope, []).append(candidate)
+    for name, members in scopes.items():
+        total = sum(c.units for c in members)
+        left = int(initial.setdefault(name, total) * (1 - members[0].ratio))
+        if total > left:
+            _take(members, total - left)
+        for candidate in members:
+            _settle(candidate, round_to)
+
+
+def _take(members: Sequence[Candidate], count: int) -> None:
+    """Mark the ``count`` least important units of all ``members`` together."""
+    scores = np.concatenate([c.scores for c in members])
+    if any(c.cap for c in members):
+        scores = scores.copy()
+        start = 0
+        for c in members:
+            best = c.ranked()[max(c.units - c.cap, 0) :] if c.cap else []
+            scores[start + np.asarray(best, dtype=np.int64)] = np.inf
+            start += c.units
+    count = min(count, int((scores < np.inf).sum()))
+    if not count:
+        return
+    threshold = np.partition(scores, count - 1)[count - 1]
+    gone = scores <= threshold
+    if int(gone.sum()) != count:  # tied at the threshold
+        gone = scores < threshold
+        tied = np.flatnonzero(scores == threshold)
+        gone[tied[np.argsort(_share(members)[tied], kind="stable")[: count - int(gone.sum())]]] = True
+    for candidate, own in zip(members, np.split(gone, np.cumsum([c.units for c in members])[:-1]), strict=True):
+        candidate.gone = own
+
+
+def _share(members: Sequence[Candidate]) -> NDArray[np.float64]:
+    """For each unit, which part of its group goes before it: the order in which ties are broken."""
+    shares = []
+    for c in members:
+        share = np.empty(c.units)
+        share[c.ranked()] = np.arange(1, c.units + 1) / c.units
+        shares.append(share)
+    return np.concatenate(shares)
+
+
+def _settle(candidate: Candidate, round_to: int | None) -> None:
+    """Round what is left, and leave the group alone if nothing would be."""
+    going = int(candidate.gone.sum())
+    if not going:
+        return
+    if going == candidate.units:
+        _warn(candidate, "all of its channels are among the least important; it is left as it is in this step")
+        candidate.gone[:] = False
+        return
+    least = max(candidate.least, candidate.cap)
+    left = max(candidate.units - going, least)
+    if round_to:
+        left = rounded(candidate.units, left, least, candidate.width, round_to)
+        if left == candidate.units:
+            _warn(candidate, f"it has {candidate.width} channels, and cannot be pruned to a multiple of {round_to}")
+    if left != candidate.units - going:
+        candidate.gone = np.zeros(candidate.units, dtype=np.bool_)
+        candidate.gone[candidate.ranked()[: candidate.units - left]] = True
+
+
+def rounded(units: int, left: int, least: int, width: int, round_to: int) -> int:
+    """How many units to leave so that their channels are a multiple of ``round_to``; ``units`` if there is no way.
+
+    ``left`` is rounded down, as in Torch-Pruning, but to no less than one multiple and ``least``.
+    """
+    per_unit = max(width // units, 1)
+    step = round_to // math.gcd(round_to, per_unit)
+    down = left - left % step
+    if down < max(least, 1):
+        down = -(-max(least, 1) // step) * step
+    return min(down, units)
+
+
+def choose_heads(scores: Sequence[Scores], counts: Sequence[int]) -> list[BoolArray]:
+    """The ``counts[i]`` least important heads of each layer; none of a layer that would lose all of them."""
+    gone = []
+    for own, count in zip(scores, counts, strict=True):
+        mask = np.zeros(len(own), dtype=np.bool_)
+        if 0 < count < len(own):
+            mask[np.argsort(own, kind="stable")[:count]] = True
+        gone.append(mask)
+    return gone
+
+
+def _warn(candidate: Candidate, what: str) -> None:
+    warnings.warn(f"{candidate.name}: {what}", stacklevel=2)

@@ -1,0 +1,155 @@
+"""The engine of a drop-in pruner: the plan as it is now, bound to the model, and the surgery on both."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torch.optim import Optimizer
+
+from ...discovery import Discovery
+from ...errors import PlanError
+from ...plan import Binding, Plan
+from ...plan.types import BoolArray, IndexArray
+from ...surgery import prune
+from .axes import Axes
+from .shaping import Attention, Spec, lower
+
+Listener = Callable[[IndexArray], None]
+
+
+class Engine:
+    """Plan, binding and optimizers of one model.
+
+    Every channel has a name for life, its number in the plan as it was lowered (``born [N]``), so that what was
+    derived before a prune can be understood after it.
+
+    Args:
+        model: pruned in place; parameters keep their identity.
+        spec: the forward, and what the user declared of the model.
+        optimizer: those whose state shrinks along; found as :class:`pat_fast.Pruner` does by default.
+        left_alone: (tensor, dimension) pairs that another machinery prunes: the groups that hold them stay.
+    """
+
+    is_ready = False  # no hooks of the discovery: a drop-in pruner regularises when it is told to
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: Spec,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        left_alone: Iterable[tuple[str, int]] = (),
+    ) -> None:
+        self.model = model
+        self.spec = spec
+        self.listeners: list[Listener] = []
+        self.lowered = 0  # how often: channels of an earlier lowering have lost their names
+        self.pruned = 0
+        self._left_alone = frozenset(left_alone)
+        self._searches = optimizer is None
+        self._optimizers = Discovery(self, model, optimizer, auto=False)  # type: ignore[arg-type]
+        self._lower()
+
+    def _lower(self) -> None:
+        plan, self.attentions = lower(self.model, self.spec)
+        if self._left_alone:
+            plan = leave_alone(plan, self._left_alone)
+        self._set(Binding(plan, self.model))
+        self.born = np.arange(plan.n_channels)
+        self.lowered += 1
+
+    def _set(self, binding: Binding) -> None:
+        self.binding = binding
+        self.__dict__.pop("axes", None)
+        named = [(binding.owner(name), t) for name, t in binding.tensors.items()]
+        self._tensors = [
+            (owner._parameters if local in owner._parameters else owner._buffers, local, t, t.shape)
+            for (owner, local), t in named
+        ]
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the model as it is."""
+        return self.binding.plan
+
+    @cached_property
+    def axes(self) -> Axes:
+        """Channels along the axes of the model's layers."""
+        return Axes(self.binding)
+
+    def current(self) -> Binding:
+        """The binding, made anew if the model was changed by others since.
+
+        Raises:
+            PlanError: it was, and its forward fails now.
+        """
+        if any(held.get(local) is not t or t.shape != shape for held, local, t, shape in self._tensors):
+            try:
+                self._set(Binding(self.plan, self.model))
+            except PlanError:  # other shapes
+                self._lower()
+        return self.binding
+
+    def now(self, born: IndexArray) -> IndexArray:
+        """Today's numbers of the channels named ``born``, in their order; those that are gone are left out."""
+        place = np.searchsorted(self.born, born)
+        place[place == len(self.born)] = 0
+        return place[self.born[place] == born] if len(self.born) else place[:0]
+
+    def prune(self, keep: BoolArray) -> None:
+        """Remove the channels ``~keep``; see :func:`pat_fast.surgery.prune`."""
+        plan = self.plan
+        self._set(prune(self.binding, keep, self._current_optimizers()))
+        left = np.bincount(plan.group_of[keep], minlength=len(plan.groups))
+        survivors = np.flatnonzero(keep & (left[plan.group_of] > 1))  # a group's last channel leaves the plan
+        if len(survivors) != self.plan.n_channels:
+            raise PlanError("the plan of the pruned model does not hold the channels that were kept; build a new pruner")
+        self.born = self.born[survivors]
+        self.pruned += 1
+        for listener in self.listeners:
+            listener(survivors)
+
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers that hold parameters of the model."""
+        return self._current_optimizers()
+
+    def _current_optimizers(self) -> list[Optimizer]:
+        """Known optimizers; the search for others goes through all objects of the process, so only if need be."""
+        if self._searches and not self._is_held_elsewhere():
+            return []
+        return self._optimizers.current()
+
+    def _is_held_elsewhere(self) -> bool:
+        """Whether anything but its module and the binding refers to a parameter, as an optimizer would."""
+        expected = {id(t): 2 for t in self.binding.tensors.values()}  # the binding itself, and _tensors
+        for module in self.model.modules():
+            for p in module._parameters.values():
+                expected[id(p)] = expected.get(id(p), 0) + 1
+        for made, _ in self.binding._cache.values():
+            for t in (t for tiles in made for t in tiles.tensors):
+                expected[id(t)] += 1
+        probe = {"": nn.Parameter()}
+        base = [sys.getrefcount(p) for p in probe.values()][0] - 1
+        return any(
+            p is not None and sys.getrefcount(p) > base + expected[id(p)]
+            for module in self.model.modules()
+            for p in module._parameters.values()
+        )
+
+
+def leave_alone(plan: Plan, members: frozenset[tuple[str, int]]) -> Plan:
+    """``plan`` without the groups that hold one of ``members``."""
+    held = [i for i, g in enumerate(plan.groups) if members.intersection(g.members)]
+    return plan.freeze(held, "is pruned layer by layer, with a customised layer or nn.MultiheadAttention")
+
+
+def whole_units(plan: Plan, channels: NDArray[np.int64]) -> BoolArray:
+    """All channels of the units of ``channels``: bool ``[N]``."""
+    wanted = np.zeros(plan.n_units, dtype=np.bool_)
+    wanted[plan.unit[channels]] = True
+    return wanted[plan.unit]

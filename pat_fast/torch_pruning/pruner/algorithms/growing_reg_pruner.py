@@ -1,0 +1,4 @@
+from .base_pruner import BasePruner
+
+class GrowingRegPruner(BasePruner):
+    pass
