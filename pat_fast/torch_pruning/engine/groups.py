@@ -118,6 +118,30 @@ class GroupMaker:
         group = self.graph.engine.plan.groups[number]
         return self._group(self.structure(number), np.arange(group.start, group.stop), by_position=True)
 
+    def parts(self, number: int) -> list[tuple[PlanGroup, IndexArray]]:
+        """The plan's group ``number`` as an importance can score it, and the channels that the scores are of.
+
+        A group of the plan whose units span the outputs of several layers is several groups of Torch-Pruning.
+        """
+        group, structure = self.graph.engine.plan.groups[number], self.structure(number)
+        own = np.arange(group.start, group.stop)
+        if self._scorable(structure.root, own):
+            return [(self.whole(number), own)]
+        found = []
+        roots = [self.graph.model.get_submodule(name) for name in group.layers]
+        for module in dict.fromkeys(roots):
+            root = Root(module, self.graph.get_pruner_of_module(module).prune_out_channels, True)
+            part = own[np.isin(own, self._axis(module, True))]
+            if len(part) and self._scorable(root, part):
+                found.append((self.of_layer(root, part, by_position=True), part))
+                own = np.setdiff1d(own, part)
+        return found
+
+    def _scorable(self, root: Root, own: IndexArray) -> bool:
+        """Whether the layer ``root`` has every channel of ``own`` once: importances count channels by its indices."""
+        along = self._axis(root.module, root.out)
+        return int(np.isin(along, own).sum()) == len(own) == len(np.intersect1d(along, own))
+
     def part(self, number: int, channels: IndexArray) -> PlanGroup:
         """Some channels of the plan's group ``number``, for pruning."""
         return self._group(self.structure(number), channels, by_position=False)

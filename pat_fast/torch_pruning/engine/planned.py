@@ -20,7 +20,7 @@ class Planned:
     Attributes:
         root: its root layer.
         born: lifelong names of its channels ``[n]``.
-        unit: the unit of each, counted from 0 ``[n]``.
+        unit: the unit of each, counted from 0 ``[n]``; an attention's extra channels, the last, have none.
         scores: importance of each ``[n]``.
         candidate: its units in the ranking.
         attention: set if it is one that the user has named.
@@ -38,13 +38,15 @@ class Planned:
     def gone(self, prune_dims: bool) -> BoolArray:
         """Its channels that go: bool ``[n]``; none if nothing would be left."""
         mask = self.candidate.gone[self.unit] & (self.attention is None or prune_dims)
+        extra = np.zeros(len(self.born) - len(mask), dtype=np.bool_)
         if self.heads_gone is not None:
             mask = mask | np.repeat(self.heads_gone, len(mask) // len(self.heads_gone))
-        return mask & ~mask.all()
+            extra = np.tile(self.heads_gone, len(extra) // len(self.heads_gone))
+        return np.concatenate([mask, extra]) & ~mask.all()
 
     def head_scores(self) -> Any:
         """Mean score of each head: ``[heads]``."""
-        return self.scores.view(-1, self.candidate.units).mean(1).numpy()
+        return self.scores[: len(self.unit)].view(-1, self.candidate.units).mean(1).numpy()
 
 
 def unit_means(scores: Tensor, unit: IndexArray) -> Any:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ...plan.types import BoolArray
 
 Scores = NDArray[np.floating]
+NEAR = 1e-6  # relative distance of scores that count as tied, where ties matter
 
 
 @dataclass
@@ -81,20 +82,28 @@ def _take(members: Sequence[Candidate], count: int) -> None:
         scores = scores.copy()
         start = 0
         for c in members:
-            best = c.ranked()[max(c.units - c.cap, 0) :] if c.cap else []
-            scores[start + np.asarray(best, dtype=np.int64)] = np.inf
+            scores[start + c.ranked()[c.units - c.cap :]] = np.inf
             start += c.units
     count = min(count, int((scores < np.inf).sum()))
     if not count:
         return
     threshold = np.partition(scores, count - 1)[count - 1]
-    gone = scores <= threshold
-    if int(gone.sum()) != count:  # tied at the threshold
-        gone = scores < threshold
-        tied = np.flatnonzero(scores == threshold)
-        gone[tied[np.argsort(_share(members)[tied], kind="stable")[: count - int(gone.sum())]]] = True
-    for candidate, own in zip(members, np.split(gone, np.cumsum([c.units for c in members])[:-1]), strict=True):
-        candidate.gone = own
+    _share_out(members, scores <= threshold)
+    if sum(int(c.gone.sum()) for c in members) == count and not any(c.gone.all() for c in members):
+        return
+    # More is tied at the threshold than is asked for, or a group would be gone altogether for a rounding error.
+    near = np.abs(scores - threshold) <= NEAR * abs(threshold)
+    gone = (scores <= threshold) & ~near
+    tied = np.flatnonzero(near)
+    gone[tied[np.argsort(_share(members)[tied], kind="stable")[: count - int(gone.sum())]]] = True
+    _share_out(members, gone)
+
+
+def _share_out(members: Sequence[Candidate], gone: BoolArray) -> None:
+    start = 0
+    for candidate in members:
+        candidate.gone = gone[start : start + candidate.units]
+        start += candidate.units
 
 
 def _share(members: Sequence[Candidate]) -> NDArray[np.float64]:

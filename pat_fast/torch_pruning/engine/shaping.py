@@ -22,12 +22,14 @@ from .axes import out_dim
 class Attention:
     """The projections of an attention that ``num_heads`` names, and the layer that reads what it puts out.
 
-    ``heads``: blocks of the channel space that are heads, the key-value heads of grouped queries.
+    ``heads``: blocks of the channel space that are heads, the key-value heads of grouped queries. Behind them come
+    ``extras`` channels for each head (a head's bias table, say), head by head, that go when the head goes.
     """
 
     projections: tuple[str, ...]
     reader: str
     heads: int
+    extras: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,21 @@ def _by_index(
     for number, group in enumerate(plan.groups):
         own = np.arange(group.start, group.stop)
         projections = [sides.names[m] for m in num_heads if number in sides.groups(m, True)]
-        reader = sides.reader.get(number) if projections else None
-        units = np.unique(plan.unit[own])
-        if reader is None or len(units) == len(own):
-            if projections:
-                heads = max(num_heads[model.get_submodule(name)] for name in projections)
+        if not projections:
+            continue
+        reader = sides.reader.get(number)
+        heads = len(np.unique(plan.unit[own]))
+        if reader is None or heads == len(own):  # no heads that the trace has seen
+            heads = max(num_heads[model.get_submodule(name)] for name in projections)
+            if len(own) % heads == 0:
                 attentions[group.root] = Attention(tuple(projections), reader[0] if reader else "", heads)
             continue
-        read = np.isin(own, reader[1])
-        if not read.all() and not _pair(plan, own[~read], own[read], into):
-            continue
-        loose[own] = True
-        attentions[group.root] = Attention(tuple(projections), reader[0], len(units))
+        extra = own[~np.isin(own, sides.made_by(projections))]
+        read = own[np.isin(own, reader[1])]
+        others = np.setdiff1d(own, np.concatenate([read, extra]))
+        if _head_by_head(plan, extra, heads) and _pair(plan, others, read, into):
+            loose[own] = True
+            attentions[group.root] = Attention(tuple(projections), reader[0], heads, len(extra) // heads)
     merged = merge_channels(plan, into)
     left = loose[np.unique(into)]
     unit = np.where(left, merged.n_units + np.arange(merged.n_channels), merged.unit)
@@ -137,13 +142,20 @@ class _Sides:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.names = {module: name for name, module in model.named_modules()}
         self.reader: dict[int, tuple[str, ChannelArray]] = {}
+        self._out: dict[str, ChannelArray] = {}
         self._groups: dict[tuple[str, int], set[int]] = {}
         for tensor, axis in plan.axes():
             found = set(np.unique(plan.group_of[axis.channels[axis.channels >= 0]]).tolist())
             self._groups[tensor.name, axis.dim] = found
             layer = tensor.name.rpartition(".")[0]
+            if axis.role == "out":
+                self._out[layer] = axis.channels
             if axis.role == "in" and isinstance(model.get_submodule(layer), (nn.Linear, nn.modules.conv._ConvNd)):
                 self.reader.update(dict.fromkeys(found, (layer, axis.channels)))
+
+    def made_by(self, layers: Sequence[str]) -> ChannelArray:
+        """Channels along the outputs of ``layers``."""
+        return np.concatenate([self._out[layer] for layer in layers if layer in self._out])
 
     def groups(self, module: nn.Module, out: bool) -> set[int]:
         """Groups (by number) that have channels on this side of ``module``."""
@@ -151,14 +163,25 @@ class _Sides:
         return self._groups.get((f"{self.names.get(module)}.weight", dim), set())
 
 
+def _head_by_head(plan: Plan, extra: IndexArray, heads: int) -> bool:
+    """Whether the channels ``extra`` are one for each head, in the heads' order, or several times that."""
+    if len(extra) % heads:
+        return False
+    rows = plan.unit[extra].reshape(-1, heads)
+    return bool((rows == np.sort(rows, axis=1)).all() and all(len(np.unique(row)) == heads for row in rows))
+
+
 def _pair(plan: Plan, others: IndexArray, read: IndexArray, into: IndexArray) -> bool:
-    """Point the channels ``others`` at those of ``read`` at the same place of the same unit, if they pair up."""
+    """Point the channels ``others`` at those of ``read`` at the same place of the same head, if they pair up.
+
+    There may be none to pair: a reader of everything.
+    """
     pairs = []
     for unit in np.unique(plan.unit[read]):
         left, right = others[plan.unit[others] == unit], read[plan.unit[read] == unit]
-        if not len(left) == len(right):
+        if len(left) not in (0, len(right)) or (np.diff(right) != 1).any():
             return False
-        pairs.append((left, right))
+        pairs.append((left, right[: len(left)]))
     for left, right in pairs:
         into[left] = right
     return True

@@ -164,9 +164,9 @@ class BasePruner(_Original):
         for number, group in enumerate(plan.groups):
             if self._is_open(number):
                 attention = self.engine.attentions.get(group.root)
-                units = len(np.unique(plan.unit[group.start : group.stop]))
-                self._units_at_first[group.root] = units // (attention.heads if attention else 1)
+                self._units_at_first[group.root] = len(np.unique(plan.unit[group.start : group.stop]))
                 if attention is not None:
+                    self._units_at_first[group.root] = group.channels // attention.heads - attention.extras
                     self._heads_at_first[group.root] = attention.heads
         self._heads = dict(self._heads_at_first)
         self.initial_total_channels = sum(self._units_at_first.values())
@@ -229,19 +229,19 @@ class BasePruner(_Original):
             try:
                 engine.prune(keep)
             except PlanError:  # an axis that several groups share in part would be left empty
-                scores = np.concatenate([p.candidate.scores[p.unit] for p in planned]) if planned else np.zeros(0)
-                engine.prune(self._spared(keep, planned, scores))
+                engine.prune(self._spared(keep, planned))
         for entry in entries:
             self.DG.record(entry)
         for group in loose:
             group.prune()
         self._count_heads(planned)
 
-    def _spared(self, keep: BoolArray, planned: Sequence[Planned], scores: Any) -> BoolArray:
+    def _spared(self, keep: BoolArray, planned: Sequence[Planned]) -> BoolArray:
         """``keep`` with the best of every axis kept as well."""
         plan = self.engine.plan
         known = np.zeros(plan.n_channels)
-        known[self.engine.now(np.concatenate([p.born for p in planned]))] = scores
+        for each in planned:
+            known[self.engine.now(each.born)] = each.scores.double().nan_to_num().numpy()
         spared = protected_units(plan, unit_scores(plan, known), 1)
         return keep | spared[plan.unit]
 
@@ -323,11 +323,12 @@ class BasePruner(_Original):
         if native and callable(getattr(self.importance, "score", None)):
             return self.importance.score(binding).detach().cpu()
         found = torch.full((binding.plan.n_channels,), torch.nan)
-        for number, group in enumerate(binding.plan.groups):
+        for number in range(len(binding.plan.groups)):
             if self._is_open(number):
-                scores = self.estimate_importance(self.DG.maker.whole(number))
-                if scores is not None:
-                    found[group.start : group.stop] = scores.detach().cpu().to(found.dtype)
+                for group, channels in self.DG.maker.parts(number):
+                    scores = self.estimate_importance(group)
+                    if scores is not None:
+                        found[torch.from_numpy(channels)] = scores.detach().cpu().to(found.dtype)
         return found
 
     def _planned(self) -> list[Planned]:
@@ -344,18 +345,18 @@ class BasePruner(_Original):
             attention = engine.attentions.get(group.root)
             if attention is not None:
                 heads = self._heads.setdefault(group.root, attention.heads)
-                unit = np.tile(np.arange(group.channels // heads), heads)
+                unit = np.tile(np.arange(group.channels // heads - attention.extras), heads)
             elif single[group.start : group.stop].all():
                 unit = np.arange(group.channels)
             else:
                 unit = np.unique(plan.unit[group.start : group.stop], return_inverse=True)[1]
-            units = unit_means(own, unit)
+            units = unit_means(own[: len(unit)], unit)
             scope, module = self._scope(number)
             ratio = self.per_step_pruning_ratio[self.current_step]
             if module is not None:
                 ratio = self.get_target_pruning_ratio(module, step=self.current_step)
             least = self._least(number, len(units), group.channels)
-            candidate = Candidate(group.root, scope, ratio, units, group.channels, self._cap(group.root, len(units)), least)
+            candidate = Candidate(group.root, scope, ratio, units, len(unit), self._cap(group.root, len(units)), least)
             found.append(Planned(group.root, engine.born[group.start : group.stop], unit, own, candidate, attention))
         return found
 

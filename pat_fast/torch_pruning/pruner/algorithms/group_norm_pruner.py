@@ -1,4 +1,56 @@
+"""DepGraph's group-norm regulariser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch_pruning.pruner.algorithms.group_norm_pruner import *  # noqa: F403
+
+from ...engine.pushing import LAYERS, between, open_channels, parameters_of, push
 from .base_pruner import BasePruner
 
+
 class GroupNormPruner(BasePruner):
-    pass
+    """:class:`BasePruner` with a penalty that pushes whole groups to zero, the less important the harder.
+
+    Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023, https://arxiv.org/abs/2301.12900.
+
+    Args:
+        reg: strength.
+        alpha: the least important channel of a group is pushed ``2 ** alpha`` times as hard as the best.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: Any,
+        reg: float = 1e-4,
+        alpha: float = 4,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, example_inputs, importance, *args, **kwargs)
+        self.reg = reg
+        self.alpha = alpha
+        self.cnt = 0
+
+    @torch.no_grad()
+    def regularize(self, model: nn.Module, alpha: float | None = None, bias: bool = False) -> None:
+        """Add ``reg * gamma_c * w`` to the gradients of what belongs to channel c; call after backward.
+
+        ``gamma_c = alpha ** ((n_max - n_c) / (n_max - n_min))`` over the square roots n of a group's scores.
+        Layers in ``ignored_layers`` are left alone, and groups whose scores are not all numbers.
+
+        Args:
+            alpha: the base; ``2 ** self.alpha`` by default.
+            bias: push biases, too.
+        """
+        binding = self.engine.current()
+        base = 2.0**self.alpha if alpha is None else float(alpha)
+        scores = self._scores().to(binding.device)
+        place, span = between(binding, scores.clamp_min(0).sqrt())
+        gamma = torch.where(torch.isfinite(span), base**place, 0.0) * open_channels(self)
+        push(binding, self.reg * gamma, f"group norm, bias {bias}", parameters_of(LAYERS, self.ignored_layers, bias))

@@ -1,0 +1,182 @@
+"""Ten steps of the drop-in and of Torch-Pruning: the same channels go, and the weights that stay are bitwise equal."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as original
+from torch import nn
+
+import pat_fast.torch_pruning as tp
+from benchmarks import zoo
+from benchmarks.models.residual import resnext50
+from tests.torch_pruning.against import build, compare, quiet
+
+MODELS = [
+    "resnet18", "resnet50", "se_resnet18", "regnet_y_400mf", "vgg16_bn", "densenet121", "googlenet", "mobilenet_v2",
+    "unet", "convnext_tiny", "vit_s16", "vit_s16_fused", "text",
+]  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "local": {},
+    "global": {"global_pruning": True},
+    "isomorphic": {"global_pruning": True, "isomorphic": True},
+    "local, round_to": {"round_to": 2},
+    "cubic": {"iterative_pruning_ratio_scheduler": lambda r, n: [r * (1 - (1 - i / n) ** 3) for i in range(n + 1)]},
+}
+
+
+def small(name: str) -> tuple[nn.Module, Any]:
+    entry = zoo.ZOO[name]
+    torch.manual_seed(0)
+    return zoo.randomize_(entry.small(), 0).eval(), entry.example(True)
+
+
+QUICK = [("resnet50", "global"), ("densenet121", "local"), ("vit_s16", "global"), ("convnext_tiny", "isomorphic")]
+
+
+def every_way() -> Iterator[Any]:
+    for name in MODELS:
+        for way in WAYS:
+            yield pytest.param(name, way, marks=() if (name, way) in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "way"), every_way())
+def test_ten_steps(name: str, way: str) -> None:
+    model, inputs = small(name)
+    arguments = dict(WAYS[way])
+    if (name, way) == ("regnet_y_400mf", "isomorphic"):  # beyond that Torch-Pruning makes it depthwise: test_differences
+        arguments["pruning_ratio"] = 0.3
+    outcome = compare(model, inputs, 10, lambda _: arguments)
+    assert outcome.steps == 10 or outcome.near
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_ratios_of_single_layers(kind: str) -> None:
+    model, inputs = small("resnet18")
+
+    def arguments(m: Any) -> dict[str, Any]:
+        own = {m.stem[0] if hasattr(m, "stem") else next(c for c in m.modules() if isinstance(c, nn.Conv2d)): 0.25}
+        convs = [c for c in m.modules() if isinstance(c, nn.Conv2d)]
+        own[(convs[5], convs[8])] = 0.7
+        own[convs[3]] = 0.0
+        return {"pruning_ratio_dict": own, "global_pruning": kind == "global", "max_pruning_ratio": 0.9}
+
+    assert compare(model, inputs, 10, arguments).steps == 10
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_grouped_convolutions(kind: str) -> None:
+    torch.manual_seed(0)
+    model = resnext50(widths=(32, 48), depths=(2, 1), stem=20, groups=4, width_per_group=0.5, num_classes=10)
+    model = zoo.randomize_(model, 0).eval()
+    inputs = (torch.randn(2, 3, 32, 32),)
+    assert compare(model, inputs, 10, lambda _: {"global_pruning": kind == "global"}).steps == 10
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "heads": {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5},
+    "heads and dimensions": {"prune_num_heads": True, "head_pruning_ratio": 0.3},
+    "heads, globally": {
+        "prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5, "global_pruning": True
+    },
+    "neither": {"prune_head_dims": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", HEADS)
+@pytest.mark.parametrize("name", ["vit_s16", "vit_s16_fused"])
+def test_attention_heads(name: str, way: str) -> None:
+    model, inputs = small(name)
+    steps = 3 if "global" in way else 1  # Torch-Pruning's local head ratios add up over steps: see test_differences
+    outcome = compare(model, inputs, steps, lambda _: HEADS[way])
+    assert outcome.steps == steps
+
+
+@pytest.mark.parametrize("importance", [
+    original.importance.GroupMagnitudeImportance(p=1, group_reduction="first", normalizer=None),
+    original.importance.GroupMagnitudeImportance(p=1, group_reduction="max", normalizer="max"),
+    original.importance.BNScaleImportance(),
+    original.importance.LAMPImportance(),
+    original.importance.FPGMImportance(),
+    lambda group: original.importance.GroupMagnitudeImportance()(group) + 1.0,
+], ids=["first", "max", "batch norm", "LAMP", "FPGM", "a function"])  # fmt: skip
+def test_other_importances(importance: Any) -> None:
+    model, inputs = small("resnet18")
+    outcome = compare(model, inputs, 5, lambda _: {"importance": importance, "global_pruning": True})
+    assert outcome.steps == 5 or outcome.near
+
+
+@pytest.mark.parametrize("name", ["densenet121", "resnet18"])
+def test_interactive_groups_are_those_of_torch_pruning(name: str) -> None:
+    model, inputs = small(name)
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    mine, its = build(tp, ours, inputs, {}), build(original, theirs, inputs, {})
+    for got, expected in zip(mine.step(interactive=True), its.step(interactive=True), strict=True):
+        assert isinstance(got, original.dependency.Group)
+        names = [(mine.DG.name_of(d.target.module), d.handler.__name__) for d, _ in got if _is_layer(d)]
+        assert names == [(its.DG._module2name[d.target.module], d.handler.__name__) for d, _ in expected if _is_layer(d)]
+        idxs = [sorted(i) for d, i in got if _is_layer(d)]
+        assert idxs == [sorted(i) for d, i in expected if _is_layer(d)]
+        assert got[0].root_idxs == expected[0].root_idxs
+        got.prune()
+        expected.prune()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def _is_layer(dep: Any) -> bool:
+    return isinstance(dep.target.module, nn.Conv2d | nn.Linear | nn.BatchNorm2d)
+
+
+def test_some_of_the_groups_pruned_interactively() -> None:
+    model, inputs = small("densenet121")
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    mine, its = build(tp, ours, inputs, {}), build(original, theirs, inputs, {})
+    for number, (got, expected) in enumerate(zip(mine.step(interactive=True), its.step(interactive=True), strict=True)):
+        if number % 3 == 0:
+            got.prune()
+            expected.prune()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_a_history_made_by_torch_pruning_is_redone() -> None:
+    model, inputs = small("densenet121")
+    theirs, ours = copy.deepcopy(model), copy.deepcopy(model)
+    its = build(original, theirs, inputs, {"iterative_steps": 3, "global_pruning": True})
+    with quiet():
+        for _ in range(3):
+            its.step()
+    mine = build(tp, ours, inputs, {})
+    mine.load_pruning_history([entry for entry in its.pruning_history() if entry[2]])
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vit_s16"])
+def test_a_history_is_redone(name: str) -> None:
+    model, inputs = small(name)
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    pruner = build(tp, first, inputs, {"iterative_steps": 3, "global_pruning": True})
+    for _ in range(3):
+        pruner.step()
+    again = build(tp, second, inputs, {})
+    again.load_pruning_history(pruner.pruning_history())
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+    assert again.pruning_history() == pruner.pruning_history()
+
+
+def test_manual_width_by_indices() -> None:
+    model, inputs = small("resnet18")
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    for library, m in ((tp, ours), (original, theirs)):
+        conv = next(c for c in m.modules() if isinstance(c, nn.Conv2d))
+        pruner = build(library, m, inputs, {})
+        pruner.manual_prune_width(conv, library.prune_conv_out_channels, [1, 4, 5])
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
