@@ -505,8 +505,8 @@ def at_most(seconds: float) -> Iterator[None]:
 def test_rotary_embeddings_come_to_an_end() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=56, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=50, hidden_size=64, intermediate_size=56, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     inputs = {"input_ids": torch.randint(0, 50, (1, 6))}
     arguments = {"output_transform": lambda out: out.logits.sum()}
