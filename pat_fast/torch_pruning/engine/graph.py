@@ -43,7 +43,8 @@ class LiveGraph(DependencyGraph):
         self._spec = spec
         self._unwrapped = [tuple(p) for p in (unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped or ())]
         self._module2name: dict[Any, str] = {module: name for name, module in model.named_modules()}
-        self._param_to_name = {p: name for name, p in model.named_parameters()}
+        # By identity: the engine counts who refers to a parameter.
+        self._param_names = {id(p): name for name, p in model.named_parameters()}
         self.ignored_params = list(spec.held)
         for kind, pruner in (customized or {}).items():
             self.register_customized_layer(kind, pruner)
@@ -160,7 +161,7 @@ class LiveGraph(DependencyGraph):
 
     def name_of(self, module: Any) -> str:
         """The name of a layer or parameter in the model."""
-        return self._param_to_name.get(module, "") if isinstance(module, Tensor) else self._module2name.get(module, "")
+        return self._param_names.get(id(module), "") if isinstance(module, Tensor) else self._module2name.get(module, "")
 
     # Groups
 
@@ -201,7 +202,7 @@ class LiveGraph(DependencyGraph):
 
     def _checked_root(self, module: Any, pruning_fn: Callable[..., Any]) -> Root:
         if not isinstance(module, (nn.Module, nn.Parameter)) or not (
-            module in self._module2name or isinstance(module, nn.Parameter) and module in self._param_to_name
+            module in self._module2name or id(module) in self._param_names
         ):
             raise ConfigError(
                 f"{type(module).__name__} is not a layer of this model; pass one of its modules (as in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -126,19 +127,17 @@ class Engine:
 
     def _is_held_elsewhere(self) -> bool:
         """Whether anything but its module and the binding refers to a parameter, as an optimizer would."""
-        expected = {id(t): 2 for t in self.binding.tensors.values()}  # the binding itself, and _tensors
-        for module in self.model.modules():
-            for p in module._parameters.values():
-                expected[id(p)] = expected.get(id(p), 0) + 1
-        for made, _ in self.binding._cache.values():
-            for t in (t for tiles in made for t in tiles.tensors):
-                expected[id(t)] += 1
+        # No loop variables here: they would be references, too.
+        expected = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
+        expected.update(2 * [id(t) for t in self.binding.tensors.values()])  # the binding, and _tensors
+        made = (tiles for tables, _ in self.binding._cache.values() for tiles in tables)
+        expected.update(id(t) for tiles in made for t in tiles.tensors)
         probe = {"": nn.Parameter()}
         base = [sys.getrefcount(p) for p in probe.values()][0] - 1
         return any(
             p is not None and sys.getrefcount(p) > base + expected[id(p)]
-            for module in self.model.modules()
-            for p in module._parameters.values()
+            for m in self.model.modules()
+            for p in m._parameters.values()
         )
 
 
