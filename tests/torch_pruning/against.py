@@ -115,7 +115,7 @@ def _first_difference(expected: list[Any], got: list[Any]) -> str:
     for one, two in zip(expected, got, strict=False):
         if one != two:
             return f"Torch-Pruning {one}, drop-in {two}"
-    return f"Torch-Pruning {expected[len(got):]}, drop-in {got[len(expected):]}"
+    return f"Torch-Pruning {expected[len(got) :]}, drop-in {got[len(expected) :]}"
 
 
 def _same_weights(ours: nn.Module, theirs: nn.Module, step: int, outcome: Outcome) -> None:
@@ -127,7 +127,8 @@ def _same_weights(ours: nn.Module, theirs: nn.Module, step: int, outcome: Outcom
             continue
         norm = theirs.get_submodule(name.rpartition(".")[0])
         same_values = torch.equal(got[name].sort().values, value.sort().values) if value.ndim == 1 else False
-        assert isinstance(norm, nn.LayerNorm) and same_values, f"step {step + 1}: {name}"
+        assert same_values, f"step {step + 1}: {name}"
+        assert isinstance(norm, nn.LayerNorm), f"step {step + 1}: {name}"
         outcome.permuted.append(f"step {step + 1}: {name}")
         with torch.no_grad():
             dict(theirs.named_parameters())[name].copy_(got[name])

@@ -14,8 +14,6 @@ import pat_fast.torch_pruning as tp
 from pat_fast import ConfigError, PatError, PlanError
 from tests.helpers import Small, small_inputs
 
-
-
 STRANGER = nn.Linear(3, 3)
 
 BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
@@ -23,7 +21,10 @@ BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
     "max ratio": (lambda m: {"max_pruning_ratio": -0.1}, "max_pruning_ratio"),
     "head ratio": (lambda m: {"head_pruning_ratio": "a"}, "head_pruning_ratio"),
     "ratio of a layer": (lambda m: {"pruning_ratio_dict": {m.inner: 2}}, r"pruning_ratio_dict\[Conv2d\]"),
-    "ratio of a stranger": (lambda m: {"pruning_ratio_dict": {STRANGER: 0.5}}, "pruning_ratio_dict: expected modules of"),
+    "ratio of a stranger": (
+        lambda m: {"pruning_ratio_dict": {STRANGER: 0.5}},
+        "pruning_ratio_dict: expected modules of",
+    ),
     "ratio of a tuple": (lambda m: {"pruning_ratio_dict": {(m.stem, STRANGER): 0.5}}, "Linear that is not a part"),
     "ignored stranger": (lambda m: {"ignored_layers": [STRANGER]}, "ignored_layers: expected modules of the model"),
     "ignored name": (lambda m: {"ignored_layers": ["head"]}, "ignored_layers.*'head'"),
@@ -36,12 +37,18 @@ BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
     "round": (lambda m: {"round_to": -2}, "round_to"),
     "schedule": (lambda m: {"iterative_pruning_ratio_scheduler": lambda r, n: [r]}, "expected 2 ratios"),
     "importance": (lambda m: {"importance": 3}, "importance: expected one of tp.importance's classes"),
-    "customised, methods": (lambda m: {"customized_pruners": {nn.Linear: object()}}, r"\[Linear\]: object lacks prune_out"),
+    "customised, methods": (
+        lambda m: {"customized_pruners": {nn.Linear: object()}},
+        r"\[Linear\]: object lacks prune_out",
+    ),
     "customised, one method": (lambda m: {"customized_pruners": {nn.Linear: Lacking()}}, "lacks get_in_channels"),
     "customised, class": (lambda m: {"customized_pruners": {nn.Linear: Lacking}}, "pass an instance"),
-    "customised stranger": (lambda m: {"customized_pruners": {STRANGER: Lacking()}}, "customized_pruners: expected modules"),
+    "customised stranger": (
+        lambda m: {"customized_pruners": {STRANGER: Lacking()}},
+        "customized_pruners: expected modules",
+    ),
     "unwrapped": (lambda m: {"unwrapped_parameters": [(STRANGER.weight, 0)]}, "parameter of the model"),
-    "unwrapped dimension": (lambda m: {"unwrapped_parameters": {m.stem.weight: 7}}, "dimension 7"),
+    "unwrapped dimension": (lambda m: {"unwrapped_parameters": {m.stem.weight: 7}}, "no dimension 7"),
 }
 
 
@@ -78,7 +85,13 @@ def test_refused(what: str) -> None:
         ("inner", tp.prune_conv_out_channels, [-1], ConfigError, "inner: expected indices"),
         ("inner", tp.prune_conv_out_channels, [], ConfigError, "inner: expected indices"),
         ("inner", tp.prune_conv_out_channels, [1.5], ConfigError, "inner: expected indices"),
-        ("inner", tp.prune_linear_out_channels, [0], ConfigError, "inner is a Conv2d, which prune_out_channels of Linear"),
+        (
+            "inner",
+            tp.prune_linear_out_channels,
+            [0],
+            ConfigError,
+            "inner is a Conv2d, which prune_out_channels of Linear",
+        ),
         ("stem", tp.prune_conv_in_channels, [0], PlanError, "stem: .* cannot be pruned"),
         ("inner", tp.prune_conv_out_channels, list(range(16)), PatError, "."),
     ],

@@ -41,7 +41,11 @@ class Net(nn.Module):
 
 
 def make(library: Any, model: nn.Module, inputs: Any = X, kind: str = "BasePruner", **arguments: Any) -> Any:
-    arguments = {"importance": library.importance.MagnitudeImportance(), "ignored_layers": [last_linear(model)], **arguments}
+    arguments = {
+        "importance": library.importance.MagnitudeImportance(),
+        "ignored_layers": [last_linear(model)],
+        **arguments,
+    }
     with quiet():
         return getattr(library.pruner, kind)(model, inputs, **arguments)
 
@@ -149,7 +153,9 @@ def test_an_attention_and_its_reader_are_two_scopes() -> None:
     left = {}
     for name, library in (("theirs", original), ("ours", tp)):
         own = copy.deepcopy(model)
-        pruner = make(library, own, torch.randn(2, 3, 12), num_heads=heads(own), in_channel_groups={}, out_channel_groups={})
+        pruner = make(
+            library, own, torch.randn(2, 3, 12), num_heads=heads(own), in_channel_groups={}, out_channel_groups={}
+        )
         pruner.step()
         left[name] = own.q.out_features, own.o.out_features
     assert left == {"theirs": (8, 20), "ours": (8, 10)} or left == {"theirs": (16, 10), "ours": (8, 10)}
@@ -207,7 +213,8 @@ class GroupedQueries(nn.Module):
         q, k, v = (f(x).view(b, n, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
         times = q.shape[1] // k.shape[1]
         k, v = (
-            t[:, :, None].expand(b, t.shape[1], times, n, self.head_dim).reshape(b, -1, n, self.head_dim) for t in (k, v)
+            t[:, :, None].expand(b, t.shape[1], times, n, self.head_dim).reshape(b, -1, n, self.head_dim)
+            for t in (k, v)
         )
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
         return self.fc((x + self.o(y)).mean(1))
@@ -215,24 +222,24 @@ class GroupedQueries(nn.Module):
 
 @pytest.mark.parametrize("globally", [False, True])
 def test_grouped_queries_go_with_their_keys_and_values(globally: bool) -> None:
-    """A query head of its own cannot be told from its fellows in the plan: a key-value head goes with all of them."""
+    """A query head cannot be told from its fellows in the plan: a key-value head goes with all of its queries."""
     torch.manual_seed(0)
     model = GroupedQueries()
     inputs = torch.randn(2, 3, 6)
-    total = {}
+    left = {}
     for name, library in (("theirs", original), ("ours", tp)):
         own = copy.deepcopy(model)
         pruner = make(
             library, own, inputs, num_heads={own.q: 4, own.k: 2, own.v: 2}, pruning_ratio=0.25, prune_num_heads=True,
-            prune_head_dims=False, head_pruning_ratio=0.5, global_pruning=globally, in_channel_groups={}, out_channel_groups={},
+            prune_head_dims=False, head_pruning_ratio=0.5, global_pruning=globally, in_channel_groups={},
+            out_channel_groups={},
         )  # fmt: skip
-        if library is tp:
+        with quiet():
             pruner.step()
-            assert (own.q.out_features, own.k.out_features, own.v.out_features, own.o.in_features) == (8, 4, 4, 8)
-            assert pruner.num_heads == {own.q: 2, own.k: 1, own.v: 1}
-            assert own(inputs).shape == (2, 5)
-        total[name] = pruner.initial_total_heads
-    assert total["ours"] == 2
+        left[name] = own.q.out_features, own.k.out_features, own.v.out_features, own.o.in_features
+        assert own(inputs).shape == (2, 5)
+    assert left == {"theirs": (16, 8, 8, 16), "ours": (8, 4, 4, 8)}
+    assert pruner.num_heads == {own.q: 2, own.k: 1, own.v: 1}
 
 
 class Chain(nn.Module):
@@ -240,7 +247,12 @@ class Chain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enter, self.first, self.second, self.fc = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.enter, self.first, self.second, self.fc = (
+            nn.Linear(4, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.second(self.first(self.enter(x).relu()).relu()).relu())
@@ -252,8 +264,10 @@ def test_isomorphic_without_global() -> None:
     with torch.no_grad():
         for layer, low in ((model.first, 0.1), (model.second, 0.5), (model.enter, 0.2)):
             layer.weight.copy_(torch.linspace(low, 1.0, 8).view(-1, 1).expand_as(layer.weight))
-    arguments = {"isomorphic": True, "importance": original.importance.MagnitudeImportance(
-        group_reduction="first", normalizer=None)}
+    arguments = {
+        "isomorphic": True,
+        "importance": original.importance.MagnitudeImportance(group_reduction="first", normalizer=None),
+    }
     left = {}
     for name, library in (("theirs", original), ("ours", tp)):
         own = copy.deepcopy(model)
@@ -351,9 +365,13 @@ class Recurrent(nn.Module):
 def test_an_lstm_is_left_whole() -> None:
     inputs = torch.randn(2, 5, 6)
     broken = Recurrent()
-    with pytest.raises((RuntimeError, IndexError, AttributeError, TypeError)), quiet():
+
+    def prune_and_run() -> None:
         make(original, broken, inputs, in_channel_groups={}, out_channel_groups={}).step()
         broken(inputs)
+
+    with pytest.raises((RuntimeError, IndexError, AttributeError, TypeError)), quiet():
+        prune_and_run()
     model = Recurrent()
     make(tp, model, inputs).step()
     assert (model.lstm.hidden_size, model.hidden.out_features) == (8, 4)
@@ -364,7 +382,9 @@ def test_an_operation_of_another_kind_of_layer_is_refused() -> None:
     theirs, ours = Net(), Net()
     with quiet():
         make(original, theirs).DG.get_pruning_group(theirs.conv1, original.prune_batchnorm_out_channels, [0])
-    with pytest.raises(tp_error(), match=r"conv1 is a Conv2d, which prune_out_channels of BatchnormPruner does not prune"):
+    with pytest.raises(
+        tp_error(), match=r"conv1 is a Conv2d, which prune_out_channels of BatchnormPruner does not prune"
+    ):
         make(tp, ours).DG.get_pruning_group(ours.conv1, tp.prune_batchnorm_out_channels, [0])
 
 
@@ -421,7 +441,6 @@ class ScalePruner(original.BasePruningFunc):
 def test_a_customised_pruner_for_one_layer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Scale(8), nn.Conv2d(8, 4, 1))
     with pytest.raises(TypeError), quiet():
-        make(original, copy.deepcopy(model), customized_pruners={model[1]: ScalePruner()})
         make(original, model, customized_pruners={model[1]: ScalePruner()}).step()
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Scale(8), nn.Conv2d(8, 4, 1))
     make(tp, model, customized_pruners={model[1]: ScalePruner()}, ignored_layers=[model[2]]).step()
@@ -535,6 +554,8 @@ def test_swin_runs_after_pruning() -> None:
         theirs(**inputs)
     make(tp, ours, inputs, **arguments).step()
     for block in (b for b in ours.modules() if hasattr(b, "num_attention_heads") and hasattr(b, "attention_head_size")):
-        block.num_attention_heads = next(m for m in block.modules() if isinstance(m, nn.Linear)).out_features // block.attention_head_size
+        block.num_attention_heads = (
+            next(m for m in block.modules() if isinstance(m, nn.Linear)).out_features // block.attention_head_size
+        )
     assert num_heads(ours) == {}
     assert ours(**inputs).logits.shape == (2, 5)

@@ -48,7 +48,10 @@ def every_way() -> Iterator[Any]:
 def test_ten_steps(name: str, way: str) -> None:
     model, inputs = small(name)
     arguments = dict(WAYS[way])
-    if (name, way) == ("regnet_y_400mf", "isomorphic"):  # beyond that Torch-Pruning makes it depthwise: test_differences
+    if (name, way) == (
+        "regnet_y_400mf",
+        "isomorphic",
+    ):  # beyond that Torch-Pruning makes it depthwise: test_differences
         arguments["pruning_ratio"] = 0.3
     outcome = compare(model, inputs, 10, lambda _: arguments)
     assert outcome.steps == 10 or outcome.near
@@ -118,7 +121,9 @@ def test_interactive_groups_are_those_of_torch_pruning(name: str) -> None:
     for got, expected in zip(mine.step(interactive=True), its.step(interactive=True), strict=True):
         assert isinstance(got, original.dependency.Group)
         names = [(mine.DG.name_of(d.target.module), d.handler.__name__) for d, _ in got if _is_layer(d)]
-        assert names == [(its.DG._module2name[d.target.module], d.handler.__name__) for d, _ in expected if _is_layer(d)]
+        assert names == [
+            (its.DG._module2name[d.target.module], d.handler.__name__) for d, _ in expected if _is_layer(d)
+        ]
         idxs = [sorted(i) for d, i in got if _is_layer(d)]
         assert idxs == [sorted(i) for d, i in expected if _is_layer(d)]
         assert got[0].root_idxs == expected[0].root_idxs

@@ -66,7 +66,9 @@ class Computing(WidePruner):
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), Wide(12, 16), nn.ReLU(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 3))
+    return nn.Sequential(
+        nn.Linear(6, 12), nn.ReLU(), Wide(12, 16), nn.ReLU(), nn.Linear(16, 10), nn.ReLU(), nn.Linear(10, 3)
+    )
 
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

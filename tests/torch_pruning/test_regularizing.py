@@ -27,7 +27,13 @@ def with_gradients(model: nn.Module) -> nn.Module:
 def pushed(library: Any, kind: str, model: nn.Module, inputs: Any = X, **arguments: Any) -> dict[str, Tensor]:
     """What ``regularize`` adds to the gradients."""
     own = with_gradients(copy.deepcopy(model))
-    pruner = make(library, own, inputs, kind, **{"importance": RAW, "in_channel_groups": {}, "out_channel_groups": {}, **arguments})
+    pruner = make(
+        library,
+        own,
+        inputs,
+        kind,
+        **{"importance": RAW, "in_channel_groups": {}, "out_channel_groups": {}, **arguments},
+    )
     with quiet():
         pruner.regularize(own)
     return {name: p.grad for name, p in own.named_parameters()}
@@ -62,7 +68,7 @@ def test_group_lasso_of_batch_norms() -> None:
 
 
 def test_group_lasso_of_a_group_without_batch_norm() -> None:
-    model = Net(norm=lambda n: nn.Identity() if n else nn.Identity())
+    model = Net(norm=lambda _: nn.Identity())
     with pytest.raises(TypeError, match="NoneType"):
         pushed(original, "BNScalePruner", model, group_lasso=True)
     assert not any(g.any() for g in pushed(tp, "BNScalePruner", model, group_lasso=True).values())
@@ -101,7 +107,9 @@ def test_equal_scores_give_no_nan() -> None:
 
 def test_alpha_of_the_constructor() -> None:
     model = Net()
-    theirs, ours = ([pushed(library, "GroupNormPruner", model, reg=0.1, alpha=a) for a in (1, 4)] for library in (original, tp))
+    theirs, ours = (
+        [pushed(library, "GroupNormPruner", model, reg=0.1, alpha=a) for a in (1, 4)] for library in (original, tp)
+    )
     assert torch.equal(theirs[0]["conv1.weight"], theirs[1]["conv1.weight"])
     ratio = ours[1]["conv1.weight"].abs().sum() / ours[0]["conv1.weight"].abs().sum()
     assert ratio > 1.5

@@ -45,8 +45,10 @@ def test_pruners_take_the_same_arguments(name: str) -> None:
     got = [p for p in inspect.signature(ours).parameters if p not in ("args", "kwargs")]
     base = list(inspect.signature(tp.pruner.BasePruner).parameters)
     # What a regularising pruner does not name it passes on, in the same order.
-    assert [*got, *base[3:]][: len(expected)] == expected if name not in ("BasePruner", "MetaPruner", "MagnitudePruner") else (
-        got[: len(expected)] == expected
+    assert (
+        [*got, *base[3:]][: len(expected)] == expected
+        if name not in ("BasePruner", "MetaPruner", "MagnitudePruner")
+        else (got[: len(expected)] == expected)
     )
     methods = {m for m in public(theirs) if callable(getattr(theirs, m))}
     assert methods <= public(ours)

@@ -16,7 +16,7 @@ LAYER_PRUNER = ("prune_out_channels", "prune_in_channels", "get_out_channels", "
 
 def check_ratio(name: str, value: Any) -> None:
     """Raise :class:`ConfigError` unless ``value`` is a number in 0 .. 1."""
-    check(name, value, lambda v: isinstance(v, Real) and 0.0 <= v <= 1.0, "a number from 0 to 1")
+    check(name, value, lambda v: isinstance(v, Real) and 0.0 <= float(v) <= 1.0, "a number from 0 to 1")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -42,7 +42,7 @@ def check_importance(importance: Any) -> None:
 def in_model(model: nn.Module, argument: str, module: Any) -> nn.Module:
     """``module``, which must be a part of ``model``; raises :class:`ConfigError` otherwise."""
     if not isinstance(module, nn.Module) or not any(m is module for m in model.modules()):
-        what = f"a {type(module).__name__} that is not a part of the model" if isinstance(module, nn.Module) else repr(module)
+        what = f"a {type(module).__name__} that is not a part of it" if isinstance(module, nn.Module) else repr(module)
         raise ConfigError(f"{argument}: expected modules of the model (as in model.named_modules()), got {what}")
     return module
 
@@ -58,7 +58,9 @@ def split_ignored(model: nn.Module, ignored: Iterable[Any] | None) -> tuple[list
     params: list[Tensor] = []
     own = {id(p) for p in model.parameters()}
     if isinstance(ignored, (nn.Module, str)) or not isinstance(ignored, (Iterable, type(None))):
-        raise ConfigError(f"ignored_layers: expected a list of layers, got {type(ignored).__name__}; put it in brackets")
+        raise ConfigError(
+            f"ignored_layers: expected a list of layers, got {type(ignored).__name__}; put it in brackets"
+        )
     for layer in ignored or ():
         if isinstance(layer, nn.Parameter):
             if id(layer) not in own:
@@ -115,9 +117,9 @@ def check_unwrapped(model: nn.Module, unwrapped: Any) -> list[tuple[nn.Parameter
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], Tensor) or id(pair[0]) not in own:
             raise ConfigError("unwrapped_parameters: expected (parameter of the model, dimension) pairs")
-        if not isinstance(pair[1], Integral) or not -pair[0].ndim <= pair[1] < pair[0].ndim:
+        if not isinstance(pair[1], Integral) or not -pair[0].ndim <= int(pair[1]) < pair[0].ndim:
             raise ConfigError(
-                f"unwrapped_parameters: dimension {pair[1]!r} of a parameter of shape {tuple(pair[0].shape)} does not exist"
+                f"unwrapped_parameters: a parameter of shape {tuple(pair[0].shape)} has no dimension {pair[1]!r}"
             )
     return pairs
 
@@ -127,7 +129,8 @@ def checked_schedule(scheduler: Callable[..., Any], ratio: float, steps: int) ->
     found = [float(r) for r in scheduler(ratio, steps)]
     if len(found) < steps + 1 or not all(math.isfinite(r) and 0.0 <= r <= 1.0 for r in found):
         raise ConfigError(
-            f"iterative_pruning_ratio_scheduler: expected {steps + 1} ratios from 0 to 1 (for step 0 to {steps}), got {found}"
+            f"iterative_pruning_ratio_scheduler: expected {steps + 1} ratios from 0 to 1 (for steps 0 to {steps}), "
+            f"got {found}"
         )
     return found
 
@@ -137,9 +140,9 @@ def checked_indices(layer: str, idxs: Any, size: int | None) -> list[int]:
     if isinstance(idxs, Tensor):
         idxs = idxs.tolist()
     given: Sequence[Any] = [idxs] if isinstance(idxs, Integral) else list(idxs)
-    wrong = [i for i in given if not isinstance(i, Integral) or not 0 <= i < (math.inf if size is None else size)]
+    wrong = [i for i in given if not isinstance(i, Integral) or not 0 <= int(i) < (math.inf if size is None else size)]
     if wrong or not given:
-        raise ConfigError(f"{layer}: expected indices from 0 to {(size or 0) - 1}, got {wrong[:8] if given else 'none'}")
+        raise ConfigError(
+            f"{layer}: expected indices from 0 to {(size or 0) - 1}, got {wrong[:8] if given else 'none'}"
+        )
     return list(dict.fromkeys(int(i) for i in given))
-
-

@@ -18,7 +18,7 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether Torch-Pruning prunes the inputs and outputs of ``module`` as one (a convolution with a group for each)."""
+    """Whether ``module`` is a convolution with a group for each output: its two sides are pruned as one."""
     return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1
 
 

@@ -17,7 +17,7 @@ from ...plan.trace import output_tensors
 from ...plan.types import BoolArray
 from . import layerwise
 from .arguments import check_customized, checked_indices
-from .groups import GroupMaker, PlanGroup, Root
+from .groups import GroupMaker, Root
 from .shaping import Spec, run
 from .state import Engine, whole_units
 
@@ -33,6 +33,8 @@ class LiveGraph(DependencyGraph):
     """
 
     engine: Engine
+    CUSTOMIZED_PRUNERS: dict[Any, Any]
+    IGNORED_LAYERS_IN_TRACING: list[Any]
 
     def __init__(self, model: nn.Module, spec: Spec, customized: Mapping[Any, Any] | None, unwrapped: Any) -> None:
         self._nodes: dict[Any, Node] = {}
@@ -66,7 +68,9 @@ class LiveGraph(DependencyGraph):
 
     def _state(self) -> tuple[int, int, int]:
         engine = self.__dict__.get("engine")
-        return (0, 0, self.layerwise_prunes) if engine is None else (engine.lowered, engine.pruned, self.layerwise_prunes)
+        return (
+            (0, 0, self.layerwise_prunes) if engine is None else (engine.lowered, engine.pruned, self.layerwise_prunes)
+        )
 
     def refresh(self) -> None:
         """Trace the model as it is.
@@ -161,7 +165,9 @@ class LiveGraph(DependencyGraph):
 
     def name_of(self, module: Any) -> str:
         """The name of a layer or parameter in the model."""
-        return self._param_names.get(id(module), "") if isinstance(module, Tensor) else self._module2name.get(module, "")
+        return (
+            self._param_names.get(id(module), "") if isinstance(module, Tensor) else self._module2name.get(module, "")
+        )
 
     # Groups
 
@@ -200,7 +206,7 @@ class LiveGraph(DependencyGraph):
         channels = np.asarray(list(dict.fromkeys(axis[axis >= 0].tolist())), dtype=np.int64)
         return self.maker.of_layer(root, channels, by_position=True)
 
-    def _checked_root(self, module: Any, pruning_fn: Callable[..., Any]) -> Root:
+    def _checked_root(self, module: Any, pruning_fn: Any) -> Root:
         if not isinstance(module, (nn.Module, nn.Parameter)) or not (
             module in self._module2name or id(module) in self._param_names
         ):
@@ -209,19 +215,21 @@ class LiveGraph(DependencyGraph):
                 "model.named_modules())"
             )
         pruner = self.get_pruner_of_module(module)
-        outs = [getattr(pruner, "prune_out_channels", None)]
-        ins = [getattr(pruner, "prune_in_channels", None)]
+        outs: list[Any] = [getattr(pruner, "prune_out_channels", None)]
+        ins: list[Any] = [getattr(pruner, "prune_in_channels", None)]
         if ops.module2type(module) == ops.OPTYPE.DEPTHWISE_CONV:  # Torch-Pruning takes a convolution's operations, too
             conv = self.REGISTERED_PRUNERS[ops.OPTYPE.CONV]
             outs, ins = [*outs, conv.prune_out_channels, conv.prune_in_channels], []
         if pruning_fn not in (*outs, *ins) or pruner is self.REGISTERED_PRUNERS[ops.OPTYPE.ELEMENTWISE]:
             raise ConfigError(
-                f"{self.name_of(module)} is a {type(module).__name__}, which {getattr(pruning_fn, '__name__', pruning_fn)} "
-                f"of {type(getattr(pruning_fn, '__self__', None)).__name__} does not prune; pass an operation of "
+                f"{self.name_of(module)} is a {type(module).__name__}, which "
+                f"{getattr(pruning_fn, '__name__', pruning_fn)} of "
+                f"{type(getattr(pruning_fn, '__self__', None)).__name__} does not prune; pass an operation of "
                 f"{type(pruner).__name__}, or register a pruner for the layer with customized_pruners"
             )
         out = pruning_fn in outs
-        return Root(module, outs[0] if out else pruning_fn, out)
+        layer: Any = module  # a bare parameter is a layer, too
+        return Root(layer, outs[0] if out else pruning_fn, out)
 
     def _why(self, module: Any, axis: np.ndarray | None, wanted: list[int]) -> str:
         name = self.name_of(module)
@@ -243,14 +251,14 @@ class LiveGraph(DependencyGraph):
                 yield self.maker.whole(i)
         yield from layerwise.all_groups(self, ignored, kinds, tuple(root_module_types))
 
-    def is_open(self, root: str, number: int, ignored: set[int], kinds: tuple[type, ...], roots: tuple[type, ...]) -> bool:
+    def is_open(
+        self, root: str, number: int, ignored: set[int], kinds: tuple[type, ...], roots: tuple[type, ...]
+    ) -> bool:
         """Whether the plan's group ``number`` starts at a layer of ``roots`` and holds no ignored layer's outputs."""
         model, group = self.model, self.engine.plan.groups[number]
         if not any(isinstance(model.get_submodule(name), roots) for name in group.layers):
             return False
-        return not any(
-            id(m) in ignored or isinstance(m, kinds) for m in self.putting_out(number)
-        )
+        return not any(id(m) in ignored or isinstance(m, kinds) for m in self.putting_out(number))
 
     def putting_out(self, number: int) -> list[nn.Module]:
         """Layers that put out channels of the plan's group ``number``: those that make them and their norms."""
@@ -285,7 +293,9 @@ class LiveGraph(DependencyGraph):
             try:
                 module = self.model.get_submodule(name)
             except AttributeError:
-                raise ConfigError(f"pruning history: the model has no layer {name!r}; was it saved from another?") from None
+                raise ConfigError(
+                    f"pruning history: the model has no layer {name!r}; was it saved from another?"
+                ) from None
             pruner = self.get_pruner_of_module(module)
             self.get_pruning_group(module, pruner.prune_out_channels if out else pruner.prune_in_channels, idxs).prune()
 
@@ -308,5 +318,3 @@ def _in_autograd(out: Any) -> list[Tensor]:
     if not found:
         raise PatError("no output of the model takes part in autograd")
     return found
-
-

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 from torch_pruning import _helpers
-from torch_pruning.dependency import Dependency, Group, Node
+from torch_pruning.dependency import Dependency, Group
 
 from ...errors import PatError, PlanError, SurgeryError
 from ...plan.types import Group as PlannedGroup

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch_pruning import _helpers, ops
+from torch_pruning import _helpers
 from torch_pruning.dependency import Dependency, Group
 
 from ...errors import PatError, SurgeryError
@@ -70,8 +70,8 @@ class LayerwiseGroup(Group):
             if isinstance(error, PatError) or not isinstance(error, Exception):
                 raise
             raise SurgeryError(
-                f"{self._DG.name_of(dep.target.module)}: its layer pruner failed ({type(error).__name__}: {error}); the "
-                "prune was undone, the model and its optimizers are as they were"
+                f"{self._DG.name_of(dep.target.module)}: its layer pruner failed ({type(error).__name__}: {error}); "
+                "the prune was undone, the model and its optimizers are as they were"
             ) from error
         self._DG.layerwise_prunes += 1
         if record_history:
@@ -109,7 +109,7 @@ def all_groups(
     if not any_foreign(graph):
         return
     visited: set[int] = set()
-    for module in list(graph.module2node):
+    for module in [m for m in graph.module2node if isinstance(m, nn.Module)]:
         held = id(module) in ignored or isinstance(module, kinds) or module in graph.IGNORED_LAYERS_IN_TRACING
         if held or not isinstance(module, roots) or id(module) in visited:
             continue
@@ -209,7 +209,11 @@ def _cuts(module: nn.Module, double: nn.Module, name: str) -> Iterator[_Cut]:
         )
     for local, tensor in mine.items():
         kept = its[local].detach()
-        if kept.dtype != torch.float64 or kept.frac().any() or (kept.numel() and not 0 <= kept.min() <= kept.max() < tensor.numel()):
+        if (
+            kept.dtype != torch.float64
+            or kept.frac().any()
+            or (kept.numel() and not 0 <= kept.min() <= kept.max() < tensor.numel())
+        ):
             raise SurgeryError(
                 f"{name}.{local}: its layer pruner computes new values; it must select elements of the old tensor (by "
                 "indexing), so that gradients and optimizer state can follow"
@@ -256,5 +260,3 @@ def _restorer(module: nn.Module, key: str, held: bool, was: Any) -> Undo:
             module.__dict__.pop(key, None)
 
     return restore
-
-

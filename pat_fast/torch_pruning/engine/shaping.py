@@ -99,9 +99,7 @@ def _reduced_forward(model: nn.Module, spec: Spec) -> Iterator[None]:
 # Attention
 
 
-def _by_index(
-    model: nn.Module, plan: Plan, num_heads: Mapping[nn.Module, int]
-) -> tuple[Plan, dict[str, Attention]]:
+def _by_index(model: nn.Module, plan: Plan, num_heads: Mapping[nn.Module, int]) -> tuple[Plan, dict[str, Attention]]:
     """Make index i of queries, keys, values and of what reads them one channel, as Torch-Pruning does.
 
     A plan keeps queries with keys and values with their reader apart, and holds whole heads together.
@@ -210,9 +208,7 @@ def merge_channels(plan: Plan, into: IndexArray) -> Plan:
         n_channels=len(left),
         n_units=int(unit.max()) + 1,
         unit=unit,
-        groups=tuple(
-            replace(g, start=int(a), stop=int(b)) for g, (a, b) in zip(plan.groups, bounds, strict=True)
-        ),
+        groups=tuple(replace(g, start=int(a), stop=int(b)) for g, (a, b) in zip(plan.groups, bounds, strict=True)),
         tensors=tuple(replace(t, axes=axes(t.axes)) for t in plan.tensors),
         work=tuple(fold_fixed(replace(w, axes=tuple(renumber(a) for a in w.axes))) for w in plan.work),
         widths=tuple(replace(w, channels=renumber(w.channels)) for w in plan.widths),
@@ -232,7 +228,9 @@ def with_units(plan: Plan, unit: np.ndarray) -> Plan:
 
 def _declared_blocks(model: nn.Module, plan: Plan, spec: Spec, attentions: Mapping[str, Attention]) -> Plan:
     """Couple what the user's ``in_channel_groups`` and ``out_channel_groups`` say must shrink alike."""
-    declared = [(m, n, out) for of, out in ((spec.out_groups, True), (spec.in_groups, False)) for m, n in (of or {}).items()]
+    declared = [
+        (m, n, out) for of, out in ((spec.out_groups, True), (spec.in_groups, False)) for m, n in (of or {}).items()
+    ]
     if not declared:
         return plan
     sides = _Sides(model, plan)

@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from ...plan import Binding, Plan
 from ...plan.types import BoolArray, IndexArray
 from ...surgery import prune
 from .axes import Axes
-from .shaping import Attention, Spec, lower
+from .shaping import Spec, lower
 
 Listener = Callable[[IndexArray], None]
 
@@ -109,7 +108,9 @@ class Engine:
         left = np.bincount(plan.group_of[keep], minlength=len(plan.groups))
         survivors = np.flatnonzero(keep & (left[plan.group_of] > 1))  # a group's last channel leaves the plan
         if len(survivors) != self.plan.n_channels:
-            raise PlanError("the plan of the pruned model does not hold the channels that were kept; build a new pruner")
+            raise PlanError(
+                "the plan of the pruned model lost channels that were kept; build a new pruner"
+            )
         self.born = self.born[survivors]
         self.pruned += 1
         for listener in self.listeners:
@@ -133,7 +134,7 @@ class Engine:
         made = (tiles for tables, _ in self.binding._cache.values() for tiles in tables)
         expected.update(id(t) for tiles in made for t in tiles.tensors)
         probe = {"": nn.Parameter()}
-        base = [sys.getrefcount(p) for p in probe.values()][0] - 1
+        base = next(sys.getrefcount(p) for p in probe.values()) - 1
         return any(
             p is not None and sys.getrefcount(p) > base + expected[id(p)]
             for m in self.model.modules()

@@ -116,8 +116,8 @@ def _mapped(mapping: Any, idxs: IndexArray, roots: IndexArray) -> tuple[IndexArr
             return idxs * mapping.step + mapping.start, roots
         inside = (idxs >= mapping.start) & (idxs < mapping.end) & ((idxs - mapping.start) % mapping.step == 0)
         return (idxs[inside] - mapping.start) // mapping.step, roots[inside]
-    pairs = [_helpers._HybridIndex(i, r) for i, r in zip(idxs.tolist(), roots.tolist(), strict=True)]
-    mapped = mapping(pairs)
+    hybrid = [_helpers._HybridIndex(i, r) for i, r in zip(idxs.tolist(), roots.tolist(), strict=True)]
+    mapped = mapping(hybrid)
     plain = np.asarray([p.idx for p in mapped], dtype=np.int64)
     return plain, np.asarray([LOST if p.root_idx is None else p.root_idx for p in mapped], dtype=np.int64)
 

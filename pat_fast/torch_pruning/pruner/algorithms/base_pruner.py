@@ -45,7 +45,7 @@ class BasePruner(_Original):
         self,
         model: nn.Module,
         example_inputs: Any,
-        importance: Callable[..., Any],
+        importance: Any,
         global_pruning: bool = False,
         pruning_ratio: float = 0.5,
         pruning_ratio_dict: Mapping[Any, float] | None = None,
@@ -109,10 +109,14 @@ class BasePruner(_Original):
         unwrapped = arguments.check_unwrapped(model, unwrapped_parameters)
         self.DG = LiveGraph(model, spec, customized_pruners, unwrapped)
         self._layer_to_scope: dict[nn.Module, tuple[str, Sequence[nn.Module]]] = {}
-        self.pruning_ratio_dict = self._user_scopes(arguments.checked_ratios(model, "pruning_ratio_dict", pruning_ratio_dict))
+        self.pruning_ratio_dict = self._user_scopes(
+            arguments.checked_ratios(model, "pruning_ratio_dict", pruning_ratio_dict)
+        )
         self.head_pruning_ratio_dict = {
             m: self._schedule(ratio)
-            for key, ratio in arguments.checked_ratios(model, "head_pruning_ratio_dict", head_pruning_ratio_dict).items()
+            for key, ratio in arguments.checked_ratios(
+                model, "head_pruning_ratio_dict", head_pruning_ratio_dict
+            ).items()
             for m in key.modules()
             if self._is_prunable(m)
         }
@@ -203,9 +207,7 @@ class BasePruner(_Original):
 
     def _exceeded(self) -> bool:
         if self.current_step > self.iterative_steps:
-            warnings.warn(
-                "Pruning exceed the maximum iterative steps, no pruning will be performed.", stacklevel=3
-            )
+            warnings.warn("Pruning exceed the maximum iterative steps, no pruning will be performed.", stacklevel=3)
             return True
         return False
 
@@ -304,7 +306,11 @@ class BasePruner(_Original):
         engine.current()
         planned = self._planned()
         loose = self._loose()
-        choose([p.candidate for p in planned] + [c for c, _, _ in loose], self._scope_initial_channels, self.round_to or None)
+        choose(
+            [p.candidate for p in planned] + [c for c, _, _ in loose],
+            self._scope_initial_channels,
+            self.round_to or None,
+        )
         self._choose_heads(planned)
         ready = []
         for candidate, group, blocks in loose:
@@ -365,7 +371,11 @@ class BasePruner(_Original):
         group = plan.groups[number]
         least = 1 if units == channels or group.root in self.engine.attentions else min(units, plan.least_units(group))
         blocks = {name for name, _ in group.members}
-        grouped = any(t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks) if units != channels else False
+        grouped = (
+            any(t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks)
+            if units != channels
+            else False
+        )
         return min(units, 2) if grouped else least
 
     def _cap(self, root: str, units: int) -> int:
@@ -410,7 +420,9 @@ class BasePruner(_Original):
             ratio = self.per_step_pruning_ratio[self.current_step]
             if module is not None:
                 ratio = self.get_target_pruning_ratio(module, step=self.current_step)
-            found.append((Candidate(root, scope, ratio, units, len(scores), self._cap(root, len(units))), group, blocks))
+            found.append(
+                (Candidate(root, scope, ratio, units, len(scores), self._cap(root, len(units))), group, blocks)
+            )
         return found
 
     def _choose_heads(self, planned: Sequence[Planned]) -> None:
@@ -456,7 +468,9 @@ class BasePruner(_Original):
         group = self.DG.whole_layer(layer, pruning_fn)
         scores = self.estimate_importance(group)
         if scores is None:
-            raise PlanError(f"{self.DG.name_of(layer)}: the importance gives no scores for its group; pass indices instead")
+            raise PlanError(
+                f"{self.DG.name_of(layer)}: the importance gives no scores for its group; pass indices instead"
+            )
         unit = np.arange(len(scores))
         if isinstance(group, PlanGroup):
             unit = np.unique(self.engine.plan.unit[self.engine.now(group.born)], return_inverse=True)[1]

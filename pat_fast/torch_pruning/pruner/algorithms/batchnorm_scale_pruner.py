@@ -42,14 +42,14 @@ class BNScalePruner(BasePruner):
 
     @torch.no_grad()
     def regularize(self, model: nn.Module, reg: float | None = None, bias: bool = False) -> None:
-        """Add the penalty to the gradients of batch norms, those in ``ignored_layers`` excepted; call after backward."""
+        """Add the penalty to the gradients of batch norms that are not in ``ignored_layers``; call after backward."""
         reg = self.reg if reg is None else reg
         ignored = {id(m) for m in self.ignored_layers}
         if not self.group_lasso:
-            for module in model.modules():
-                if isinstance(module, BATCHNORM) and id(module) not in ignored and module.affine:
-                    if module.weight.grad is not None:
-                        module.weight.grad.add_(module.weight.sign(), alpha=reg)
+            norms = (m for m in model.modules() if isinstance(m, BATCHNORM) and id(m) not in ignored)
+            for weight in (m.weight for m in norms if m.affine):
+                if weight.grad is not None:
+                    weight.grad.add_(weight.sign(), alpha=reg)
             return
         binding = self.engine.current()
         wanted = parameters_of(BATCHNORM, self.ignored_layers, False)
