@@ -44,7 +44,7 @@ def every_way() -> Iterator[Any]:
             yield pytest.param(name, way, marks=() if (name, way) in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "way"), every_way())
+@pytest.mark.parametrize(("name", "way"), list(every_way()))
 def test_ten_steps(name: str, way: str) -> None:
     model, inputs = small(name)
     arguments = dict(WAYS[way])

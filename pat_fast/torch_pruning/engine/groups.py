@@ -12,8 +12,8 @@ from torch_pruning import _helpers
 from torch_pruning.dependency import Dependency, Group
 
 from ...errors import PatError, PlanError, SurgeryError
+from ...plan.types import Axis, IndexArray, Plan, TensorMap
 from ...plan.types import Group as PlannedGroup
-from ...plan.types import IndexArray
 from .axes import VIRTUAL, positions
 from .state import whole_units
 from .walk import Endless, Visit, walk
@@ -91,6 +91,7 @@ class GroupMaker:
     def __init__(self, graph: LiveGraph) -> None:
         self.graph = graph
         self._known: dict[tuple[int, str], Structure] = {}
+        self._of_plan: tuple[Plan, list[list[tuple[TensorMap, Axis]]]] | None = None
 
     def root(self, group: PlannedGroup) -> Root:
         """Where Torch-Pruning starts: the first layer that makes the channels, or an attention's reader."""
@@ -223,8 +224,12 @@ class GroupMaker:
         """The layers (and bare parameters) that hold channels of ``own``, with the side: True for outputs."""
         engine = self.graph.engine
         known: set[tuple[int, bool]] = set()
-        for tensor, axis in engine.plan.axes():
-            if not np.isin(axis.channels, own).any():
+        members = self._members()
+        groups = np.unique(engine.plan.group_of[own]).tolist()
+        wanted = np.zeros(engine.plan.n_channels + 1, dtype=np.bool_)  # the last entry is for -1
+        wanted[own] = True
+        for tensor, axis in (member for g in groups for member in members[g]):
+            if not wanted[axis.channels].any():
                 continue
             for owner, local in engine.binding.owners(tensor.name):
                 bare = self.graph.is_bare(owner)
@@ -233,6 +238,17 @@ class GroupMaker:
                 if (bare or local == "weight" or axis.role == "both") and (id(target), out) not in known:
                     known.add((id(target), out))
                     yield target, out
+
+    def _members(self) -> list[list[tuple[TensorMap, Axis]]]:
+        """For each group of the plan, the tensor axes that hold channels of it."""
+        plan = self.graph.engine.plan
+        if self._of_plan is None or self._of_plan[0] is not plan:
+            found: list[list[tuple[TensorMap, Axis]]] = [[] for _ in plan.groups]
+            for tensor, axis in plan.axes():
+                for number in np.unique(plan.group_of[axis.channels[axis.channels >= 0]]).tolist():
+                    found[number].append((tensor, axis))
+            self._of_plan = (plan, found)
+        return self._of_plan[1]
 
     def _made(self, root: Root, own: IndexArray) -> list[Dependency]:
         """The entries straight from the plan, the root first."""

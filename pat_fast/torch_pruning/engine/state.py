@@ -108,9 +108,7 @@ class Engine:
         left = np.bincount(plan.group_of[keep], minlength=len(plan.groups))
         survivors = np.flatnonzero(keep & (left[plan.group_of] > 1))  # a group's last channel leaves the plan
         if len(survivors) != self.plan.n_channels:
-            raise PlanError(
-                "the plan of the pruned model lost channels that were kept; build a new pruner"
-            )
+            raise PlanError("the plan of the pruned model lost channels that were kept; build a new pruner")
         self.born = self.born[survivors]
         self.pruned += 1
         for listener in self.listeners:
