@@ -14,6 +14,7 @@ from torch import nn
 import pat_fast.torch_pruning as tp
 from benchmarks import zoo
 from benchmarks.models.residual import resnext50
+from pat_fast.criteria import GroupNorm
 from tests.torch_pruning.against import build, compare, quiet
 
 MODELS = [
@@ -51,7 +52,7 @@ def test_ten_steps(name: str, way: str) -> None:
     if (name, way) == (
         "regnet_y_400mf",
         "isomorphic",
-    ):  # beyond that Torch-Pruning makes it depthwise: test_differences
+    ):  # beyond that Torch-Pruning makes it depthwise: test_pruner_differences
         arguments["pruning_ratio"] = 0.3
     outcome = compare(model, inputs, 10, lambda _: arguments)
     assert outcome.steps == 10 or outcome.near
@@ -94,7 +95,9 @@ HEADS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["vit_s16", "vit_s16_fused"])
 def test_attention_heads(name: str, way: str) -> None:
     model, inputs = small(name)
-    steps = 3 if "global" in way else 1  # Torch-Pruning's local head ratios add up over steps: see test_differences
+    steps = (
+        3 if "global" in way else 1
+    )  # Torch-Pruning's local head ratios add up over steps: see test_pruner_differences
     outcome = compare(model, inputs, steps, lambda _: HEADS[way])
     assert outcome.steps == steps
 
@@ -185,3 +188,54 @@ def test_manual_width_by_indices() -> None:
         pruner.manual_prune_width(conv, library.prune_conv_out_channels, [1, 4, 5])
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+class Scorer:
+    """An importance that scores whole plans; ``order`` is what it was given."""
+
+    group_reduction: Any = "mean"
+    order: Any = None
+
+    def score(self, binding: Any, order: Any = None) -> torch.Tensor:
+        self.order = order
+        return GroupNorm(2.0).score(binding)
+
+    def __call__(self, group: Any) -> torch.Tensor:
+        raise AssertionError("a plan can be scored at once")
+
+
+def test_plans_are_scored_at_once() -> None:
+    model, inputs = small("resnet18")
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    mine = build(tp, ours, inputs, {"importance": Scorer(), "global_pruning": True})
+    its = build(original, theirs, inputs, {"global_pruning": True})
+    with quiet():
+        its.step()
+    mine.step()
+    assert mine.pruning_history() == [entry for entry in its.pruning_history() if entry[2]]
+    assert mine.importance.order is None
+
+
+def test_the_order_of_members_is_given_where_it_matters() -> None:
+    model, inputs = small("resnet18")
+    importance = Scorer()
+    importance.group_reduction = "first"
+    pruner = build(tp, model, inputs, {"importance": importance})
+    pruner.step()
+    names = {i: [member for member in order if member[0].endswith("weight")] for i, order in importance.order.items()}
+    assert all(len(members) == len(set(members)) > 1 for members in names.values())
+    assert all(members[0][1] == 0 for members in names.values())
+
+
+def test_a_class_that_overrides_the_scores_of_groups_is_asked_for_groups() -> None:
+    class Mine(Scorer):
+        def __call__(self, group: Any) -> torch.Tensor:
+            return original.importance.GroupMagnitudeImportance()(group)
+
+        order = "not asked"
+
+    model, inputs = small("resnet18")
+    pruner = build(tp, model, inputs, {"importance": Mine()})
+    pruner.step()
+    assert pruner.importance.order == "not asked"
+    assert pruner.pruning_history()

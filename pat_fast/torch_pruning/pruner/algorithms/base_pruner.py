@@ -23,6 +23,7 @@ from ...engine.graph import History, LiveGraph
 from ...engine.groups import PlanGroup
 from ...engine.planned import Planned, unit_means
 from ...engine.ranking import Candidate, choose, choose_heads
+from ...engine.scoring import depends_on_order, scores_plans
 from ...engine.shaping import Attention, Spec
 from ...engine.state import Engine
 
@@ -325,8 +326,10 @@ class BasePruner(_Original):
     def _scores(self) -> Tensor:
         """Importance of every channel of the plan ``[N]`` on the CPU; NaN where there is none."""
         binding = self.engine.binding
-        native = type(self).estimate_importance is BasePruner.estimate_importance
-        if native and callable(getattr(self.importance, "score", None)):
+        if type(self).estimate_importance is BasePruner.estimate_importance and scores_plans(self.importance):
+            if depends_on_order(self.importance):
+                order = {n: self.DG.maker.order(n) for n in range(len(binding.plan.groups)) if self._is_open(n)}
+                return self.importance.score(binding, order).detach().cpu()
             return self.importance.score(binding).detach().cpu()
         found = torch.full((binding.plan.n_channels,), torch.nan)
         for number in range(len(binding.plan.groups)):

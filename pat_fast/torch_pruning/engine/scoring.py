@@ -1,0 +1,26 @@
+"""What an importance can do: score a whole plan at once, or one group at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# How single groups are scored: a class that overrides one of these means groups, not plans.
+_OF_GROUPS = ("__call__", "_reduce", "_normalize", "_lamp")
+
+
+def scores_plans(importance: Any) -> bool:
+    """Whether ``importance.score(binding)`` gives what calling it on groups would.
+
+    Not so for a class that inherits ``score`` and overrides how groups are scored.
+    """
+    if not callable(getattr(importance, "score", None)):
+        return False
+    line = type(importance).__mro__
+    own = next((i for i, cls in enumerate(line) if "score" in vars(cls)), -1)
+    return not any(name in vars(cls) for cls in line[: max(own, 0)] for name in _OF_GROUPS)
+
+
+def depends_on_order(importance: Any) -> bool:
+    """Whether it matters in which order a group's members come: ``score(binding, order)`` takes it then."""
+    reduction = getattr(importance, "group_reduction", None)
+    return reduction in ("first", "gate") or callable(reduction)
