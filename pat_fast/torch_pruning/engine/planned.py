@@ -50,10 +50,17 @@ class Planned:
 
 
 def unit_means(scores: Tensor, unit: IndexArray) -> Any:
-    """Mean score of each unit, summed as Torch-Pruning does where units repeat block by block: ``[U]``."""
+    """Mean score of each unit, summed as Torch-Pruning does where units repeat block by block: ``[U]``.
+
+    Channels without a score (NaN) do not count: an importance of groups cannot score a channel that has several
+    indices in every layer (a rotary pair); the rest of its unit speaks for it.
+    """
     units = int(unit.max()) + 1
     if units == len(unit):
         return scores.numpy()[np.argsort(unit, kind="stable")]
-    if len(unit) % units == 0 and (unit.reshape(-1, units) == np.arange(units)).all():
+    known = ~scores.isnan().numpy()
+    if known.all() and len(unit) % units == 0 and (unit.reshape(-1, units) == np.arange(units)).all():
         return scores.view(-1, units).mean(0).numpy()
-    return np.bincount(unit, weights=scores.double().numpy(), minlength=units) / np.bincount(unit)
+    total = np.bincount(unit[known], weights=scores.double().numpy()[known], minlength=units)
+    count = np.bincount(unit[known], minlength=units)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
