@@ -138,6 +138,10 @@ class Binding:
         """All names of tensor ``name``: more than one when it is tied."""
         return self._names[id(self.tensors[name])]
 
+    def owners(self, name: str) -> list[tuple[nn.Module, str]]:
+        """All modules that hold tensor ``name``, and its name in each."""
+        return [self.owner(n) for n in self.aliases(name)]
+
     def tiles(self, key: str, wanted: Callable[[TensorMap, nn.Module, str], bool]) -> tuple[Tiles, ...]:
         """Tile tables over the tensors for which ``wanted(map, owner, local name)`` holds.
 
