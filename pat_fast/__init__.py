@@ -14,6 +14,7 @@ from .errors import (
     PlanError,
     SurgeryError,
 )
+from .layers import register_layer
 from .plan import Plan
 from .proof import build_plan
 from .pruner import Pruner
@@ -38,6 +39,7 @@ __all__ = [
     "SurgeryError",
     "build_plan",
     "load",
+    "register_layer",
     "register_state_layout",
     "save",
 ]

@@ -165,7 +165,7 @@ def _check_layer(
         if isinstance(module, kind):
             now = {a: wanted.get((id(module), a), getattr(module, a)) for a in sizes(module)}
             expected = rule.shape(module, now, local)
-            told = rule.from_weight(module, tuple(tensor.shape), now.get("groups", 1)) if local == "weight" else {}
+            told = rule.from_tensor(module, local, tuple(tensor.shape), now.get("groups", 1))
             if (expected is not None and tuple(tensor.shape) != expected) or any(now[a] != n for a, n in told.items()):
                 raise CheckpointError(
                     f"{path}: {name}.{local} has shape {tuple(tensor.shape)}, its layer's sizes ({now}) say {expected}"

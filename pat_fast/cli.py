@@ -163,9 +163,11 @@ def _show_plan(found: Plan) -> None:
         groups.add_row(group.root, f"{group.channels}{of}", "\n".join(_member_lines(group)))
     if found.groups:
         console.print(groups)
-    frozen = Table("frozen", "channels", "why")
+    from .plan.hints import hint
+
+    frozen = Table("frozen", "channels", "why, and what helps")
     for axis in found.frozen:
-        frozen.add_row(axis.layer, str(axis.channels), axis.reason)
+        frozen.add_row(axis.layer, str(axis.channels), "\n".join(filter(None, (axis.reason, hint(axis.reason)))))
     if found.frozen:
         console.print(frozen)
     for note in found.notes:

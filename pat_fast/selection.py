@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +186,7 @@ def select(
     def keep_after(count: int) -> BoolArray:
         removed = np.zeros(plan.n_units, dtype=np.bool_)
         removed[order[:count]] = True
-        if limits.round_to > 1:
+        if limits.round_to > 1 or any(g.multiple > 1 for g in plan.groups):
             removed = _round(plan, removed, ranks, free, size, home, limits)
         return ~removed[plan.unit]
 
@@ -235,20 +236,24 @@ def _round(
     home: NDArray[np.int64],
     limits: Limits,
 ) -> BoolArray:
-    """Make what each group keeps a multiple of ``round_to``, by removing or sparing its next best units."""
+    """Make what each group keeps a multiple of ``round_to``, and of what its kernels need.
+
+    Its next best units are removed, or spared.
+    """
     removed = removed.copy()
     for i, group in enumerate(plan.groups):
         units = np.flatnonzero(home == i)
         if not removed[units].any():
             continue
+        step = math.lcm(limits.round_to, group.multiple)
         kept = int(size[units][~removed[units]].sum())
         gone = np.isneginf(ranks[units])
         most = group.channels - int(size[units][gone].sum())
-        nearest = max(limits.round_to, round(kept / limits.round_to) * limits.round_to)
+        nearest = max(step, round(kept / step) * step)
         order = units[np.argsort(ranks[units], kind="stable")]
         order = order[free[order]]
         removed[units] = gone
-        for wanted in range(nearest, most, limits.round_to):  # units may be too large, or protected, for the nearest
+        for wanted in range(nearest, most, step):  # units may be too large, or protected, for the nearest
             cut = _affordable(size[order], group.channels - wanted)
             if int(size[order[:cut]].sum()) == group.channels - wanted:
                 removed[order[:cut]] = True

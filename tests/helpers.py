@@ -64,7 +64,11 @@ def random_keep(plan: Plan, seed: int, ratio: float = 0.3) -> np.ndarray:
     rng = np.random.default_rng(seed)
     kept = rng.random(plan.n_units) > ratio
     for group in plan.groups:
-        kept[np.unique(plan.unit[group.start : group.stop])[: plan.least_units(group)]] = True
+        units = np.unique(plan.unit[group.start : group.stop])
+        kept[units[: plan.least_units(group)]] = True
+        step = group.multiple * len(units) // group.channels or 1
+        spared = units[~kept[units]]
+        kept[spared[: -int(kept[units].sum()) % step]] = True
     for tensor, axis in plan.axes():
         if (axis.channels >= 0).all():
             units = np.unique(plan.unit[axis.channels])

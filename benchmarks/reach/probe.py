@@ -21,7 +21,7 @@ import pat_fast as pat
 from benchmarks.reach.models import Family, build
 from pat_fast.masks import Mask
 from pat_fast.plan import Plan, bind
-from pat_fast.plan.trace import output_tensors
+from pat_fast.plan.trace import fixed_outputs
 from pat_fast.surgery import prune
 
 LEAST = 0.10  # a family counts as pruned if this share of its weights went, at a ratio of 0.3
@@ -148,7 +148,7 @@ def dense_run(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[nn.Module]
     handles = [m.register_forward_hook(lambda m, *_: ran.setdefault(id(m), m) and None) for m in model.modules()]
     try:
         torch.manual_seed(0)
-        outputs = output_tensors(model.train()(**inputs))
+        outputs = fixed_outputs(model.train()(**inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -201,7 +201,8 @@ def keep_for(plan: Plan, ratio: float, seed: int = 0) -> Keep:
     for group in plan.groups:
         units = np.unique(plan.unit[group.start : group.stop])
         spare = len(units) - plan.least_units(group)
-        kept[rng.permutation(units)[: min(round(ratio * len(units)), spare)]] = False
+        step = max(group.multiple * len(units) // group.channels, 1)  # kernels that need a multiple of so many
+        kept[rng.permutation(units)[: min(round(ratio * len(units)), spare) // step * step]] = False
     for tensor, axis in plan.axes():
         units = np.unique(plan.unit[axis.channels[axis.channels >= 0]])
         keep = kept[plan.unit]
@@ -278,7 +279,7 @@ def _twin(family: Family, model: nn.Module) -> nn.Module:
 def _outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
-        return output_tensors(model(**inputs))
+        return fixed_outputs(model(**inputs))
 
 
 def generate(model: nn.Module, inputs: dict[str, Any]) -> None:

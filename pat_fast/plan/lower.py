@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,7 +181,7 @@ class _Attempt:
     def _forward(self) -> list[torch.Tensor]:
         tracer = self.tracer
         try:
-            with tracer.scopes(), ExitStack() as stack:
+            with tracer.scopes(), tracer.equivalents(), ExitStack() as stack:
                 if self._with_numbers:
                     stack.enter_context(tracer.numbers.planted(self._model))
                     stack.enter_context(tracer.numbers)
@@ -243,8 +244,31 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         other_params=other,
         notes=notes,
     )
+    plan = _in_multiples(plan, [(channel(slots.reshape(-1)), m) for slots, m in tracer.multiples])
     alone = [i for i, g in enumerate(plan.groups) if len(np.unique(plan.unit[g.start : g.stop])) == 1]
     return plan.freeze(alone, "its channels all go together: nothing of it can be removed")
+
+
+def _in_multiples(plan: Plan, needed: list[tuple[ChannelArray, int]]) -> Plan:
+    """Groups that hold channels of which a kernel needs a multiple keep one; those that cannot stay as they are."""
+    multiple = [1] * len(plan.groups)
+    stuck = set()
+    for channels, m in needed:
+        live = channels[channels >= 0]
+        for number in np.unique(plan.group_of[live]).tolist():
+            group = plan.groups[number]
+            _, sizes = np.unique(plan.unit[group.start : group.stop], return_counts=True)
+            _, times = np.unique(plan.unit[live[plan.group_of[live] == number]], return_counts=True)
+            if len(times) != len(sizes) or len(set(sizes.tolist())) > 1 or len(set(times.tolist())) > 1:
+                stuck.add(number)
+                continue
+            units = math.lcm(multiple[number] // sizes[0] or 1, m // math.gcd(int(times[0]), m))
+            multiple[number] = units * int(sizes[0])
+            if group.channels % multiple[number]:
+                stuck.add(number)
+    groups = tuple(replace(g, multiple=m) for g, m in zip(plan.groups, multiple, strict=True))
+    plan = replace(plan, groups=groups)
+    return plan.freeze(stuck, "a kernel reads it in steps of 16 bytes, which do not fit its units")
 
 
 def _place(symbol: Symbol) -> tuple[str, str, int | None]:

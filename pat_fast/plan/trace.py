@@ -9,11 +9,18 @@ case. What an op does to labels is said in :mod:`pat_fast.plan.rules`; an op tha
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +28,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .labels import Factors, IntArray, Slots, is_phantom, place, varying
 from .numbers import Count, NumberWatch, Symbol
+
+# Kinds of modules -> a forward in ordinary PyTorch ops, for tracing; see register_layer.
+EQUIVALENTS: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 @dataclass
@@ -69,6 +79,7 @@ class Tracer(TorchDispatchMode):
         self.splits: list[IntArray] = []  # labels that a view spread over several dimensions
         self.widths: list[Count] = []
         self.numbers = NumberWatch(self)
+        self.multiples: list[tuple[IntArray, int]] = []  # labels of which a kernel needs a multiple of so many
         self.shares: list[tuple[IntArray, IntArray]] = []  # labels, and those of a tensor that meets all of a kind
         self._marks = WeakTensorKeyDictionary()
         self._poisoned = WeakTensorKeyDictionary()
@@ -129,7 +140,9 @@ class Tracer(TorchDispatchMode):
     def where(self) -> str:
         """The op being traced and the module that called it, for messages."""
         path = self._path[-1] if self._path else ""
-        return f"{self._op} in {path}" if path else self._op
+        what = f"{self._op} in {path}" if path else self._op
+        line = _line_of_the_model()
+        return f"{what}, {line}" if line else what
 
     def mark(self, tensor: Tensor) -> Mark:
         """What is known of ``tensor``; a parameter gets slots on all its axes the first time."""
@@ -273,6 +286,24 @@ class Tracer(TorchDispatchMode):
     # Around the forward
 
     @contextmanager
+    def equivalents(self) -> Iterator[None]:
+        """Run modules of registered kinds by what was registered as equivalent to their forward."""
+        changed = []
+        try:
+            for module in self._model.modules():
+                forward = next((EQUIVALENTS[k] for k in type(module).__mro__ if k in EQUIVALENTS), None)
+                if forward is not None:
+                    changed.append((module, vars(module).get("forward")))
+                    vars(module)["forward"] = partial(forward, module)
+            yield
+        finally:
+            for module, before in changed:
+                if before is None:
+                    del vars(module)["forward"]
+                else:
+                    vars(module)["forward"] = before
+
+    @contextmanager
     def scopes(self) -> Iterator[None]:
         """Keep track of which module is running, so that messages can name it."""
 
@@ -297,6 +328,20 @@ class Tracer(TorchDispatchMode):
                 handle.remove()
 
 
+_LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, np.__file__, Path(__file__).parent))
+
+
+def _line_of_the_model() -> str:
+    """Where the forward is: the innermost line of code that is neither PyTorch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
 def _independent(factors: list[IntArray]) -> Factors:
     """Drop factors whose dimensions another one (already related to it) covers."""
     kept: list[IntArray] = []
@@ -319,13 +364,13 @@ def fixed_outputs(out: Any) -> list[Tensor]:
 
 
 def output_tensors(out: Any) -> list[Tensor]:
-    """All tensors in what a model returned: nested lists, tuples, dicts and dataclasses are searched."""
+    """All tensors in what a model returned: nested lists, tuples, dicts and attributes of objects are searched."""
     if isinstance(out, Tensor):
         return [out]
     if isinstance(out, dict):
         return [t for v in out.values() for t in output_tensors(v)]
     if isinstance(out, (list, tuple)):
         return [t for v in out for t in output_tensors(v)]
-    if hasattr(out, "__dataclass_fields__"):
-        return [t for k in out.__dataclass_fields__ for t in output_tensors(getattr(out, k))]
+    if hasattr(out, "__dict__") and not isinstance(out, type):
+        return [t for v in vars(out).values() for t in output_tensors(v)]
     return []

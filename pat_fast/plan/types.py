@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PlanError
+from .hints import hint
 
 ChannelArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
@@ -82,6 +83,7 @@ class Group:
     layers: tuple[str, ...]  # modules that put out these channels
     members: tuple[tuple[str, int], ...]  # (tensor, dimension) pairs that hold them
     statistic: str | None = None  # a statistic over these channels: masking is then not the same as removing
+    multiple: int = 1  # of which the number of channels must stay one: a kernel asks for it
 
     @property
     def channels(self) -> int:
@@ -191,6 +193,13 @@ class Plan:
                 f"group {self.groups[number].root}: keep leaves {stay[number]} of {(home == number).sum()} units; at "
                 f"least {self._least_units[number]} must stay"
             )
+        for group in self.groups:
+            left_over = int(keep[group.start : group.stop].sum()) if group.multiple > 1 else 0
+            if left_over % group.multiple:
+                raise PlanError(
+                    f"group {group.root}: keep leaves {left_over} channels; a kernel that reads them needs "
+                    f"a multiple of {group.multiple}"
+                )
         kept = Kept(keep)
         for tensor, axis in self.axes():
             least = self.least(tensor, axis)
@@ -212,7 +221,8 @@ class Plan:
     def _least_units(self) -> IndexArray:
         units = np.array([len(np.unique(self.unit[g.start : g.stop])) for g in self.groups], dtype=np.int64)
         channels = np.array([g.channels for g in self.groups], dtype=np.int64)
-        return np.where(units == channels, 1, np.minimum(units, 2))
+        multiple = np.array([g.multiple for g in self.groups], dtype=np.int64)
+        return np.maximum(np.where(units == channels, 1, np.minimum(units, 2)), multiple * units // channels)
 
     def least(self, tensor: TensorMap, axis: Axis) -> int:
         """How many indices of ``axis`` must stay: one, or two per group of a grouped convolution.
@@ -347,11 +357,14 @@ class Plan:
         for group in self.groups:
             units = len(np.unique(self.unit[group.start : group.stop]))
             of = "" if units == group.channels else f" in {units} units"
+            of += f", kept in multiples of {group.multiple}" if group.multiple > 1 else ""
             lines.append(f"  {group.root}: {group.channels} channels{of}, {len(group.members)} members")
             lines.extend(f"      {name} dim {dim}" for name, dim in group.members)
             if group.statistic:
                 lines.append(f"      note: {group.statistic}")
-        lines.extend(f"  frozen {f.layer}: {f.channels} channels: {f.reason}" for f in self.frozen)
+        for frozen in self.frozen:
+            lines.append(f"  frozen {frozen.layer}: {frozen.channels} channels: {frozen.reason}")
+            lines.extend([f"      {text}"] if (text := hint(frozen.reason)) else [])
         lines.extend(f"  note: {note}" for note in self.notes)
         return "\n".join(lines)
 

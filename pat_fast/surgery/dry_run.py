@@ -72,8 +72,12 @@ def _spare_units(plan: Plan) -> dict[int, list[list[int]]]:
         total = len(np.unique(plan.unit[plan.groups[group].start : plan.groups[group].stop]))
         spare = min(total - plan.least_units(plan.groups[group]), len(units), 1 + total // 4)
         if spare > 0:
+            step = plan.groups[group].multiple * total // plan.groups[group].channels or 1
             count = 1 + alike.setdefault(total, 0) % spare
             alike[total] += 1
+            count = -(-count // step) * step
+            if count > min(total - plan.least_units(plan.groups[group]), len(units)):
+                continue
             found.setdefault(group, []).append([int(plan.unit[channels[0]]) for channels in units[-count:]])
     return found
 

@@ -18,18 +18,20 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SizeRule:
-    """The attributes of a kind of layer that take part in its forward, and what they say of its tensors.
+    """The attributes of a kind of layer that are sizes, and what they say of its tensors.
 
-    ``from_weight(module, shape, groups)`` are the attributes of a layer whose weight has that shape;
-    ``shape(module, attributes, local)`` is the shape of tensor ``local``, None if they do not tell.
+    ``from_tensor(module, local, shape, groups)`` are the attributes that follow from its tensor ``local`` having that
+    shape; ``shape(module, attributes, local)`` is the shape of tensor ``local``, None if they do not tell.
     """
 
     attributes: tuple[str, ...]
-    from_weight: Callable[[Any, Shape, int], dict[str, Any]]
+    from_tensor: Callable[[Any, str, Shape, int], dict[str, Any]]
     shape: Callable[[Any, dict[str, Any], str], Shape | None]
 
 
-def _conv_sizes(module: Any, shape: Shape, groups: int) -> dict[str, Any]:
+def _conv_sizes(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
+    if local != "weight":
+        return {}
     if module.transposed:
         return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
     return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
@@ -56,24 +58,33 @@ def _vector_shape(attribute: str) -> Callable[[Any, dict[str, Any], str], Shape 
     return shape
 
 
-def _nothing(module: Any, shape: Shape, groups: int) -> dict[str, Any]:
+def _nothing(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
     return {}  # normalisation layers follow their plan's widths: they may have no weight
+
+
+def _dimensions(**of: tuple[str, int]) -> Callable[[Any, str, Shape, int], dict[str, Any]]:
+    """Attributes that are each the size of a dimension of a tensor."""
+
+    def sizes(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
+        return {attribute: shape[dim] for attribute, (name, dim) in of.items() if name == local}
+
+    return sizes
 
 
 SIZES: dict[type[nn.Module], SizeRule] = {
     nn.modules.conv._ConvNd: SizeRule(("in_channels", "out_channels", "groups"), _conv_sizes, _conv_shape),
     nn.Linear: SizeRule(
         ("in_features", "out_features"),
-        lambda module, shape, groups: {"in_features": shape[1], "out_features": shape[0]},
+        _dimensions(in_features=("weight", 1), out_features=("weight", 0)),
         _linear_shape,
     ),
     nn.Embedding: SizeRule(
         ("num_embeddings", "embedding_dim"),
-        lambda module, shape, groups: {"num_embeddings": shape[0], "embedding_dim": shape[1]},
+        _dimensions(num_embeddings=("weight", 0), embedding_dim=("weight", 1)),
         lambda module, sizes, local: (sizes["num_embeddings"], sizes["embedding_dim"]) if local == "weight" else None,
     ),
     nn.PReLU: SizeRule(
-        ("num_parameters",), lambda module, shape, groups: {"num_parameters": shape[0]}, _vector_shape("num_parameters")
+        ("num_parameters",), _dimensions(num_parameters=("weight", 0)), _vector_shape("num_parameters")
     ),
     nn.modules.batchnorm._NormBase: SizeRule(("num_features",), _nothing, _vector_shape("num_features")),
     nn.GroupNorm: SizeRule(("num_channels",), _nothing, _vector_shape("num_channels")),
@@ -86,8 +97,19 @@ SIZES: dict[type[nn.Module], SizeRule] = {
 }
 
 
+def register_sizes(kind: type[nn.Module], sizes: dict[str, tuple[str, int]]) -> None:
+    """Say that attributes of modules of ``kind`` are the sizes of (tensor, dimension)."""
+
+    def shape(module: Any, values: dict[str, Any], local: str) -> Shape | None:
+        known = {dim: values[attribute] for attribute, (name, dim) in sizes.items() if name == local}
+        ndim = getattr(module, local).ndim
+        return tuple(known[d] for d in range(ndim)) if len(known) == ndim else None
+
+    SIZES[kind] = SizeRule(tuple(sizes), _dimensions(**sizes), shape)
+
+
 def _rule(module: nn.Module) -> SizeRule | None:
-    return next((rule for kind, rule in SIZES.items() if isinstance(module, kind)), None)
+    return next((SIZES[kind] for kind in type(module).__mro__ if kind in SIZES), None)
 
 
 def sizes(module: nn.Module) -> dict[str, Any]:
@@ -117,9 +139,7 @@ def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: i
     The same values as Torch-Pruning's own layer pruners set, wherever those are right.
     """
     rule = _rule(module)
-    if rule is None or local != "weight":
-        return []
-    values = rule.from_weight(module, shape, groups)
+    values = {} if rule is None else rule.from_tensor(module, local, shape, groups)
     return [(module, name, value) for name, value in values.items() if getattr(module, name) != value]
 
 

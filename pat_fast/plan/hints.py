@@ -1,0 +1,25 @@
+"""What can be done about channels that a plan leaves alone, by the reason that it gives."""
+
+from __future__ import annotations
+
+# Part of a reason -> what helps; the first that fits is shown.
+_HINTS = {
+    "no rule for this op": "pat.register_layer(type, forward=...) can say in PyTorch ops what the layer computes",
+    "is an output of the model": "what reads the model's outputs expects this size",
+    "is looked up by number": "rows of a table (tokens, positions, experts), not channels",
+    "taken by number": "keep the bound as an integer attribute of the module (self.size) and slice by that",
+    "is split into parts": "keep the sizes as integer attributes of the module (self.sizes) and split by these",
+    "picked out by number": "an index written in the code stands for one channel; which one would change",
+    "does not run when it is smaller": "make the size an attribute of the module, or take it from a shape",
+    "computes when smaller is not": "a number in the code depends on this size: take it from an attribute or a shape",
+    "takes part in a value": "give the value (a scale, say) an attribute of its own, computed in __init__",
+    "also sizes something": "give each of the two sizes an attribute of its own",
+    "meets a tensor of fixed size": "make that tensor from the other's shape (x.new_zeros(x.shape)), or a parameter",
+    "is not made by a layer": "comes from the model's inputs or from an op above that is named",
+    "whose sizes are tied": "nn.Linear and scaled_dot_product_attention in its place can be pruned",
+}
+
+
+def hint(reason: str) -> str:
+    """What helps against ``reason``; empty if nothing is known to."""
+    return next((text for part, text in _HINTS.items() if part in reason), "")
