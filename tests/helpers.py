@@ -109,7 +109,9 @@ def canonical(plan: Plan) -> dict[str, Any]:
             for t in plan.tensors
         ],
         "work": sorted((w.scale, [a.tolist() for a in w.axes]) for w in plan.work),
-        "widths": sorted((w.module, w.attribute, w.index or 0, w.channels.tolist(), w.per) for w in plan.widths),
+        "widths": sorted(
+            (w.module, w.attribute, w.index or 0, w.channels.tolist(), w.per) for w in plan.widths if not w.told
+        ),
         "batch": plan.batch,
         "other_params": plan.other_params,
     }

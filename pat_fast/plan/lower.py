@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
+from .configs import follow_config
 from .labels import PHANTOM, IntArray, Solution, varying
 from .numbers import Symbol, resolve
 from .trace import Leaf, Tracer, fixed_outputs
@@ -244,6 +245,9 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         other_params=other,
         notes=notes,
     )
+    known = {(w.module, w.attribute) for w in plan.widths}
+    told = follow_config(model, tracer.numbers, plan.tensors, plan.unit)
+    plan = replace(plan, widths=(*plan.widths, *(w for w in told if (w.module, w.attribute) not in known)))
     plan = _in_multiples(plan, [(channel(slots.reshape(-1)), m) for slots, m in tracer.multiples])
     alone = [i for i, g in enumerate(plan.groups) if len(np.unique(plan.unit[g.start : g.stop])) == 1]
     return plan.freeze(alone, "its channels all go together: nothing of it can be removed")

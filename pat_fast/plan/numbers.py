@@ -284,6 +284,7 @@ def resolve(watch: NumberWatch, slots: Slots) -> tuple[Solution, list[Count]]:
         solution = slots.solve()
         attempt = _Resolution(watch, solution, slots)
         if not attempt.wrong and not attempt.ties:
+            watch.other = attempt.other
             return solution, list(attempt.counts.values())
         for one, two in attempt.ties:
             slots.couple(one, two)
@@ -298,7 +299,7 @@ class _Resolution:
         self.counts: dict[Symbol, Count] = {}
         self.wrong: list[tuple[IntArray, str]] = []
         self.ties: list[tuple[IntArray, IntArray]] = []
-        self._other = dict(watch.other)
+        self.other = dict(watch.other)
         self._solution = solution
         self._slots = slots
         self._frozen = np.fromiter(solution.frozen, dtype=np.int64, count=len(solution.frozen))
@@ -308,7 +309,7 @@ class _Resolution:
             if places is not None and self._free(places):
                 shrinking.append((number.symbols, places))
             elif len(number.symbols) == 1 and number.symbols[0].value == factor.shape[dim]:
-                self._other.setdefault(number.symbols[0], "also sizes something that stays")
+                self.other.setdefault(number.symbols[0], "also sizes something that stays")
         for symbols, places in sorted(shrinking, key=lambda use: len(use[0])):
             reason = self._follow(symbols, places)
             if reason is not None:
@@ -341,8 +342,8 @@ class _Resolution:
         symbol = self._variable(symbols, len(places), len(free))
         if symbol is None:
             return None  # another factor may come from a tensor's shape; if not, the dry run finds out
-        if symbol in self._other:
-            return f"its size is {symbol}, which {self._other[symbol]}"
+        if symbol in self.other:
+            return f"its size is {symbol}, which {self.other[symbol]}"
         per = len(places) // symbol.value
         known = self.counts.setdefault(symbol, Count(symbol, places, per))
         if any(times % per for times in free.values()):
@@ -361,5 +362,5 @@ class _Resolution:
             return own[0]
         known = [s for s in own if s in self.counts]
         if not known:
-            known = [s for s in own if s.value == units and s not in self._other]
+            known = [s for s in own if s.value == units and s not in self.other]
         return known[0] if len(known) == 1 else None

@@ -336,7 +336,7 @@ def _line_of_the_model() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+        if not name.startswith((*_LIBRARIES, "<")) and "torch_pruning" not in name:
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

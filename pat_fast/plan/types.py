@@ -104,7 +104,8 @@ class Width:
     """A size that a module keeps as an attribute, whether or not it has parameters: ``kept(channels) / per``.
 
     ``attribute`` may be one of an object that the module keeps (``"config.hidden_size"``); ``index`` is the place
-    in a tuple or list, counted from the end, None for a plain integer.
+    in a tuple or list, counted from the end, None for a plain integer. ``told``: the forward does not need it, others
+    read it; it is left as it is where several widths of one attribute come to differ.
     """
 
     module: str
@@ -112,6 +113,7 @@ class Width:
     index: int | None
     channels: ChannelArray
     per: int = 1
+    told: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,9 +128,8 @@ def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Ch
             for name in binding.aliases(tensor.name):
                 path, _, local = name.rpartition(".")
                 changes += attributes_from_shape(model.get_submodule(path), local, shape, groups_left(tensor, left))
-    counts = [(w, len(kept(w.channels))) for w in binding.plan.widths]
-    smaller = [(model.get_submodule(w.module), w, n) for w, n in counts if n != len(w.channels)]
-    return changes + attributes_from_widths(smaller)
+    widths = [(model.get_submodule(w.module), w, len(kept(w.channels))) for w in binding.plan.widths]
+    return changes + [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
 
 
 def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: int) -> list[Change]:
@@ -144,18 +143,29 @@ def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: i
 
 
 def attributes_from_widths(widths: Iterable[tuple[nn.Module, Width, int]]) -> list[Change]:
-    """What modules must say of themselves: for each width, how many of the channels that it counts remain."""
-    changes: dict[tuple[int, str], Change] = {}
+    """What modules must say of themselves: for each width, how many of the channels that it counts remain.
+
+    An attribute that is only told, and would have to be several numbers at once, stays.
+    """
+    values: dict[tuple[int, str, int | None], set[int]] = {}
+    holders: dict[tuple[int, str, int | None], Any] = {}
     for module, width, left in widths:
         *path, name = width.attribute.split(".")
         holder: Any = reduce(getattr, path, module)
-        value: Any = left // width.per
-        if width.index is not None:
-            now = changes[id(holder), name][2] if (id(holder), name) in changes else getattr(holder, name)
+        holders[id(holder), name, width.index] = holder
+        values.setdefault((id(holder), name, width.index), set()).add(left // width.per)
+    changes: dict[tuple[int, str], Change] = {}
+    for (number, name, index), value in values.items():
+        if len(value) > 1:
+            continue
+        holder = holders[number, name, index]
+        now = changes[number, name][2] if (number, name) in changes else getattr(holder, name)
+        new: Any = min(value)
+        if index is not None:
             entries = list(now)
-            entries[width.index] = value
-            value = type(now)(entries)
-        changes[id(holder), name] = (holder, name, value)
+            entries[index] = new
+            new = type(now)(entries)
+        changes[number, name] = (holder, name, new)
     return list(changes.values())
 
 
