@@ -8,6 +8,7 @@ forward may not use. Building the model once more without memory, from a config 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,15 +26,22 @@ _DIMENSIONS = {
     nn.Embedding: {"num_embeddings": 0, "embedding_dim": 1},
     nn.LayerNorm: {"normalized_shape": 0},
 }
+_COUNTS_HEADS = re.compile(r"(?!.*(dim|size|kv|key|value|group))(^|_)n?_?heads?($|_)")
 Expression = tuple[tuple[str, ...], int]  # symbols and value of a number
 
 
 def follow_config(
-    model: nn.Module, watch: NumberWatch, tensors: tuple[TensorMap, ...], unit: ChannelArray
+    model: nn.Module,
+    watch: NumberWatch,
+    tensors: tuple[TensorMap, ...],
+    unit: ChannelArray,
+    heads: list[tuple[str, ChannelArray]],
 ) -> list[Width]:
     """The attributes of ``model``'s config and modules that are sizes of what ``tensors`` hold, as far as a twin tells.
 
-    Attributes that the traced forward used otherwise (``watch.other``) are left out: they must stay.
+    ``heads`` are the (module, channels: one for each head) that views were seen to make: a number of heads, by its
+    name and value, counts these where no layer was made from it. Attributes that the traced forward used otherwise
+    (``watch.other``) are left out: they must stay.
     """
     own = NumberWatch(watch.tracer)  # what __init__ does with the numbers is no reason to hold them
     twin, planted = _twin(model, own)
@@ -56,7 +64,13 @@ def follow_config(
             same = [s for s in inside if s.expression == _expression(value)]
             found += [Width(symbol.module, symbol.attribute, None, s.channels, told=True) for s in same]
             if not same and len(value.symbols) == 1 and value.symbols[0].value == value:
-                found += [w for s in inside for w in s.counted_by(value.symbols[0], symbol)]
+                counted = [w for s in inside for w in s.counted_by(value.symbols[0], symbol)]
+                if not counted and _COUNTS_HEADS.search(symbol.attribute):
+                    made = [c for path, c in heads if path == symbol.module and len(c) == value]
+                    origin = [s for s in value.symbols if isinstance(s, Symbol) and str(s) not in held]
+                    for place in (symbol, *origin):
+                        counted += [Width(place.module, place.attribute, place.index, c, told=True) for c in made]
+                found += counted
     return found
 
 
@@ -130,6 +144,10 @@ def _plant(config: Any, path: str, watch: NumberWatch, planted: list[Symbol]) ->
 def _layer_sizes(twin: nn.Module) -> Iterator[tuple[str, tuple[str, int], Number]]:
     """(module, (weight, dimension), number) for every size of PyTorch's layers that is a number."""
     for path, module in twin.named_modules():
+        if type(module).__name__ == "Conv1D":  # transformers' linear layer with its weight transposed
+            for attribute, dim in (("nx", 0), ("nf", 1)):
+                if isinstance(value := vars(module).get(attribute), Number):
+                    yield path, (f"{path}.weight", dim), value
         for kind, dimensions in _DIMENSIONS.items():
             if isinstance(module, kind):
                 for attribute, dim in dimensions.items():

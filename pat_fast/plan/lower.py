@@ -95,7 +95,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for p, _ in flags:
             if p.is_floating_point():
                 p.requires_grad_(True)  # a frozen layer has channels like any other
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        eager = torch.compiler.set_stance("force_eager")  # a compiled model runs as it was written
+        with torch.random.fork_rng(devices), torch.enable_grad(), eager:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -143,6 +144,7 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     Raises:
         PlanError: the forward fails on these inputs.
     """
+    _check_model(model)
     notes: list[str] = []
     failure: Exception | None = None
     # Torch-Pruning's hooks, and the numbers that ours plants, are not for every model: then without.
@@ -156,6 +158,28 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
         f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "
         f"{type(failure).__name__}: {failure}"
     ) from failure
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse models whose tensors cannot be traced, permuted and cut as they are."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise PlanError(
+            f"the model is wrapped in {type(model).__name__}; build the plan of the model inside (its .module), and "
+            "wrap it after pruning"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+            raise PlanError(f"{name} has no shape yet (a lazy layer); run one forward first")
+        if tensor.is_meta:
+            raise PlanError(f"{name} is on the meta device and has no values; load the model's weights first")
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.is_quantized:
+            raise PlanError(
+                f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which cannot be cut like a plain tensor; "
+                "prune first, then quantize or shard"
+            )
+    for name, module in model.named_modules():
+        if "quantized" in type(module).__module__.split("."):
+            raise PlanError(f"{name} is a quantized {type(module).__name__}; prune first, then quantize")
 
 
 class _Attempt:
@@ -192,6 +216,8 @@ class _Attempt:
             self.failure = error
             return []
         outputs = fixed_outputs(out)
+        if not outputs:
+            self.failure = TypeError(f"it returned a {type(out).__name__} in which no tensor was found")
         for tensor in outputs:
             tracer.give_out(tensor)
         return [t for t in outputs if t.grad_fn is not None]
@@ -229,6 +255,7 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
             shape = tuple(leaf.tensor.shape)
             tensors.append(TensorMap(leaf.name, leaf.is_parameter, shape, leaf.groups, leaf.whole_groups, axes))
     mapped = {t.name for t in tensors}
+    numbers.frozen += _unused_as_they_are(model, leaves, mapped, solution)
     other = sum(p.numel() for n, p in model.named_parameters() if n not in mapped)
     work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel(a) for a in w.axes))) for w in tracer.work)
     widths = {c.symbol: Width(*_place(c.symbol), channel(c.slots), c.per) for c in (*tracer.widths, *counts)}
@@ -246,7 +273,8 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         notes=notes,
     )
     known = {(w.module, w.attribute) for w in plan.widths}
-    told = follow_config(model, tracer.numbers, plan.tensors, plan.unit)
+    heads = [(path, channel(slots)) for path, slots in _heads(tracer, solution)]
+    told = follow_config(model, tracer.numbers, plan.tensors, plan.unit, heads)
     plan = replace(plan, widths=(*plan.widths, *(w for w in told if (w.module, w.attribute) not in known)))
     plan = _in_multiples(plan, [(channel(slots.reshape(-1)), m) for slots, m in tracer.multiples])
     alone = [i for i, g in enumerate(plan.groups) if len(np.unique(plan.unit[g.start : g.stop])) == 1]
@@ -275,6 +303,19 @@ def _in_multiples(plan: Plan, needed: list[tuple[ChannelArray, int]]) -> Plan:
     return plan.freeze(stuck, "a kernel reads it in steps of 16 bytes, which do not fit its units")
 
 
+def _unused_as_they_are(model: nn.Module, leaves: list[Leaf], mapped: set[str], solution: Solution) -> list[Frozen]:
+    """Layers of a kind that is pruned whose weight is computed with before it is used: they are named, too."""
+    found = []
+    for leaf in leaves:
+        owner = model.get_submodule(leaf.name.rpartition(".")[0])
+        weight = isinstance(owner, LAYERS) and leaf.is_parameter and leaf.name.rpartition(".")[2] == "weight"
+        if weight and leaf.name not in mapped and not leaf.producers:
+            units = [u for slots in leaf.axes.values() for u in solution.unit[slots].tolist()]
+            why = next((solution.frozen[u] for u in units if u in solution.frozen), "is not multiplied as it is")
+            found.append(Frozen(_layer(leaf.name), leaf.tensor.shape[0], why))
+    return found
+
+
 def _place(symbol: Symbol) -> tuple[str, str, int | None]:
     return symbol.module, symbol.attribute, symbol.index
 
@@ -285,7 +326,7 @@ def _choose_units(tracer: Tracer) -> None:
     The first that is not pinned already is taken: of ``[heads, head_dim]`` whole heads, of
     ``[3, heads, head_dim]``, whose first dimension is unbound, heads again.
     """
-    left = tracer.splits
+    left = [split for _, split in tracer.splits]
     while left:
         solution = tracer.slots.solve()
         touched = np.zeros(len(solution.unit), dtype=np.bool_)
@@ -301,6 +342,15 @@ def _choose_units(tracer: Tracer) -> None:
                 touched[unit] = True
         left = later
     _choose_shares(tracer)
+
+
+def _heads(tracer: Tracer, solution: Solution) -> Iterator[tuple[str, IntArray]]:
+    """Where a view made heads: the module, and one slot for each of them."""
+    for path, split in tracer.splits:
+        unit = solution.unit[tracer.slots.index(split)]
+        loose = [d for d in varying(split) if (unit != unit.take([0], axis=d)).any()]
+        if len(loose) == 1 and len(varying(split)) > 1:
+            yield path, np.moveaxis(split, loose[0], 0).reshape(split.shape[loose[0]], -1)[:, 0]
 
 
 def _choose_shares(tracer: Tracer) -> None:

@@ -76,7 +76,7 @@ class Tracer(TorchDispatchMode):
         self.work: list[Work] = []
         self.leaves: dict[int, Leaf] = {}
         self.module_order: list[str] = []
-        self.splits: list[IntArray] = []  # labels that a view spread over several dimensions
+        self.splits: list[tuple[str, IntArray]] = []  # labels that a view spread over several dimensions, and where
         self.widths: list[Count] = []
         self.numbers = NumberWatch(self)
         self.multiples: list[tuple[IntArray, int]] = []  # labels of which a kernel needs a multiple of so many
@@ -127,6 +127,10 @@ class Tracer(TorchDispatchMode):
     def module(self) -> nn.Module | None:
         """The innermost module that is running."""
         return self._model.get_submodule(self._path[-1]) if self._path else None
+
+    def split(self, factor: IntArray) -> None:
+        """Note that a view spread channels over several dimensions, one of which will be that of units."""
+        self.splits.append((self._path[-1] if self._path else "", factor))
 
     def width(self, slots: IntArray, attribute: str, index: int | None = None) -> None:
         """Note that the running module keeps the number of ``slots`` as an attribute."""

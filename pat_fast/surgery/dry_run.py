@@ -126,9 +126,11 @@ class _Trial:
 
     def _run(self, keep: BoolArray) -> str | list[torch.Size]:
         """Forward and backward of a smaller copy: the shapes of its outputs, or its error."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True) if self.fake else nullcontext()
+        with mode:  # a model that cannot be copied is no fault of what is pruned: that error is not caught here
+            twin = _shapes_only(self.plan, self.model, keep) if self.fake else copy.deepcopy(self.model)
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True) if self.fake else nullcontext():
-                twin = _shapes_only(self.plan, self.model, keep) if self.fake else copy.deepcopy(self.model)
+            with mode:
                 expected = None if self.fake else self._masked(twin, keep)
                 with undisturbed(twin):
                     out = fixed_outputs(call(twin, self.inputs))

@@ -126,10 +126,18 @@ def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Ch
         shape = shrunk_shape(tensor, left)
         if shape != tensor.shape:
             for name in binding.aliases(tensor.name):
-                path, _, local = name.rpartition(".")
+                path, _, local = _as_published(name).rpartition(".")
                 changes += attributes_from_shape(model.get_submodule(path), local, shape, groups_left(tensor, left))
     widths = [(model.get_submodule(w.module), w, len(kept(w.channels))) for w in binding.plan.widths]
     return changes + [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
+
+
+def _as_published(name: str) -> str:
+    """The weight that a parametrization, or a weight norm's hook, makes of tensor ``name``, if that has its shape."""
+    path, _, local = name.rpartition(".")
+    if local in ("original", "original1"):
+        return f".{path}".replace(".parametrizations.", ".", 1)[1:]
+    return name.removesuffix("_v") if local == "weight_v" else name
 
 
 def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: int) -> list[Change]:

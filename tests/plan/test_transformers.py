@@ -28,11 +28,22 @@ def image() -> torch.Tensor:
 
 
 def text(family: str, **more: Any) -> nn.Module:
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=50, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 50, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **more})
     return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def gpt2(attention: str) -> nn.Module:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_implementation=attention,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )
+    )  # fmt: skip
 
 
 def bert(attention: str) -> nn.Module:
@@ -76,6 +87,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, 
     "llama-eager": (lambda: text("Llama", attn_implementation="eager"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
     "llama-tied": (lambda: text("Llama", tie_word_embeddings=True), ids, {"self_attn": 2, "mlp.up_proj": 56}),
     "qwen2": (lambda: text("Qwen2"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
+    "gpt2-sdpa": (lambda: gpt2("sdpa"), ids, {"attn.c_attn": 4, "mlp.c_fc": 128, "wte": 32}),
+    "gpt2-eager": (lambda: gpt2("eager"), ids, {"attn.c_attn": 4, "mlp.c_fc": 128, "wte": 32}),
     "bert-sdpa": (lambda: bert("sdpa"), ids, {"attention.self": 4, "intermediate": 56}),
     "bert-eager": (lambda: bert("eager"), ids, {"attention.self": 4, "intermediate": 56}),
     "vit-sdpa": (lambda: vit("sdpa"), image, {"attention": 4, "mlp.fc1": 56}),
@@ -105,6 +118,30 @@ def test_heads_and_widths_are_pruned_and_the_model_runs(family: str) -> None:
         model.eval().generate(**x, attention_mask=torch.ones_like(x["input_ids"]), max_new_tokens=3, do_sample=False)
     if "tied" in family:
         assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("family", ["llama-sdpa", "qwen2", "gpt2-sdpa", "vit-eager", "segformer"])
+def test_a_config_says_what_was_pruned_and_builds_the_smaller_model(family: str) -> None:
+    build, inputs, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    many_heads = {"llama-sdpa": "Llama", "qwen2": "Qwen2"}.get(family)
+    model = build() if many_heads is None else text(many_heads, num_attention_heads=8, num_key_value_heads=4)
+    x = inputs()
+    plan = pat.build_plan(model, x)
+    keep = np.ones(plan.n_channels, dtype=np.bool_)
+    for group in plan.groups:  # alike in every layer: what a config can say
+        units = np.unique(plan.unit[group.start : group.stop])
+        keep[np.isin(plan.unit, units[-max(len(units) // 4, 1) :])] = False
+    before = model.config.to_dict()
+    prune(bind(plan, model), keep)
+    changed = {k for k, v in model.config.to_dict().items() if v != before[k]}
+    heads = {"gpt2-sdpa": "n_head", "qwen2": "num_key_value_heads"}.get(family, "num_attention_heads")
+    width = {"gpt2-sdpa": "n_embd", "segformer": "hidden_sizes"}.get(family, "hidden_size")
+    assert {heads, width} <= changed
+    if many_heads:
+        assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 3)
+        again = type(model)(model.config)  # the dimension of heads is a number of its own in these configs
+        again.load_state_dict(model.state_dict())
 
 
 def test_sizes_that_the_code_takes_from_one_another_shrink_together() -> None:

@@ -126,9 +126,9 @@ def view(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     for factor in mark.factors:
         shaped = reshape(factor, args[0].shape, out.shape)
         if len(varying(shaped)) > len(varying(factor)):
-            tr.splits.append(shaped)
+            tr.split(shaped)
         factors.append(shaped)
-    tr.set(out, factors, mark.leaf if out.shape == args[0].shape else None)
+    tr.set(out, factors, mark.leaf)
 
 
 def reshape(factor: IntArray, source: Sequence[int], target: Sequence[int]) -> IntArray:

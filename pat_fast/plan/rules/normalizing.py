@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..labels import Factors, along, varying
 from ..trace import Tracer
-from .registry import note, outputs, rule
+from .registry import note, nth, outputs, rule
 
 
 def _per_channel(x: Tensor, tensors: Sequence[Tensor | None], tr: Tracer) -> list[tuple[list[int], Factors]]:
@@ -26,11 +26,22 @@ def batch_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     x = args[0]
     own = _per_channel(x, [t for t in args[1:5] if isinstance(t, Tensor)], tr)
     factors = tr.merge([(x.shape, tr.mark(x).factors), *own], x.shape)
+    note(tr, [f for f in factors if varying(f) != (1,)], "batch norm")  # of a weight, say, that is standardised
     if isinstance(tr.module, nn.modules.batchnorm._NormBase):
         for factor in factors:
             if varying(factor) == (1,):  # an instance norm has its channels once for each example
                 tr.width(factor.reshape(-1)[: tr.module.num_features], "num_features")
-    tr.set(outputs(out)[0], factors)
+    tr.set(outputs(out)[0], factors, tr.mark(x).leaf)
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """A weight v [rows, ...] scaled row by row to the norms g [rows, 1, ...]: zeros count for nothing in a norm."""
+    v, g = args[:2]
+    factors = tr.merge([(v.shape, tr.mark(v).factors), (g.shape, tr.mark(g).factors)], v.shape)
+    rows = nth(args[2] if len(args) > 2 else 0, v)
+    note(tr, [f for f in factors if varying(f) == (rows,)], "weight norm (0 / 0 of a row at zero)")
+    tr.set(outputs(out)[0], factors, tr.mark(v).leaf)
 
 
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..labels import varying
-from ..trace import Tracer
+from ..trace import Leaf, Tracer
 from .registry import extents, note, nth, outputs, rule
 
 
@@ -25,7 +25,13 @@ def elementwise(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         factors = tr.merge([(extents(t), tr.mark(t).factors) for t in inputs if t.ndim], result.shape)
         if "softmax" in func._schema.name:
             note(tr, [f for f in factors if nth(args[1], result) in varying(f)], "softmax")
-        tr.set(result, factors)
+        tr.set(result, factors, _weight_among(tr, inputs, result))
+
+
+def _weight_among(tr: Tracer, inputs: list[Tensor], result: Tensor) -> Leaf | None:
+    """The parameter of which ``result`` is a scaled or shifted version: the only operand of its shape."""
+    full = [t for t in inputs if t.numel() == result.numel()]
+    return tr.mark(full[0]).leaf if len(full) == 1 and result.ndim > 1 else None
 
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "to", "dropout")

@@ -1,0 +1,205 @@
+"""Models that are not plain: handled, or refused by name and left as they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import pat_fast as pat
+from pat_fast.plan import bind
+from pat_fast.surgery import prune
+from tests.helpers import random_keep
+
+
+def layers() -> list[nn.Module]:
+    return [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)]
+
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Chain(nn.Module):
+    """Three linear layers; subclasses say how they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers())
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x)
+
+
+class NoGrad(Chain):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Any:
+        assert not torch.is_grad_enabled()
+        return self.body(x)
+
+
+class Inference(Chain):
+    def forward(self, x: Tensor) -> Any:
+        with torch.inference_mode():
+            return self.body(x)
+
+
+class Branching(Chain):
+    """Which layers run depends on values."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body[:2](x)
+        if h.sum().item() > -1e9 and int(h.argmax()) >= 0:
+            h = self.body[2:4](h)
+        return self.body[4](h)
+
+
+@dataclass
+class Found:
+    boxes: Tensor
+    rest: dict[str, Any]
+
+
+class OddOutputs(Chain):
+    def forward(self, x: Tensor) -> Any:
+        return Found(self.body(x), {"names": ["a"], "more": (None, [self.body(x) * 2])})
+
+
+class Plain:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class OwnObject(Chain):
+    def forward(self, x: Tensor) -> Any:
+        return Plain(self.body(x))
+
+
+class Twice(Chain):
+    """A layer used twice, and a weight that two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(8, 8)
+        self.other = nn.Linear(8, 8)
+        self.other.weight = self.again.weight
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body[0](x).relu()
+        return self.body[2:](self.other(self.again(self.again(h).relu())).relu())
+
+
+class ChangesItself(Chain):
+    """Keeps what it computed, as caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        self.seen["last"] = self.body[0](x)
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    "kind", [NoGrad, Inference, Branching, OddOutputs, OwnObject, Twice, ChangesItself], ids=lambda k: k.__name__
+)
+def test_an_unusual_forward_is_pruned_all_the_same(kind: type[Chain]) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    before = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    plan = pat.build_plan(model, X)
+    assert {"body.0", "body.2"} <= {layer for g in plan.groups for layer in g.layers}
+    assert [f.layer for f in plan.frozen] == ["body.4"]
+    assert any("verified in" in note for note in plan.notes), plan.notes
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    prune(bind(plan, model), random_keep(plan, 1))
+    model(X)
+    assert model.body[0].out_features < 8
+
+
+def test_what_a_forward_keeps_in_its_module_is_gone_after_planning() -> None:
+    model = ChangesItself()
+    pat.build_plan(model, X)
+    assert (model.seen, model.calls) == ({}, 0)
+
+
+def test_a_compiled_model_is_planned_as_it_was_written() -> None:
+    model = nn.Sequential(*layers())
+    compiled: Any = torch.compile(model, backend="eager")
+    plan = pat.build_plan(compiled, X)
+    assert {g.root for g in plan.groups} == {"_orig_mod.0", "_orig_mod.2"}
+    prune(bind(plan, compiled), random_keep(plan, 1))
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+@pytest.mark.parametrize("normed", [weight_norm, torch.nn.utils.weight_norm], ids=["parametrization", "hook"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weight_norm_shrinks_with_its_layer(normed: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), normed(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3)).double()
+    x = X.double()
+    plan = pat.build_plan(model, x)
+    assert sorted(g.channels for g in plan.groups) == [6, 8]
+    name = next(t.name for t in plan.tensors if t.name in ("2.weight_v", "2.parametrizations.weight.original1"))
+    keep = random_keep(plan, 1, 0.5)
+    before = model[2].weight.shape
+    rows = keep[plan.tensor(name).axes[0].channels]
+    prune(bind(plan, model), keep)
+    assert (model[2].in_features, model[2].out_features) == (int(keep.sum() - rows.sum()), int(rows.sum()))
+    model(x).sum().backward()
+    assert model[2].weight.shape == (model[2].out_features, model[2].in_features) != before
+
+
+def test_a_parametrization_that_cannot_be_followed_stays_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), spectral_norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3))
+    plan = pat.build_plan(model, X)
+    assert any("2.parametrizations.weight" in f.layer for f in plan.frozen)
+    prune(bind(plan, model), random_keep(plan, 1))
+    model(X).sum().backward()
+
+
+def refused() -> dict[str, tuple[Any, str]]:
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3))
+    meta = nn.Sequential(nn.Linear(4, 8, device="meta"), nn.Linear(8, 3))
+    half = torch.ao.quantization.quantize_dynamic(nn.Sequential(*layers()), {nn.Linear}, dtype=torch.qint8)
+    return {
+        "lazy": (lazy, "0.weight has no shape yet.*run one forward"),
+        "meta": (meta, "0.weight is on the meta device.*load"),
+        "quantized": (half, "quantized Linear; prune first"),
+        "parallel": (nn.DataParallel(nn.Sequential(*layers())), "DataParallel; build the plan of the model inside"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["lazy", "meta", "quantized", "parallel"])
+def test_what_cannot_be_cut_is_refused_by_name(name: str) -> None:
+    model, message = refused()[name]
+    with pytest.raises(pat.PlanError, match=message):
+        pat.build_plan(model, X)
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_tensors_of_other_kinds_are_refused() -> None:
+    model = nn.Sequential(*layers())
+    model[0].register_buffer("scale", torch.ones(2).as_subclass(Subclass))
+    with pytest.raises(pat.PlanError, match=r"0\.scale is a Subclass.*prune first"):
+        pat.build_plan(model, X)
+
+
+def test_a_forward_without_tensors_is_refused() -> None:
+    class Silent(Chain):
+        def forward(self, x: Tensor) -> Any:
+            self.body(x)
+            return {"answer": 42}
+
+    with pytest.raises(pat.PlanError, match="returned a dict in which no tensor was found"):
+        pat.build_plan(Silent(), X)
