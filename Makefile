@@ -17,7 +17,7 @@ help:
 	@echo 'make test-slow  the tests that take longer'
 	@echo 'make sanitize   the C++ kernels and the blocks of the CUDA kernels, fuzzed under two sanitizers'
 	@echo 'make test-gpu   everything that needs a GPU, with PYTHON and its packages, offline; results in $(OUT)'
-	@echo 'make bench-gpu  the GPU backends against the bandwidth of a copy; ARGS as for benchmarks.gpu'
+	@echo 'make bench-gpu  the GPU backends against the bandwidth of a copy; ARGS as for pat-fast bench'
 	@echo 'make format     apply what the linters can apply'
 	@echo 'make bench      the benchmarks against Torch-Pruning; ARGS="--quick --small" for a glance'
 	@echo 'make clean      remove .venv and everything that was built; runs/ stays'
@@ -73,7 +73,8 @@ test-gpu: gpu
 	@$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/test-gpu.xml
 
 bench-gpu: gpu
-	@$(PYTHON) -m benchmarks.gpu --json $(OUT)/bench-gpu.json $(ARGS)
+	@$(PYTHON) -m pat_fast.cli bench --device cuda --ops all --layouts contiguous,channels_last \
+		--json $(OUT)/bench-gpu.json --plot $(OUT)/bench-gpu.png $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pat_fast/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cases import CASES, MODELS, Subject
-from benchmarks.common import Bandwidth, Evictor, Row, measure, table, with_share
+from benchmarks.cases import MODELS, Subject
+from pat_fast.bench import Row, table
+from pat_fast.bench.run import QUICK_ROUNDS, Bench, Settings
+from pat_fast.bench.steps import STEPS, Step
 
 ROWS = pytest.StashKey[list[Row]]()
-RATES = pytest.StashKey[Bandwidth]()
+BENCH = pytest.StashKey[Bench]()
+Measure = Callable[[str, Step], Row]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,15 +30,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if config.stash[ROWS]:
         terminalreporter.section("pat_fast against Torch-Pruning")
-        bandwidth = config.stash[RATES]
-        terminalreporter.write_line(table(with_share(row, bandwidth) for row in config.stash[ROWS]))
+        bandwidth = config.stash[BENCH].bandwidth
+        terminalreporter.write_line(table(row.held_against(bandwidth) for row in config.stash[ROWS]))
         terminalreporter.write_line(f"bandwidth: {bandwidth}")
 
 
 @pytest.fixture(scope="session")
-def bandwidth(request: pytest.FixtureRequest) -> Bandwidth:
-    request.config.stash[RATES] = Bandwidth()
-    return request.config.stash[RATES]
+def bench(request: pytest.FixtureRequest) -> Bench:
+    rounds = QUICK_ROUNDS if request.config.getoption("--quick") else 15
+    request.config.stash[BENCH] = Bench(Settings(models=("tiny",), rounds=rounds), lambda line: None)
+    return request.config.stash[BENCH]
 
 
 @pytest.fixture(scope="session", params=MODELS)
@@ -44,29 +48,27 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 
 
 @pytest.fixture
-def compare_with_tp(
-    benchmark: Any, subject: Subject, bandwidth: Bandwidth, request: pytest.FixtureRequest
-) -> Callable[[str], Row]:
-    """Measure one operation against Torch-Pruning, then let pytest-benchmark time pat_fast's side."""
+def measure(benchmark: Any, bench: Bench, request: pytest.FixtureRequest) -> Measure:
+    """Measure an operation against Torch-Pruning, then let pytest-benchmark time pat_fast's side."""
 
-    def run(op: str) -> Row:
-        rounds = 3 if request.config.getoption("--quick") else 15
-        case = CASES[op](subject)
-        row = measure(case, bandwidth, rounds)
+    def run(model: str, step: Step) -> Row:
+        row = bench.step(Row(model, step.op, "float32", bench.in_use()), step)
         request.config.stash[ROWS].append(row)
-        assert not row.problem, row.problem
-        evict = Evictor()
+        assert row.ratio is not None, row.no_ratio
 
         def prepare() -> tuple[tuple[object], dict[str, object]]:
-            timed = case.ours()
-            evict()
+            timed = step.ours()
+            bench.clock.evict()
             return (timed,), {}
 
-        benchmark.group = op
-        benchmark.extra_info.update(asdict(row))
-        benchmark.pedantic(
-            lambda timed: timed(), setup=prepare, rounds=max(3, rounds // (3 if case.slow else 1))
-        )
+        benchmark.group = step.op
+        benchmark.extra_info.update(asdict(row.held_against(bench.bandwidth)))
+        benchmark.pedantic(lambda timed: timed(), setup=prepare, rounds=bench.rounds(step))
         return row
 
     return run
+
+
+@pytest.fixture
+def compare_with_tp(subject: Subject, measure: Measure) -> Callable[[str], Row]:
+    return lambda op: measure(subject.name, STEPS[op](subject))

@@ -13,10 +13,12 @@ import torch_pruning as original
 from torch import nn
 
 import pat_fast.torch_pruning as dropin
-from benchmarks.cases import RATIO, classifier, num_heads, quiet
-from benchmarks.common import Bandwidth, Case, Mismatch, Row, Timed, measure
-from benchmarks.conftest import ROWS
+from benchmarks.cases import classifier, num_heads, quiet
+from benchmarks.conftest import Measure
 from benchmarks.zoo import ZOO, Inputs, randomize_
+from pat_fast.bench import Mismatch
+from pat_fast.bench.clock import Timed
+from pat_fast.bench.steps import RATIO, Step
 
 MODELS = ("resnet50", "densenet121", "vit_s16", "vgg16_bn")
 
@@ -45,13 +47,12 @@ class Script:
                 out_channel_groups={},
             )
 
-    def check(self) -> int:
-        """Raise `Mismatch` unless one step leaves equal weights; bytes that any implementation must move."""
-        before = {name: t.shape for name, t in self.model.state_dict().items()}
+    def check(self) -> None:
+        """Raise `Mismatch` unless one step leaves equal weights."""
         theirs, ours = copy.deepcopy(self.model), copy.deepcopy(self.model)
         self.pruner(original, theirs).step()
         self.pruner(dropin, ours).step()
-        got, moved = ours.state_dict(), 0
+        got = ours.state_dict()
         for name, value in theirs.state_dict().items():
             norm = isinstance(theirs.get_submodule(name.rpartition(".")[0]), nn.LayerNorm)
             same = got[name].shape == value.shape and (
@@ -60,11 +61,16 @@ class Script:
             )
             if not same:
                 raise Mismatch(f"{name} differs after the step ({tuple(got[name].shape)}, {tuple(value.shape)})")
-            if value.shape != before[name]:
-                moved += 2 * value.numel() * value.element_size()
-        if not moved:
+
+    def moved(self) -> int:
+        """Bytes that any implementation of a step must move."""
+        pruned = copy.deepcopy(self.model)
+        self.pruner(dropin, pruned).step()
+        before = {name: t.shape for name, t in self.model.state_dict().items()}
+        shrunk = [t for name, t in pruned.state_dict().items() if t.shape != before[name]]
+        if not shrunk:
             raise Mismatch("nothing was pruned")
-        return moved
+        return sum(2 * t.numel() * t.element_size() for t in shrunk)
 
     def step(self, library: Any) -> Timed:
         return self.pruner(library, copy.deepcopy(self.model)).step
@@ -82,12 +88,7 @@ def script(request: pytest.FixtureRequest) -> Script:
 
 
 @pytest.mark.parametrize("op", CASES)
-def test_dropin(op: str, script: Script, bandwidth: Bandwidth, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    prepare = CASES[op]
-    theirs, ours = partial(prepare, script, original), partial(prepare, script, dropin)
-    case = Case(op, script.name, "all", "copy", script.check, theirs, ours, slow=True)
-    row: Row = measure(case, bandwidth, 3 if request.config.getoption("--quick") else 15)
-    request.config.stash[ROWS].append(row)
-    assert not row.problem, row.problem
-    benchmark.group = op
-    benchmark.pedantic(lambda timed: timed(), setup=lambda: ((ours(),), {}), rounds=3)
+def test_dropin(op: str, script: Script, measure: Measure) -> None:
+    theirs, ours = (partial(CASES[op], script, library) for library in (original, dropin))
+    step = Step(op, "copy", ours, script.moved, theirs, script.check, "all", slow=True)
+    assert measure(script.name, step).ratio is not None

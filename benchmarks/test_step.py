@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.common import Row
+from pat_fast.bench import Row
 
 
 def test_step(compare_with_tp: Callable[[str], Row]) -> None:

@@ -28,6 +28,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE[:DTYPE]",
+        help="An example input's shape, batch first, such as 1,16:int64. Repeat it for several inputs; "
+        "by default 1,3,224,224.",
+    ),
+]
+FactoryArgs = Annotated[str, typer.Option(help="Keyword arguments of the factory, a JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -57,7 +67,7 @@ def _root(
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="The configuration, a JSON file.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="The run's folder [default: <output_dir>/<name>-<time>].")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default <output_dir>/<name>-<time>.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Replaces 'epochs' of the configuration.")] = None,
     seed: Annotated[int | None, typer.Option(help="Replaces 'seed' of the configuration.")] = None,
     settings: Annotated[
@@ -84,25 +94,19 @@ def plan(
     factory: Annotated[
         str,
         typer.Argument(
-            metavar="PACKAGE.MODULE:FACTORY", help="A callable that returns the network.", show_default=False
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="A callable that returns the network; or transformers:vit, with any model type.",
+            show_default=False,
         ),
     ],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            metavar="SHAPE[:DTYPE]",
-            help="An example input's shape, batch first, such as 1,16:int64. Repeat it for several inputs. "
-            "[default: 1,3,224,224]",
-        ),
-    ] = None,
-    args: Annotated[str, typer.Option(help="Keyword arguments of the factory, a JSON object.")] = "{}",
+    inputs: Inputs = None,
+    args: FactoryArgs = "{}",
     debug: Debug = False,
 ) -> None:
     """Show the groups of channels that go together, their members, and what is frozen and why."""
     with _errors(debug):
         keywords = _json_object(args, "--args")
-        example = tuple(_example(text) for text in inputs or ("1,3,224,224",))
+        example = _examples(inputs)
 
         from . import build_plan
         from .factory import build_model
@@ -112,11 +116,110 @@ def plan(
 
 
 @app.command()
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            help="Of the repository's zoo (resnet50, ...), shapes alone (vit_l, llama_1b), PACKAGE.MODULE:FACTORY, or "
+            "transformers:vit; by default a few usual ones.",
+            show_default=False,
+        ),
+    ] = None,
+    ops: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A,B",
+            help="channel_reduce, channel_axpy_, channel_scale_, channel_compact, importance, regularize, step, "
+            "training, or all; by default all but training.",
+            show_default=False,
+        ),
+    ] = None,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A,B",
+            help="reference, cpu, triton, cuda; by default all that run on the device.",
+            show_default=False,
+        ),
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A,B",
+            help="float32, float64, bfloat16, float16; by default float32, on a GPU bfloat16 as well.",
+            show_default=False,
+        ),
+    ] = None,
+    layouts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A,B",
+            help="contiguous, channels_last, for convolutions; by default contiguous.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
+    inputs: Inputs = None,
+    args: FactoryArgs = "{}",
+    rounds: Annotated[int, typer.Option(help="Timed calls of each function.")] = 15,
+    batch: Annotated[
+        int | None, typer.Option(help="Examples of the training step; by default 32, on a GPU 256.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="3 rounds: a glance, not a result.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="The zoo's small models: does it all run?")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the shares of bandwidth here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time the kernels against this machine's memory, and pruning against Torch-Pruning.
+
+    Nothing gets a ratio before its result was found equal. Exit code 1: a result differed, or something failed.
+    """
+    with _errors(debug):
+        from .bench import Settings, check_writable, render
+        from .bench.run import QUICK_ROUNDS, names
+        from .bench.run import run as measure
+
+        if json_file is not None:
+            check_writable(json_file, "--json")
+        if plot is not None:
+            from .bench.figure import check_plot, draw
+
+            check_plot(plot)
+        settings = Settings(
+            models=names(models or ()),
+            ops=names(ops or ()),
+            backends=names(backends or ()),
+            dtypes=names(dtypes or ()),
+            device=device,
+            layouts=names(layouts or ("contiguous",)),
+            inputs=_examples(inputs),
+            args=_json_object(args, "--args"),
+            rounds=QUICK_ROUNDS if quick else rounds,
+            small=small,
+            batch=batch,
+        )
+        result = measure(settings, lambda line: typer.echo(line, err=True))
+        typer.echo(render(result))
+        if json_file is not None:
+            result.write(json_file)
+        if plot is not None:
+            draw(result, plot)
+    if not result.is_right:
+        raise typer.Exit(1)
+
+
+@app.command()
 def env() -> None:
     """Show the versions, the devices and the kernel backends in use."""
     from .env import render
 
     typer.echo(render())
+
+
+def _examples(inputs: list[str] | None) -> tuple[torch.Tensor, ...]:
+    return tuple(_example(text) for text in inputs or ("1,3,224,224",))
 
 
 def _example(text: str) -> torch.Tensor:

@@ -65,13 +65,36 @@ def call_factory(name: str, args: Mapping[str, Any], key: str) -> Any:
 def build_model(name: str, args: Mapping[str, Any], key: str = "model") -> nn.Module:
     """Call a factory that returns a network.
 
+    ``transformers:vit``, with a model type of Transformers for a callable, is a network of that type with random
+    weights; ``args`` are fields of its configuration then.
+
     Raises:
         ConfigError: as :func:`call_factory`, or what comes back is not an ``nn.Module``.
     """
-    model = call_factory(name, args, key)
+    module, _, kind = name.partition(":")
+    if module == "transformers" and kind and kind == kind.lower():
+        model = call_factory(f"{__name__}:of_transformers", {"model_type": kind, **args}, key)
+    else:
+        model = call_factory(name, args, key)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{key}: expected {name} to return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def of_transformers(model_type: str, **fields: Any) -> Any:
+    """A network of Transformers, without a head, from its configuration.
+
+    Raises:
+        ConfigError: Transformers is not installed, or has no such type.
+    """
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    except ImportError as error:
+        raise ConfigError(f"transformers:{model_type}: expected Transformers to be installed, got: {error}") from None
+    if model_type not in CONFIG_MAPPING:
+        near = did_you_mean(model_type, CONFIG_MAPPING)
+        raise ConfigError(f"transformers:{model_type}: expected a model type of Transformers, got {model_type!r}{near}")
+    return AutoModel.from_config(AutoConfig.for_model(model_type, **fields))
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .runlog import Record, human
+from .style import INK, MUTED, plain
 
-INK, MUTED, GRID = "#1f2933", "#66727f", "#d5dbe1"
 COLOURS = {"dense": "#8a94a0", "pruned": "#0b6fb8"}
 STAGES = {
     "regularize": ("#eaf5f3", "regularise"),
@@ -31,7 +31,7 @@ def plot_run(records: Sequence[Record], path: Path, *, title: str, subtitle: str
     twins = {name: [r for r in records if r.twin == name] for name in ("dense", "pruned")}
     twins = {name: found for name, found in twins.items() if found}
     for axis in (upper, lower):
-        _style(axis)
+        plain(axis)
         _shade_stages(axis, twins.get("pruned", []))
     _draw_accuracy(upper, twins)
     _draw_macs(lower, twins)
@@ -97,15 +97,6 @@ def _line(name: str, marker: bool = True) -> dict[str, Any]:
     if marker:
         look |= {"marker": "o", "markersize": 3.6, "markeredgewidth": 0}
     return look
-
-
-def _style(axis: Any) -> None:
-    axis.grid(axis="y", color=GRID, linewidth=0.8)
-    axis.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color("#b8c0c8")
-    axis.tick_params(colors=MUTED, length=0)
 
 
 def _spans(records: Sequence[Record]) -> list[tuple[str, float, float]]:

@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
 def test_help_names_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for name in ("train", "plan", "env", "--version"):
+    for name in ("train", "plan", "bench", "env", "--version"):
         assert name in result.stdout
 
 
@@ -124,6 +124,16 @@ def test_an_interrupt_ends_quietly_and_keeps_the_log(config: Path, tmp_path: Pat
         (["plan", "pat_fast.models:resnet20", "--args", "{"], "--args: expected a JSON object"),
         (["plan", "pat_fast.models:resnet20", "--args", "[]"], "--args: expected a JSON object, got '[]'"),
         (["plan", "pat_fast.models:resnet20", "--input", "1,3,16,16"], "expected input[1, 3, 16, 16]"),
+        (["plan", "transformers:vitt"], "expected a model type of Transformers, got 'vitt'"),
+        (["bench", "resnet51"], "did you mean 'resnet50'"),
+        (["bench", "tiny", "--ops", "channel_reduce,compact"], "--ops: expected names out of"),
+        (["bench", "tiny", "--backends", "gpu"], "--backends: expected names out of"),
+        (["bench", "tiny", "--dtypes", "float31"], "--dtypes: expected names out of"),
+        (["bench", "tiny", "--device", "gpu"], "--device: expected cpu, cuda or cuda:0, got 'gpu'"),
+        (["bench", "tiny", "--rounds", "0"], "--rounds: expected an integer >= 1"),
+        (["bench", "tiny", "--json", "tiny.json/a.json"], "--json: expected a file that can be written"),
+        (["bench", "tiny", "--plot", "plot.txt"], "--plot: expected a file name that ends in"),
+        (["bench", "tiny", "--ops", "step"], "expected something to measure, got nothing"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
@@ -172,6 +182,27 @@ def test_the_quick_start_runs() -> None:
     done = subprocess.run(line, capture_output=True, text=True, env=settings, check=False)
     assert done.returncode == 0, done.stderr
     assert "(50.0% of dense)" in done.stdout
+
+
+def test_bench_prints_a_table_and_writes_what_it_found(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = "--json", tmp_path / "new" / "found.json", "--plot", tmp_path / "new" / "found.png"
+    result = invoke("bench", "tiny", "--ops", "channel_reduce,channel_scale_", "--quick", *files)
+    assert result.exit_code == 0, result.output
+    assert "share of bandwidth" in result.stdout
+    assert "3 rounds: a glance" in result.stdout
+    found = json.loads((tmp_path / "new" / "found.json").read_text())
+    assert {row["op"] for row in found["rows"]} == {"channel_reduce", "channel_reduce mul", "channel_scale_"}
+    assert (tmp_path / "new" / "found.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_bench_ends_with_1_if_a_result_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pat_fast.backends import reference
+
+    monkeypatch.setitem(reference.OPS, "channel_scale_", lambda xs, tiles, scale: None)
+    result = invoke("bench", "tiny", "--ops", "channel_scale_", "--quick", "--backends", "cpu")
+    assert result.exit_code == 1
+    assert "no numbers: differs from the reference by up to" in result.stdout
 
 
 def test_env_and_version() -> None:

@@ -40,7 +40,13 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
 }
 # The user's side, which nothing below it may know.
-ON_TOP = {"train": {"cli"}, "cli": set(), "integrations": {"integrations"}, "runlog": {"train", "plotting"}}
+ON_TOP = {
+    "train": {"cli"},
+    "cli": set(),
+    "bench": {"cli"},
+    "integrations": {"integrations"},
+    "runlog": {"train", "plotting"},
+}
 
 
 def part(module: str) -> str:
@@ -109,9 +115,9 @@ def test_nothing_below_knows_the_users_side() -> None:
                 assert name not in {part(t) for t in targets if t.startswith("pat_fast.")}, module
 
 
-def test_only_the_plan_and_the_pruners_graph_use_torch_pruning() -> None:
+def test_only_the_plan_the_pruners_graph_and_the_benchmark_use_torch_pruning() -> None:
     users = {module for module, targets in graph().items() if any(t.split(".")[0] == "torch_pruning" for t in targets)}
-    assert {part(module) for module in users} <= {"plan", "pruner", "torch_pruning"}
+    assert {part(module) for module in users} <= {"plan", "pruner", "torch_pruning", "bench"}
     assert users
 
 

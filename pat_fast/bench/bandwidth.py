@@ -1,0 +1,68 @@
+"""What the memory of a device delivers, measured in the run that is compared with it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import Tile, TileTable, channel_axpy_, channel_reduce, channel_scale_
+from .clock import Clock, Timed
+
+MEBIBYTES = {"cpu": 256, "cuda": 1024}
+
+
+class Bandwidth:
+    """Best rates that this process reached on buffers larger than any cache, GB/s (1e9 bytes) by kind of traffic.
+
+    Counted are the bytes that the operation names: n for a read, 2n for a copy and for ``x *= s``, 3n for
+    ``y += a * x``. PyTorch's ops and pat_fast's compete. A GPU's other rates are not looked at: all is held against
+    its copy.
+
+    Args:
+        mebibytes: size of each of the two buffers; by default enough for the kind of device.
+
+    Attributes:
+        rates: best rate by kind: "copy", and on the CPU "read", "scale" and "axpy".
+        winners: the function that reached it.
+    """
+
+    def __init__(self, clock: Clock, mebibytes: int | None = None) -> None:
+        self.rates: dict[str, float] = {}
+        self.winners: dict[str, str] = {}
+        self._clock = clock
+        rows = (mebibytes or MEBIBYTES.get(clock.device.type, 256)) * 256
+        x = torch.ones(rows, 1024, device=clock.device)
+        y = torch.zeros_like(x)
+        n = x.numel() * x.element_size()
+        self._candidates: list[tuple[str, str, int, Timed]] = [("copy", "Tensor.copy_", 2 * n, lambda: y.copy_(x))]
+        if not clock.is_cuda:
+            tiles = TileTable.from_tiles([x], [Tile(0, 0, (rows, 1024, 1), (1024, 1, 1), 0, rows)])
+            coef = torch.full((tiles.slots,), 1e-6)
+            scale = torch.full((tiles.slots,), 1 + 1e-6)  # not 1: that would not be work
+            self._candidates += [
+                ("read", "torch.sum", n, x.sum),
+                ("read", "torch.amax", n, x.amax),
+                ("read", "torch.dot", n, lambda: torch.dot(x.view(-1), x.view(-1))),
+                ("read", "channel_reduce", n, lambda: channel_reduce([x], tiles)),
+                ("scale", "Tensor.mul_", 2 * n, lambda: y.mul_(0.999)),
+                ("scale", "channel_scale_", 2 * n, lambda: channel_scale_([y], tiles, scale)),
+                ("axpy", "Tensor.add_", 3 * n, lambda: y.add_(x, alpha=1e-6)),
+                ("axpy", "channel_axpy_", 3 * n, lambda: channel_axpy_([y], [x], tiles, coef)),
+            ]
+        self.probe(rounds=5)
+
+    def kind(self, traffic: str) -> str:
+        """The kind of traffic that an operation is held against."""
+        return traffic if traffic in self.rates else "copy"
+
+    def probe(self, rounds: int = 1) -> None:
+        """Time every candidate; better rates replace the known ones.
+
+        Called before every case, so that one busy moment does not lower the peak.
+        """
+        for kind, name, moved, run in self._candidates:
+            rate = moved / self._clock.best(run, rounds) / 1e6
+            if rate > self.rates.get(kind, 0.0):
+                self.rates[kind], self.winners[kind] = rate, name
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k} {r:.1f} GB/s ({self.winners[k]})" for k, r in self.rates.items())

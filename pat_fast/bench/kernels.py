@@ -1,0 +1,162 @@
+"""The four ops of one backend, called directly on tensors with the shapes of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..ops import NONE, Tile, TileTable, accumulator
+from .clock import Timed
+from .results import Mismatch
+
+Shape = tuple[int, ...]
+Ops = Mapping[str, Callable[..., Any]]
+
+KEEP = 0.75
+"""Share of rows and of columns that ``channel_compact`` keeps."""
+RTOL = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+VARIANTS = {
+    "channel_reduce": ("channel_reduce", "channel_reduce mul"),
+    "channel_axpy_": ("channel_axpy_",),
+    "channel_scale_": ("channel_scale_",),
+    "channel_compact": ("channel_compact",),
+}
+"""For each op the calls that are timed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to time.
+
+    Attributes:
+        traffic: which bandwidth bounds it.
+        moved: bytes that any implementation must move.
+        written: the tensors that it changes.
+    """
+
+    traffic: str
+    moved: int
+    run: Timed
+    written: list[Tensor]
+
+
+class Kernels:
+    """Tensors of a model's shapes, their tables, and the calls to time.
+
+    Args:
+        channels_last: lay out convolutions so.
+    """
+
+    def __init__(self, shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device, channels_last: bool) -> None:
+        self.channels_last = channels_last
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.xs = [self._new(shape, dtype, device) for shape in shapes]
+        self.ys = [torch.empty_like(x).normal_(generator=self.generator) for x in self.xs]
+        self.bytes = sum(x.numel() * x.element_size() for x in self.xs)
+        tiles, slots = tiles_of(self.xs)
+        self.table = TileTable.from_tiles(self.xs, tiles, slots)
+        self.coef = torch.rand(slots, device=device, generator=self.generator, dtype=accumulator(dtype)) * 1e-3
+        # Near 1, so that values stay in range over thousands of calls; not 1, which would not be work.
+        self.scale = 1 + (self.coef - 5e-4) * 0.2
+        self._cut(device)
+
+    def _new(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=device)
+        if self.channels_last and x.dim() == 4:
+            x = x.to(memory_format=torch.channels_last)
+        return x.normal_(generator=self.generator)
+
+    def _cut(self, device: torch.device) -> None:
+        """Destinations of a compaction that keeps `KEEP` of the rows and columns of every matrix."""
+        lists: list[Tensor] = []
+        cuts, at = [], 0
+        for x in self.xs:
+            starts, left = [], []
+            for length in x.shape[:2]:
+                kept = torch.randperm(length, generator=torch.Generator().manual_seed(length))
+                lists.append(kept[: math.ceil(length * KEEP)].sort().values)
+                starts.append(at)
+                left.append(len(lists[-1]))
+                at += left[-1]
+            out = torch.empty([*left, *x.shape[2:]], dtype=x.dtype, device=device)
+            if self.channels_last and x.dim() == 4:
+                out = out.to(memory_format=torch.channels_last)
+            cuts.append((out, starts))
+        self.outs = [out for out, _ in cuts]
+        plain, _ = tiles_of(self.outs)
+        tiles = [
+            replace(tile, row=starts[0], col=starts[1] if len(starts) > 1 else NONE)
+            for tile, (_, starts) in zip(plain, cuts, strict=True)
+        ]
+        self.index = torch.cat(lists).to(device, torch.int32)
+        self.out_table = TileTable.from_tiles(self.outs, tiles, at, shared_slots=True)
+
+    def call(self, name: str, ops: Ops) -> Call:
+        """The call ``name``, one of ``VARIANTS``, of a backend's ``ops``."""
+        tiles, slots = self.table.table, self.table.slots
+        op = ops[name.split()[0]]
+        if name == "channel_reduce":
+            return Call("read", self.bytes, lambda: op(self.xs, [], tiles, slots, "pow", 2.0), [])
+        if name == "channel_reduce mul":
+            return Call("read", 2 * self.bytes, lambda: op(self.xs, self.ys, tiles, slots, "mul", 2.0), [])
+        if name == "channel_axpy_":
+            return Call("axpy", 3 * self.bytes, lambda: op(self.ys, self.xs, tiles, self.coef), self.ys)
+        if name == "channel_scale_":
+            return Call("scale", 2 * self.bytes, lambda: op(self.ys, tiles, self.scale), self.ys)
+        kept = sum(out.numel() * out.element_size() for out in self.outs)
+        targets = self.out_table.table
+        return Call("copy", 2 * kept, lambda: op(self.outs, self.xs, tiles, targets, self.index), self.outs)
+
+    def check(self, name: str, ops: Ops) -> None:
+        """Compare the call with the reference's on the same tensors.
+
+        Raises:
+            Mismatch: they differ; it says by how much, and where.
+        """
+        before = [y.clone() for y in self.ys]
+        results: list[list[Tensor]] = []
+        oracle: Any = reference.OPS
+        for these in (ops, oracle):
+            call = self.call(name, these)
+            for out in self.outs:
+                out.fill_(float("nan"))
+            returned = call.run()
+            results.append([returned] if isinstance(returned, Tensor) else [x.clone() for x in call.written])
+            for y, old in zip(self.ys, before, strict=True):
+                y.copy_(old)
+        for got, want in zip(*results, strict=True):
+            problem = self._difference(name, got, want)
+            if problem:
+                raise Mismatch(problem)
+
+    def _difference(self, name: str, got: Tensor, want: Tensor) -> str:
+        # Sums are float32 whatever was summed; compaction moves bits.
+        rtol = RTOL[want.dtype] if name != "channel_compact" else 0.0
+        # Sums of products cancel: measured against the largest sum.
+        atol = rtol * (1.0 if name != "channel_reduce mul" else float(want.abs().max()))
+        if torch.allclose(got, want, rtol=rtol, atol=atol):
+            return ""
+        worst = float((got.double() - want.double()).abs().max())
+        return f"differs from the reference by up to {worst:.1e} in a tensor of shape {list(want.shape)}"
+
+
+def tiles_of(xs: Sequence[Tensor]) -> tuple[list[Tile], int]:
+    """One tile a tensor, outputs by inputs by kernel, each with slots of its own; the number of slots."""
+    tiles, slot = [], 0
+    for number, x in enumerate(xs):
+        if x.dim() < 2:
+            tiles.append(Tile(number, 0, (x.numel(), 1, 1), (1, 1, 1), slot))
+            slot += x.numel()
+            continue
+        r, c = x.shape[:2]
+        kernel = math.prod(x.shape[2:])
+        strides = (x.stride(0), x.stride(1), x.stride(-1) if x.dim() > 2 else 1)
+        tiles.append(Tile(number, 0, (r, c, kernel), strides, slot, slot + r))
+        slot += r + c
+    return tiles, slot

@@ -1,0 +1,295 @@
+"""A whole run: every row that was asked for, and no ratio and no number for what is not equal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pat_fast import ConfigError, backends
+from pat_fast.backends import Backend, reference
+from pat_fast.bench import Result, Row, Settings, machine, render, run, steps, table
+from pat_fast.bench.figure import draw
+from pat_fast.bench.kernels import VARIANTS
+from pat_fast.bench.models import SHAPES, find, vary_
+from pat_fast.bench.run import names
+from pat_fast.bench.steps import STEPS
+from pat_fast.bench.subject import Subject, at_most
+from tests.helpers import Small
+
+CALLS = [call for calls in VARIANTS.values() for call in calls]
+QUICK = Settings(models=("tiny",), ops=tuple(VARIANTS), rounds=1, mebibytes=1, small=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def small_model() -> nn.Module:
+    return Small()
+
+
+FACTORY = f"{__name__}:small_model"
+INPUTS = (torch.randn(2, 3, 8, 8),)
+
+
+def test_every_op_of_every_backend_gets_a_row() -> None:
+    result = run(QUICK)
+    found = {(row.backend, row.op) for row in result.rows}
+    assert {op for backend, op in found if backend == "reference"} == set(CALLS)
+    assert {backend for backend, _ in found} >= {"cpu", "reference"}
+    for row in result.rows:
+        assert row.problem == ""
+        assert row.ms is not None
+        assert row.ms > 0
+        assert row.gbps is not None
+        assert row.peak_gbps == result.bandwidth[row.traffic]
+        assert row.share == pytest.approx(row.gbps / row.peak_gbps)
+    traffic = {row.op: row.traffic for row in result.rows}
+    assert [traffic[op] for op in CALLS] == ["read", "read", "axpy", "scale", "copy"]
+    assert result.is_right
+
+
+def test_bytes_are_those_that_anything_must_move() -> None:
+    row = next(row for row in run(replace(QUICK, ops=("channel_axpy_",))).rows)
+    n = sum(torch.Size(shape).numel() for shape in SHAPES["tiny"]())
+    assert row.gbps is not None
+    assert row.ms is not None
+    assert row.gbps * row.ms * 1e6 == pytest.approx(3 * 4 * n)
+
+
+@pytest.mark.parametrize("op", ["channel_reduce", "channel_scale_", "channel_compact"])
+def test_a_wrong_kernel_gets_no_number(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.OPS[op]
+
+    def wrong(*arguments: Any) -> Any:
+        result = right(*arguments)
+        (result if result is not None else arguments[0][0]).view(-1)[3:4].add_(1)
+        return result
+
+    monkeypatch.setitem(sys.modules, "broken_backend", SimpleNamespace(OPS={**reference.OPS, op: wrong}))
+    monkeypatch.setattr(
+        backends, "BACKENDS", (Backend("broken", "broken_backend", ("cpu",), lambda device: None),)
+    )
+    result = run(QUICK)
+    assert not result.is_right
+    bad = [row for row in result.rows if row.op.startswith(op)]
+    assert bad
+    for row in bad:
+        assert "differs from the reference by up to 1.0e+00" in row.problem
+        assert row.ms is None
+        assert row.gbps is None
+    assert all(row.ms is not None for row in result.rows if row not in bad)
+    assert "no numbers: differs from the reference" in render(result)
+
+
+def test_operations_are_compared_with_torch_pruning() -> None:
+    result = run(replace(QUICK, models=("resnet18", FACTORY), ops=tuple(STEPS), inputs=INPUTS))
+    assert result.is_right
+    assert [(row.model, row.op) for row in result.rows] == [(m, op) for m in ("resnet18", FACTORY) for op in STEPS]
+    for row in result.rows:
+        assert row.ratio is not None, row
+        assert row.tp_ms == pytest.approx(row.ratio * row.ms)
+        assert row.backend == "cpu"
+        matched, _, known = row.groups.partition("/")
+        assert matched == known
+
+
+@pytest.mark.parametrize("op", STEPS)
+def test_a_result_that_differs_gets_no_ratio_but_by_how_much(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = steps.GroupNorm.score
+
+    def wrong(self: Any, binding: Any) -> torch.Tensor:
+        scores = score(self, binding)
+        return scores * torch.linspace(1.0, 4.0, len(scores))
+
+    monkeypatch.setattr(steps.GroupNorm, "score", wrong)
+    result = run(replace(QUICK, models=("resnet18",), ops=(op,)))
+    (row,) = result.rows
+    assert row.differs
+    assert not result.is_right
+    assert row.ratio is None
+    assert row.tp_ms is None
+    assert row.ms is not None
+    says = "differs after the step" if op == "step" else r"differs from Torch-Pruning by"
+    assert says in row.no_ratio
+    assert table([row]).splitlines()[1].endswith(" none")
+    assert f"no ratio for {op} of resnet18 (float32): {row.no_ratio}" in table([row])
+
+
+def test_the_largest_difference_is_the_one_that_is_told() -> None:
+    one, two = torch.ones(3), torch.tensor([1.0, 1.0, 1.5])
+    with pytest.raises(steps.Mismatch, match=r"b differs from Torch-Pruning by 5\.0e-01 relative.*; 2 of 3 differ"):
+        steps.compare([("a", one * 1.1, one), ("b", one * 0.75, two), ("c", one, one)], 1e-5)
+    with pytest.raises(steps.Mismatch, match="a differs from Torch-Pruning by nan"):
+        steps.compare([("a", one * torch.nan, one)], 1e-5)
+    with pytest.raises(steps.Mismatch, match=r"shape \(2,\)"):
+        steps.compare([("a", one[:2], one)], 1e-5)
+
+
+def test_where_torch_pruning_fails_ours_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Subject) -> None:
+        raise ZeroDivisionError("of Torch-Pruning's")
+
+    monkeypatch.setattr(Subject, "_meet_torch_pruning", fail)
+    result = run(replace(QUICK, models=("resnet18",), ops=tuple(STEPS)))
+    assert result.is_right
+    for row in result.rows:
+        assert row.ratio is None
+        assert row.ms is not None
+        assert row.no_ratio == "Torch-Pruning: ZeroDivisionError: of Torch-Pruning's"
+
+
+def test_what_does_not_end_is_left() -> None:
+    def forever() -> None:
+        while True:
+            pass
+
+    with pytest.raises(TimeoutError, match="groups took more than 0 s"), at_most(0.05, "groups"):
+        forever()
+
+
+def test_the_regulariser_beside_a_training_step() -> None:
+    (row,) = run(replace(QUICK, models=("resnet18",), ops=("training",), batch=2)).rows
+    assert row.extra["batch"] == 2
+    assert row.extra["share_of_step"] == pytest.approx(row.ms / row.extra["step_ms"])
+
+
+def test_layouts_are_for_convolutions() -> None:
+    both = ("contiguous", "channels_last")
+    found = run(replace(QUICK, models=("resnet18", "vit_s16"), ops=("channel_scale_",), layouts=both))
+    rows = [(row.model, row.layout) for row in found.rows if row.backend == "reference"]
+    assert rows == [("resnet18", "contiguous"), ("resnet18", "channels_last"), ("vit_s16", "contiguous")]
+    assert not find("vit_l", (), {}).is_convolutional()
+
+
+def test_what_is_not_measured_is_said() -> None:
+    result = run(replace(QUICK, ops=("channel_reduce", "step"), backends=("reference",)))
+    assert {row.backend for row in result.rows} == {"reference"}
+    assert "not measured: step of tiny in float32: it is a list of shapes alone" in result.notes
+    result = run(replace(QUICK, models=("resnet18",), ops=("channel_reduce", "step"), dtypes=("bfloat16",)))
+    assert any("Torch-Pruning does not add up in float32" in note for note in result.notes)
+    result = run(replace(QUICK, models=("resnet18",), ops=("channel_reduce", "step"), backends=("reference",)))
+    assert any("they run the cpu kernels, which --backends leaves out" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ops": ("channel_reducee",)}, "did you mean 'channel_reduce'"),
+        ({"dtypes": ("float8",)}, "--dtypes: expected names out of float32"),
+        ({"layouts": ("nhwc",)}, "--layouts: expected names out of contiguous, channels_last; got 'nhwc'"),
+        ({"backends": ("gpu",)}, "--backends: expected names out of cuda, cpu, triton, reference; got 'gpu'"),
+        ({"backends": ("cuda",)}, "--backends: expected backends that run on cpu, got cuda: it does not serve cpu"),
+        ({"device": "cuda:99"}, "--device: expected a device that PyTorch can use, got 'cuda:99'"),
+        ({"device": "tpu"}, "--device: expected cpu, cuda or cuda:0, got 'tpu'"),
+        ({"device": "meta"}, "--device: expected cpu or cuda, got 'meta'"),
+        ({"rounds": 0}, "--rounds: expected an integer >= 1, got 0"),
+        ({"batch": 0}, "--batch: expected an integer >= 1, got 0"),
+        ({"models": ("resnet51",)}, "did you mean 'resnet50'"),
+        ({"models": ("tests.bench.test_run:smal_model",)}, "did you mean 'small_model'"),
+        ({"models": ("transformers:vitt",)}, "expected a model type of Transformers, got 'vitt'; did you mean 'vit'"),
+        ({"ops": ("step",)}, "expected something to measure, got nothing: not measured: step of tiny"),
+    ],
+)
+def test_bad_settings_are_one_clear_message(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        run(replace(QUICK, **change))
+    assert message in str(error.value)
+
+
+def test_a_network_of_transformers_by_its_type() -> None:
+    pytest.importorskip("transformers")
+    args = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 20}
+    args |= {"image_size": 32, "patch_size": 8}
+    image = (torch.randn(1, 3, 32, 32),)
+    (row,) = run(replace(QUICK, models=("transformers:vit",), ops=("importance",), inputs=image, args=args)).rows
+    assert row.ms is not None
+    assert row.ratio is not None or row.no_ratio
+
+
+def test_constant_parameters_get_noise_and_others_stay() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
+    weight = model[0].weight.detach().clone()
+    vary_(model)
+    assert torch.equal(model[0].weight, weight)
+    assert len(model[1].weight.unique()) == 6
+    assert len(model[1].bias.unique()) == 6
+
+
+def test_names_come_apart_or_with_commas() -> None:
+    assert names(["a,b", "c", "a, d", ""]) == ("a", "b", "c", "d")
+
+
+def test_a_busy_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (3.25, 1.0, 1.0))
+    result = run(replace(QUICK, rounds=4, ops=("channel_scale_",)))
+    assert "load average 3.2 before the start" in result.disturbed
+    assert "disturbed, do not quote: load average 3.2" in render(result)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
+    assert machine.busy(machine.describe(torch.device("cpu"))) == ""
+
+
+def test_the_machine_is_described() -> None:
+    found = machine.describe(torch.device("cpu"))
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cpu"]
+    assert found["threads"] == torch.get_num_threads()
+    assert found["isa"] == "none" or found["isa"]
+
+
+@pytest.fixture
+def result() -> Result:
+    like = Row("net", "", "float32", "cpu", traffic="read", ms=1.5, spread=0.1, gbps=12.0, peak_gbps=24.0, share=0.5)
+    rows = (
+        replace(like, op="channel_reduce"),
+        replace(like, op="importance", tp_ms=30.0, tp_spread=0.5, ratio=20.0, groups="3/3"),
+        replace(like, op="step", no_ratio="differs by 1e-3", differs=True, graph_ms=1.0, graph_share=0.75),
+        Row("net", "channel_axpy_", "float32", "triton", problem="RuntimeError: it broke"),
+    )
+    where = {"cpu": "a processor", "cores": 2, "threads": 2, "isa": "avx2", "gpu": None, "versions": {"torch": "2.13"}}
+    return Result(where, {"rounds": 15}, {"read": 24.0}, rows, ("load average 9.0",), ("a note",))
+
+
+def test_the_table(result: Result) -> None:
+    text = render(result)
+    lines = text.splitlines()
+    assert "a processor" in lines[0]
+    row = next(line for line in lines if "importance" in line)
+    assert row.split() == [
+        "net", "importance", "float32", "cpu", "1.500", "10%", "12.0", "50%", "of", "read", "24.0", "30.0", "20.0x!",
+    ]  # fmt: skip
+    assert next(line for line in lines if "channel_axpy_" in line).endswith("no numbers: RuntimeError: it broke")
+    assert "no ratio for step of net (float32): differs by 1e-3" in text
+    assert "note: a note" in text
+    assert "1.000    75%" in text
+
+
+def test_json_holds_everything(result: Result, tmp_path: Path) -> None:
+    result.write(tmp_path / "result.json")
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["format"] == 1
+    assert found["machine"]["cpu"] == "a processor"
+    assert [Row(**row) for row in found["rows"]] == list(result.rows)
+    assert found["disturbed"] == ["load average 9.0"]
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_the_figure_shows_every_bar(result: Result, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"figure.{kind}"
+    draw(result, path)
+    assert path.stat().st_size > 1000
+    if kind == "svg":
+        text = path.read_text()
+        for word in ("50%, 12 GB/s, 20x Torch-Pruning", "channel_reduce", "net, float32", "disturbed, do not"):
+            assert f"<!-- {word}" in text
+        assert "channel_axpy_" not in text
