@@ -5,26 +5,15 @@ Arguments are those of the op schemas; they were checked by the public wrappers.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pat_fast.backends import native
 
-def _load() -> tuple[Any, str | None]:
-    # torch is imported by now, so that both use one OpenMP runtime and its threads.
-    try:
-        return importlib.import_module("pat_fast._C"), None
-    except ImportError as error:
-        return None, f"the C++ extension is not there ({error})"
-
-
-_C, _WHY = _load()
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_FUNCS = {"pow": 2, "mul": 3, "absmul": 4, "sqmul": 5}
-_POWERS = {1.0: 0, 2.0: 1}
+_C, _WHY = native.load("pat_fast._C", "C++")
 
 
 def unavailable() -> str | None:
@@ -47,14 +36,13 @@ def channel_reduce(
     """Return the row and column sums of ``f``: ``[slots]``."""
     dtype = xs[0].dtype if xs else torch.float32
     out = torch.empty(slots, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    func = _POWERS.get(p, _FUNCS["pow"]) if f == "pow" else _FUNCS[f]
     _C.reduce(
         _addresses(xs),
         _addresses(ys),
         tiles.data_ptr(),
         len(tiles),
-        _DTYPES[dtype],
-        func,
+        native.DTYPES[dtype],
+        native.function(f, p),
         p,
         out.data_ptr(),
         slots,
@@ -71,7 +59,7 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, coe
             _addresses(xs),
             tiles.data_ptr(),
             len(tiles),
-            _DTYPES[ys[0].dtype],
+            native.DTYPES[ys[0].dtype],
             coef.data_ptr(),
             torch.get_num_threads(),
         )
@@ -84,7 +72,7 @@ def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
             _addresses(xs),
             tiles.data_ptr(),
             len(tiles),
-            _DTYPES[xs[0].dtype],
+            native.DTYPES[xs[0].dtype],
             scale.data_ptr(),
             torch.get_num_threads(),
         )

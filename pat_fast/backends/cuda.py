@@ -8,29 +8,17 @@ table to the device: each table needs one call before.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from pat_fast.errors import BackendError
+from pat_fast.backends import kept, native
+from pat_fast.backends.kept import Kept
 
-
-def _load() -> tuple[Any, str | None]:
-    try:
-        return importlib.import_module("pat_fast._CUDA"), None
-    except ImportError as error:
-        return None, f"the CUDA extension is not there ({error})"
-
-
-_CUDA, _WHY = _load()
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_FUNCS = {"pow": 2, "mul": 3, "absmul": 4, "sqmul": 5}
-_POWERS = {1.0: 0, 2.0: 1}
+_CUDA, _WHY = native.load("pat_fast._CUDA", "CUDA")
 
 
 def unavailable() -> str | None:
@@ -66,11 +54,9 @@ class Blocks:
     second: int = 0
     second_count: int = 0
     workspace: int = 0
-    source: Tensor | None = None
 
 
-# Tile table -> what was made of it. Tables are not written to, so they stand for their contents.
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_made: Kept[Blocks] = Kept()
 # Graphs refer to these by address, whatever becomes of the table.
 _captured: dict[int, Blocks] = {}
 
@@ -79,31 +65,18 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _upload(data: bytes, device: torch.device) -> Tensor:
     # Waits for the copy, once per table: from then on every stream may read it.
     return torch.frombuffer(bytearray(data or bytes(16)), dtype=torch.uint8).to(device)
 
 
-def _cached(tiles: Tensor, device: torch.device, key: tuple[Any, ...], make: Callable[[], Blocks]) -> Blocks:
-    made = _made.setdefault(tiles, {})
-    capturing = _capturing()
-    key = (device, *key)
-    if key not in made:
-        if capturing:
-            raise BackendError(
-                "expected each tile table to have been used before a CUDA graph is captured; got its first use; "
-                "call the op once before the capture"
-            )
-        made[key] = make()
-    blocks = made[key]
-    if capturing:
+def _made_of(tables: Sequence[Tensor], like: Tensor, make: Callable[[], Blocks]) -> Blocks:
+    """Return the blocks of tables over tensors like ``like``, ready for the current stream."""
+    blocks = _made.of(tables, like.device, like.element_size(), make)
+    if kept.is_capturing(like.device):
         _captured[id(blocks)] = blocks
-    elif blocks.stream != _stream(device):
-        blocks.memory.record_stream(torch.cuda.current_stream(device))
+    elif blocks.stream != _stream(like.device):
+        blocks.memory.record_stream(torch.cuda.current_stream(like.device))
     return blocks
 
 
@@ -114,17 +87,16 @@ def _blocks_of(tiles: Tensor, like: Tensor) -> Blocks:
         memory = _upload(works + gathers, like.device)
         return Blocks(memory, _stream(like.device), count, len(works), second_count, workspace)
 
-    return _cached(tiles, like.device, (like.element_size(),), make)
+    return _made_of([tiles], like, make)
 
 
 def _moves_of(tiles: Tensor, out_tiles: Tensor, like: Tensor) -> Blocks:
     def make() -> Blocks:
         moves = _CUDA.plan_moves(tiles.data_ptr(), out_tiles.data_ptr(), len(tiles), like.element_size())
         count = len(moves) // _CUDA.MOVE_BYTES
-        # Holding `tiles` keeps its id from standing for another table.
-        return Blocks(_upload(moves, like.device), _stream(like.device), count, source=tiles)
+        return Blocks(_upload(moves, like.device), _stream(like.device), count)
 
-    return _cached(out_tiles, like.device, (like.element_size(), id(tiles)), make)
+    return _made_of([tiles, out_tiles], like, make)
 
 
 class _Call:
@@ -147,7 +119,6 @@ def channel_reduce(
     call = _Call(xs, ys)
     workspace = torch.empty(blocks.workspace, dtype=dtype, device=out.device)
     start = blocks.memory.data_ptr()
-    func = _POWERS.get(p, _FUNCS["pow"]) if f == "pow" else _FUNCS[f]
     _CUDA.reduce(
         call.pointers,
         call.target,
@@ -155,8 +126,8 @@ def channel_reduce(
         blocks.count,
         start + blocks.second,
         blocks.second_count,
-        _DTYPES[xs[0].dtype],
-        func,
+        native.DTYPES[xs[0].dtype],
+        native.function(f, p),
         p,
         out.data_ptr(),
         workspace.data_ptr(),
@@ -174,7 +145,7 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, coe
         call.target,
         blocks.memory.data_ptr(),
         blocks.count,
-        _DTYPES[ys[0].dtype],
+        native.DTYPES[ys[0].dtype],
         coef.data_ptr(),
     )
 
@@ -189,7 +160,7 @@ def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
         call.target,
         blocks.memory.data_ptr(),
         blocks.count,
-        _DTYPES[xs[0].dtype],
+        native.DTYPES[xs[0].dtype],
         scale.data_ptr(),
     )
 

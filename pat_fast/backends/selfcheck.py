@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pat_fast.backends import reference
-from pat_fast.errors import BackendError
+from pat_fast.backends.kept import check_not_captured
 
 Ops = Mapping[str, Any]  # op name -> function
 
@@ -123,11 +123,7 @@ def difference(ops: Ops, device: torch.device) -> str | None:
     Raises:
         BackendError: a CUDA graph is being captured: results cannot be looked at.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise BackendError(
-            "expected an op to have run once before it is captured into a CUDA graph; got its first call; run the "
-            "step once before the capture"
-        )
+    check_not_captured(device, "an op to have run")
     with _free_to_wait(device):
         for dtype, rounding in ROUNDING.items():
             case = _Case.of(dtype, device)

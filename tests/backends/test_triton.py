@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pat_fast import backends
-from pat_fast.backends import triton
+from pat_fast.backends import kept, triton
 from pat_fast.backends.triton import tables
 from pat_fast.errors import BackendError
 from pat_fast.ops import Tile, TileTable
@@ -197,7 +197,7 @@ def test_records_and_addresses_are_kept_between_calls_and_die_with_the_table() -
 def test_a_table_that_was_never_used_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make((4, 3, 2))
     table = made.table()
-    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
+    monkeypatch.setattr(kept, "is_capturing", lambda device: True)
     with pytest.raises(BackendError, match="once before the capture"):
         triton.channel_scale_([made.x], table.table, torch.ones(7))
 
@@ -207,7 +207,7 @@ def test_addresses_that_are_new_in_a_capture_are_staged_once_each(monkeypatch: p
     addresses = tables.Addresses(torch.device("cpu"), 1)
     addresses._spare = list(torch.empty(2, 1, dtype=torch.int64).unbind())
     known = addresses.of([made.x])
-    monkeypatch.setattr(tables, "is_capturing", lambda device: True)
+    monkeypatch.setattr(kept, "is_capturing", lambda device: True)
     assert addresses.of([made.x]) is known
     assert addresses.of([other.x]).item() == other.x.data_ptr()
     assert addresses.of([other.x]).item() == other.x.data_ptr()  # another graph, another copy

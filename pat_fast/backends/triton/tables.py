@@ -10,15 +10,15 @@ from pinned memory that was put aside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from pat_fast.backends import kept
+from pat_fast.backends.kept import Kept
 from pat_fast.errors import BackendError
 
 from .work import Cut, Ints, Shape, cut, cut_copy
@@ -27,11 +27,6 @@ RECENT = 4
 """Lists of addresses to keep: weights, gradients and moments take turns with one table."""
 SPARE = 4
 """Captured calls for which pinned memory is put aside."""
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is being captured into a CUDA graph, not run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class _Upload:
 
         A capture may not wait for work outside it and need not: what came before a capture is complete.
         """
-        if self.event is not None and not is_capturing(self.tensor.device):
+        if self.event is not None and not kept.is_capturing(self.tensor.device):
             stream = torch.cuda.current_stream(self.tensor.device)
             if stream != self.stream:
                 stream.wait_event(self.event)
@@ -77,7 +72,7 @@ class Addresses:
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
         """The addresses of ``tensors``: ``[len(tensors)]`` int64 on the device."""
         key = tuple(map(Tensor.data_ptr, tensors))
-        if is_capturing(self.device):
+        if kept.is_capturing(self.device):
             return self._while_capturing(key, self._recent.get(key))
         known = self._recent.pop(key, None) or _Upload.of(torch.tensor(key, dtype=torch.int64), self.device)
         self._recent[key] = known  # the latest is last
@@ -112,26 +107,10 @@ class Records:
     addresses: Addresses
 
 
-_records: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _kept(owners: Sequence[Tensor], key: Any, make: Callable[[], Records]) -> Records:
-    """What ``make`` returns, from a cache that lives as long as all of ``owners``."""
-    level = _records
-    for owner in owners[:-1]:
-        level = level.setdefault(owner, WeakIdKeyDictionary())
-    entries = level.setdefault(owners[-1], {})
-    if key not in entries:
-        entries[key] = make()
-    return entries[key]
+_records: Kept[Records] = Kept()
 
 
 def _upload(found: Cut, shape: Shape, device: torch.device, length: int) -> Records:
-    if is_capturing(device):
-        raise BackendError(
-            "expected an op to have run once with this table before it is captured into a CUDA graph; got its first "
-            "call; run the step once before the capture"
-        )
     sums = _Upload.of(torch.from_numpy(found.sums), device) if len(found.sums) else None
     counts = (len(found.items), len(found.sums), found.partials)
     return Records(shape, _Upload.of(torch.from_numpy(found.items), device), sums, counts, Addresses(device, length))
@@ -144,7 +123,7 @@ def records(tiles: Tensor, slots: int, like: Tensor, length: int) -> Records:
     def make() -> Records:
         return _upload(cut(_rows(tiles), slots, shape), shape, like.device, length)
 
-    return _kept([tiles], (like.device, shape, slots, length), make)
+    return _records.of([tiles], like.device, (shape, slots, length), make)
 
 
 def copy_records(tiles: Tensor, out_tiles: Tensor, like: Tensor, length: int) -> Records:
@@ -155,7 +134,7 @@ def copy_records(tiles: Tensor, out_tiles: Tensor, like: Tensor, length: int) ->
         found = Cut(cut_copy(_rows(tiles), _rows(out_tiles), shape), np.zeros((0, 1), np.int64), 0)
         return _upload(found, shape, like.device, length)
 
-    return _kept([tiles, out_tiles], (like.device, shape, length), make)
+    return _records.of([tiles, out_tiles], like.device, (shape, length), make)
 
 
 def _rows(tiles: Tensor) -> Ints:

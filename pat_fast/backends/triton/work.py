@@ -153,6 +153,23 @@ def _places(counts: Ints) -> tuple[Ints, int]:
     return ends - counts, int(ends[-1]) if len(ends) else 0
 
 
+def _rectangles(tiles: Flat, b: _Blocks, shape: Shape) -> dict[str, Ints]:
+    """The columns that all items have: which part of which tensor."""
+    t, first = b.tile, b.row_block * b.step[b.tile]
+    return {
+        "tensor": tiles.tensor[t],
+        "offset": tiles.offset[t] + first * tiles.sr[t],
+        "rows": np.minimum(b.step[t], tiles.r[t] - first),
+        "row_stride": tiles.sr[t],
+        "start": b.col_block * shape.width,
+        "flat": (tiles.c * tiles.k)[t],
+        "c": tiles.c[t],
+        "k": tiles.k[t],
+        "col_stride": tiles.sc[t],
+        "kernel_stride": tiles.sk[t],
+    }
+
+
 def cut(table: Ints, slots: int, shape: Shape) -> Cut:
     """Cut a table for :func:`channel_reduce`, :func:`channel_axpy_` and :func:`channel_scale_`."""
     tiles = flatten(table)
@@ -167,17 +184,8 @@ def cut(table: Ints, slots: int, shape: Shape) -> Cut:
         return np.where(slot[t] >= 0, value, -1)
 
     flags = np.where(tiles.in_runs(shape.vector), 0, SCALAR) | np.where(tiles.kernel_inner, KERNEL_INNER, 0)
-    columns = {
-        "tensor": tiles.tensor[t],
-        "offset": tiles.offset[t] + first * tiles.sr[t],
-        "rows": np.minimum(b.step[t], tiles.r[t] - first),
-        "row_stride": tiles.sr[t],
-        "start": b.col_block * shape.width,
-        "flat": flat[t],
-        "c": tiles.c[t],
-        "k": tiles.k[t],
-        "col_stride": tiles.sc[t],
-        "kernel_stride": tiles.sk[t],
+    columns: dict[str, Ints] = {
+        **_rectangles(tiles, b, shape),
         "flags": flags[t],
         "row_slot": where_named(tiles.row, tiles.row[t] + first),
         "col_slot": tiles.col[t],
@@ -237,16 +245,7 @@ def cut_copy(table: Ints, out_table: Ints, shape: Shape) -> Ints:
     flags = np.where(whole_runs, 0, SCALAR) | np.where(tiles.kernel_inner, KERNEL_INNER, 0)
     listed = tiles.row[t] >= 0
     columns = {
-        "tensor": tiles.tensor[t],
-        "offset": tiles.offset[t] + first * tiles.sr[t],
-        "rows": np.minimum(b.step[t], tiles.r[t] - first),
-        "row_stride": tiles.sr[t],
-        "start": b.col_block * shape.width,
-        "flat": (tiles.c * tiles.k)[t],
-        "c": tiles.c[t],
-        "k": tiles.k[t],
-        "col_stride": tiles.sc[t],
-        "kernel_stride": tiles.sk[t],
+        **_rectangles(tiles, b, shape),
         "flags": flags[t],
         "row_list": np.where(listed, tiles.row[t] + first, -1),
         "col_list": tiles.col[t],
