@@ -74,7 +74,7 @@ test-gpu: gpu
 
 bench-gpu: gpu
 	@$(PYTHON) -m pat_fast.cli bench --device cuda --ops all --layouts contiguous,channels_last \
-		--json $(OUT)/bench-gpu.json --plot $(OUT)/bench-gpu.png $(ARGS)
+		--json $(OUT)/bench-gpu.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pat_fast/*.so .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pat_fast import backends
-from pat_fast.backends import cpu
+from pat_fast.backends import cpu, cuda
 
 PACKAGES = ("pat-fast", "torch", "torch-pruning", "numpy", "safetensors", "triton")
 
@@ -20,13 +20,18 @@ def report() -> dict[str, Any]:
 
     Keys: ``python``, ``platform``, ``versions`` (package -> version or None), ``threads``, ``gpus`` (a list of
     ``name``, ``capability``, ``gigabytes``), ``extension`` (``built``, ``why``, ``isa``, ``isas``, ``openmp``),
-    ``override`` (``PAT_FAST_BACKEND`` or None) and ``backends`` (a list of ``device``, ``op``, ``backend``,
-    ``why``). On a machine with a GPU this starts CUDA and tries the GPU backends out.
+    ``cuda_extension`` (``built``, ``why``, ``archs``, ``runtime``, ``devices``), ``override``
+    (``PAT_FAST_BACKEND`` or None) and ``backends`` (a list of ``device``, ``op``, ``backend``, ``why``). On a machine
+    with a GPU this starts CUDA and tries the GPU backends out.
     """
     why = cpu.unavailable()
     extension: dict[str, Any] = {"built": why is None, "why": why, "isa": None, "isas": [], "openmp": False}
     if why is None:
         extension |= cpu.details()
+    why = cuda.missing()
+    cuda_extension: dict[str, Any] = {"built": why is None, "why": why, "archs": None, "runtime": None, "devices": 0}
+    if why is None:
+        cuda_extension |= cuda.details()
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -34,6 +39,7 @@ def report() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": _gpus(),
         "extension": extension,
+        "cuda_extension": cuda_extension,
         "override": os.environ.get(backends.ENV) or None,
         "backends": backends.describe(),
     }
@@ -54,6 +60,7 @@ def render() -> str:
     lines.append(("C++ extension", built))
     if extension["why"]:
         lines.append(("", extension["why"]))
+    lines.append(("CUDA extension", _cuda_line(found["cuda_extension"])))
     if found["override"]:
         lines.append((backends.ENV, found["override"]))
     # One line for each device and backend, not for each op.
@@ -65,6 +72,12 @@ def render() -> str:
             lines.append((where, f"{backend} ({why}): {names}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _cuda_line(extension: dict[str, Any]) -> str:
+    if not extension["built"]:
+        return f"no: {extension['why']}"
+    return f"yes, for {extension['archs']}, CUDA {extension['runtime']}; it sees {extension['devices']} devices"
 
 
 def _gpus() -> list[dict[str, Any]]:

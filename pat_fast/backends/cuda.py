@@ -21,6 +21,11 @@ from pat_fast.backends.kept import Kept
 _CUDA, _WHY = native.load("pat_fast._CUDA", "CUDA")
 
 
+def missing() -> str | None:
+    """Return why there is no CUDA extension, or None if there is one (it may still find no GPU)."""
+    return _WHY
+
+
 def unavailable() -> str | None:
     """Return why the CUDA kernels cannot run, or None if they can; does not initialise CUDA."""
     if _WHY is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pat_fast import backends, env
-from pat_fast.backends import Backend, cpu, reference, triton
+from pat_fast.backends import Backend, cpu, cuda, reference, triton
 from pat_fast.errors import BackendError
 
 WITHOUT_EXTENSION = "import sys; sys.modules['pat_fast._C'] = None; "
@@ -181,6 +181,17 @@ def test_env_reports_what_runs() -> None:
     assert report["versions"]["torch"]
     assert report["backends"] == backends.describe()
     assert report["extension"]["built"] == (cpu.unavailable() is None)
+    assert report["cuda_extension"]["built"] == (cuda.missing() is None)
     text = env.render()
     assert "torch-pruning" in text
     assert "channel_reduce" in text
+
+
+def test_env_shows_what_the_cuda_extension_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    details = {"archs": "sm_80,compute_80", "runtime": "13.0", "devices": 2}
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    monkeypatch.setattr(cuda, "details", lambda: details)
+    assert env.report()["cuda_extension"] == {"built": True, "why": None, **details}
+    assert "yes, for sm_80,compute_80, CUDA 13.0; it sees 2 devices" in env.render()
+    monkeypatch.setattr(cuda, "missing", lambda: "no compiler was there")
+    assert "CUDA extension  no: no compiler was there" in env.render()

@@ -11,7 +11,9 @@ depend on the table alone, and partials are added in a fixed order: results are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,7 +155,7 @@ def _places(counts: Ints) -> tuple[Ints, int]:
     return ends - counts, int(ends[-1]) if len(ends) else 0
 
 
-def _rectangles(tiles: Flat, b: _Blocks, shape: Shape) -> dict[str, Ints]:
+def _rectangles(tiles: Flat, b: _Blocks, shape: Shape) -> dict[str, NDArray[Any]]:
     """The columns that all items have: which part of which tensor."""
     t, first = b.tile, b.row_block * b.step[b.tile]
     return {
@@ -184,7 +186,7 @@ def cut(table: Ints, slots: int, shape: Shape) -> Cut:
         return np.where(slot[t] >= 0, value, -1)
 
     flags = np.where(tiles.in_runs(shape.vector), 0, SCALAR) | np.where(tiles.kernel_inner, KERNEL_INNER, 0)
-    columns: dict[str, Ints] = {
+    columns = {
         **_rectangles(tiles, b, shape),
         "flags": flags[t],
         "row_slot": where_named(tiles.row, tiles.row[t] + first),
@@ -258,5 +260,5 @@ def cut_copy(table: Ints, out_table: Ints, shape: Shape) -> Ints:
     return _stack(columns, COPY)
 
 
-def _stack(columns: dict[str, Ints], names: tuple[str, ...]) -> Ints:
+def _stack(columns: Mapping[str, NDArray[Any]], names: tuple[str, ...]) -> Ints:
     return np.ascontiguousarray(np.stack([columns[name] for name in names], axis=1), dtype=np.int64)
