@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..criteria import SCORED
 from ..plan import bind
@@ -94,7 +95,7 @@ class Subject:
 
         self.importance = tp.importance.GroupMagnitudeImportance(p=2)
         with quiet():
-            graph = tp.DependencyGraph().build_dependency(self.model, self.inputs)
+            graph = tp.DependencyGraph().build_dependency(self.model, self.inputs, output_transform=differentiable)
             self.tp_groups = list(graph.get_all_groups(ignored_layers=[classifier(self.model)]))
         self.matches = self._match()
         if not self.matches:
@@ -143,6 +144,7 @@ class Subject:
             return kind(
                 model,
                 self.inputs,
+                output_transform=differentiable,
                 importance=self.importance,
                 ignored_layers=ignored,
                 num_heads=num_heads(model),
@@ -183,6 +185,11 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unwrapped parameters")
         yield
+
+
+def differentiable(output: Any) -> list[Tensor]:
+    """The tensors of a network's output that Torch-Pruning can trace back; it does not know mappings and caches."""
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.grad_fn is not None]
 
 
 def classifier(model: nn.Module) -> nn.Module:
