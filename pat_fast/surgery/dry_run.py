@@ -40,8 +40,8 @@ def dry_run(plan: Plan, model: nn.Module, example_inputs: Any, shapes: list[torc
     spare = _spare_units(plan)
     exact = {g for g in spare if plan.groups[g].statistic is None}
     rounds = max((len(units) for units in spare.values()), default=0)
-    # Groups that take part in a statistic have rounds of their own: the others can be held against the masked model.
-    for turn, among in product(range(rounds), (exact, set(spare) - exact)):
+    # Groups that take part in no statistic have rounds of their own, in which they are held against the masked model.
+    for turn, among in product(range(rounds), [exact, set(spare)][exact == set(spare) :]):
         units = {g: u[turn] for g, u in spare.items() if turn < len(u) and g in among and g not in failures}
 
         def keep_for(groups: Sequence[int], units: dict[int, list[int]] = units) -> BoolArray | None:
