@@ -47,7 +47,7 @@ def follow_config(
     twin, planted = _twin(model, own)
     if twin is None:
         return []
-    held = {str(symbol) for symbol in watch.other if isinstance(symbol, Symbol)}
+    held = {str(symbol) for symbol in watch.other if isinstance(symbol, Symbol)} | watch.read
     attributes = [(Symbol(p, n, int(v)), v) for p, n, v in _attributes(twin, own)]
     # What a module keeps that must stay, was made from a number of the config that must stay.
     held |= {str(v.symbols[0]) for symbol, v in attributes if str(symbol) in held and len(v.symbols) == 1}

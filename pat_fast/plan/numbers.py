@@ -104,6 +104,38 @@ class Number(int):
         self._valued()
         return other / int(self)
 
+    def __floordiv__(self, other: Any) -> Any:
+        return self._read().__floordiv__(other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._read().__rfloordiv__(other)
+
+    def __mod__(self, other: Any) -> Any:
+        return self._read().__mod__(other)
+
+    def __add__(self, other: Any) -> Any:
+        return self._read().__add__(other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._read().__sub__(other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._read().__rsub__(other)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is int or isinstance(other, Number):
+            self._read()
+        return int.__eq__(self, other)
+
+    __hash__ = int.__hash__
+
+    def _read(self) -> int:
+        """The number is reckoned with: what comes of that is not followed."""
+        self.watch.read.update(str(symbol) for symbol in self.symbols if isinstance(symbol, Symbol))
+        return int(self)
+
     def __deepcopy__(self, memo: Any) -> int:
         return int(self)
 
@@ -141,6 +173,7 @@ class NumberWatch(TorchFunctionMode):
         self.tracer = tracer
         self.uses: list[tuple[Number, IntArray, int]] = []  # number, factor, dimension
         self.other: dict[Symbol | Extent, str] = {}  # numbers that (also) have another use
+        self.read: set[str] = set()  # those that the forward reckons with, by name
         self._current: list[Number] = []
         self._taken: list[Number] = []
 
@@ -202,7 +235,7 @@ class NumberWatch(TorchFunctionMode):
         if not isinstance(sizes, (tuple, list)):
             return
         for dim, number in enumerate(sizes[: out.ndim - offset], start=offset):
-            if isinstance(number, Number) and number.watch is self and out.shape[dim] == number:
+            if isinstance(number, Number) and number.watch is self and out.shape[dim] == int(number):
                 if name in _FRESH:
                     self.tracer.add_factor(out, dim)
                 self.use(number, self.tracer.mark(out).factors, dim)
@@ -225,7 +258,7 @@ class NumberWatch(TorchFunctionMode):
         left = list(self._current)
         found: list[Number | None] = []
         for value in values:
-            at = next((i for i, n in enumerate(left) if n == value), None)
+            at = next((i for i, n in enumerate(left) if int(n) == value), None)
             found.append(None if at is None else left.pop(at))
         return found
 

@@ -58,9 +58,11 @@ def dry_run(plan: Plan, model: nn.Module, example_inputs: Any, shapes: list[torc
         if keep_for(able) is None:  # groups that share an axis which cannot spare a channel of each
             able = [g for g in able if keep_for([g]) is not None]
             able = [g for g in able if keep_for([h for h in able if h <= g]) is not None]
-        if able and fails(able):
-            for group in bisect(able, fails):
+        while able and fails(able):
+            guilty = bisect(able, fails)
+            for group in guilty:
                 failures.setdefault(group, "a forward fails when it shrinks together with others")
+            able = [g for g in able if g not in guilty]
     return failures
 
 
