@@ -125,8 +125,9 @@ class Number(int):
         return self._read().__rsub__(other)
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is int or isinstance(other, Number):
-            self._read()
+        for number in (self, other):
+            if isinstance(number, Number):
+                number._read()
         return int.__eq__(self, other)
 
     __hash__ = int.__hash__

@@ -280,7 +280,7 @@ class Plan:
             tensors=tuple(tensors),
             frozen=self.frozen + frozen,
             work=tuple(work),
-            widths=tuple(w for w in widths if (w.channels >= 0).any()),
+            widths=tuple(w for w in widths if w.told or (w.channels >= 0).any()),  # what is told, all must agree on
             other_params=self.other_params + fixed,
         )
 
