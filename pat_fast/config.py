@@ -41,6 +41,11 @@ def _refuse(key: str, expected: str) -> PydanticCustomError:
     return PydanticCustomError("pat_fast", "{expected}", {"key": key, "expected": expected})
 
 
+def _refused(key: str, error: ConfigError) -> PydanticCustomError:
+    """What a constructor said of the value of ``key``, or of something inside it."""
+    return PydanticCustomError("pat_fast", "{text}", {"key": key, "text": str(error).removeprefix(f"{key}: ")})
+
+
 class PruneConfig(_Section):
     """What to prune, how much and when: the keyword arguments of :class:`pat_fast.Pruner`."""
 
@@ -81,8 +86,13 @@ class PruneConfig(_Section):
         default=None, min_length=1, description="a list of one or more layer names, or null for every layer"
     )
     ignored_layers: list[str] | None = Field(default=None, description="a list of layer names, or null")
-    importance: Literal["group_norm"] = Field(default="group_norm", description="'group_norm'")
-    p: Literal[1, 2] = Field(default=2, description="1 or 2: the norm of the importance")
+    importance: str | dict[str, Any] = Field(
+        default="group_norm",
+        description="a criterion: a name such as 'group_norm' or 'taylor', or an object with 'name' and options",
+    )
+    p: float | None = Field(
+        default=None, gt=0, description="a number > 0 (the exponent of a magnitude) or null for the criterion's own"
+    )
     regularizer: Literal["group_norm"] | None = Field(default="group_norm", description="'group_norm' or null")
     reg_strength: float = Field(default=1e-4, ge=0, description="a number >= 0: the strength of the regulariser")
 
@@ -101,6 +111,16 @@ class PruneConfig(_Section):
     def _end_after_start(self) -> PruneConfig:
         if self.end_epoch is not None and self.end_epoch < self.start_epoch:
             raise _refuse("end_epoch", f"an integer >= start_epoch, which is {self.start_epoch}; got {self.end_epoch}")
+        return self
+
+    @model_validator(mode="after")
+    def _criterion_can_be_made(self) -> PruneConfig:
+        from .criteria import make_criterion
+
+        try:
+            make_criterion(self.importance, self.p)
+        except ConfigError as error:
+            raise _refused("p" if str(error).startswith("p: ") else "importance", error) from None
         return self
 
     def pruner_kwargs(self) -> dict[str, Any]:
@@ -377,7 +397,8 @@ def _describe(error: ErrorDetails, cls: type[BaseModel], data: Any) -> str:
     loc = error["loc"]
     if error["type"] == "pat_fast":
         context = error.get("ctx", {})
-        return f"{_path((*loc, context['key']))}: expected {context['expected']}"
+        where = _path((*loc, context["key"]))
+        return f"{where}: {context['text']}" if "text" in context else f"{where}: expected {context['expected']}"
     if error["type"] == "extra_forbidden":
         known = list(_keys(_model_at(cls, loc[:-1])))
         hint = did_you_mean(str(loc[-1]), known) or f"; known keys are {', '.join(known)}"

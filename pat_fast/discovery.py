@@ -125,6 +125,9 @@ class Discovery:
         pruner = self._pruner()
         if pruner is not None and pruner.is_ready and self._is_ours(optimizer):
             scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
+            overflow = getattr(optimizer, "found_inf", None)  # ... and skips it if a gradient overflowed
+            if overflow is not None and bool(overflow):
+                return
             pruner.regularize(1.0 if scale is None else float(scale), optimizer)
 
     def _after(self, optimizer: Optimizer) -> None:

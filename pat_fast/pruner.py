@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-from .criteria import Criterion, GroupNorm
+from .criteria import Criterion, GroupNorm, Magnitude, Watching, make_criterion
+from .criteria.accumulator import Accumulator
 from .discovery import Discovery, InputCatcher, as_list, check_held, held
 from .errors import ConfigError, PlanError, check, did_you_mean
 from .masks import Mask
@@ -29,11 +30,14 @@ from .regularizers import GroupNormRegularizer
 from .report import StepReport
 from .schedules import Curve, Schedule
 from .selection import Limits, Scope, select
-from .surgery import prune
+from .surgery import prune, register_state_layout
 
 log = logging.getLogger("pat_fast")
 
 DEFAULT_STEPS = 10
+STATE_VERSION = 1
+
+register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # surgery shrinks it likewise
 
 
 class Pruner:
@@ -56,8 +60,10 @@ class Pruner:
         end_epoch: the whole target is due at this step; ``start_epoch + 10`` by default.
         interval: steps between prunes.
         ranking: ``"global"`` ranks all channels together, ``"local"`` takes the same share of each group.
-        importance: ``"group_norm"`` or a criterion (anything with ``score(binding) -> [N]``).
-        p: exponent of the group norm, 1 or 2.
+        importance: a name (``"group_norm"``, ``"taylor"``, ... see :data:`pat_fast.criteria.CRITERIA`), a dict of a
+            name and options (``{"name": "taylor", "decay": 0.5}``), a criterion, or a function from a binding to
+            scores ``[N]``. Channels that score ``inf`` stay.
+        p: exponent of criteria that are a magnitude; 2 by default.
         regularizer: ``"group_norm"``, None, or a :class:`GroupNormRegularizer`.
         reg_strength: strength of ``"group_norm"``.
         round_to: each group keeps a multiple of this many channels.
@@ -88,8 +94,8 @@ class Pruner:
         end_epoch: int | None = None,
         interval: int = 1,
         ranking: str = "global",
-        importance: str | Criterion = "group_norm",
-        p: float = 2,
+        importance: str | Mapping[str, Any] | Criterion | Callable[[Binding], torch.Tensor] = "group_norm",
+        p: float | None = None,
         regularizer: str | GroupNormRegularizer | None = "group_norm",
         reg_strength: float = 1e-4,
         round_to: int | None = None,
@@ -116,7 +122,9 @@ class Pruner:
         self.mac_target = mac_target
         end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
         self.schedule = Schedule(schedule, start_epoch, end, interval)
-        self.criterion = _criterion(importance, p)
+        self.criterion = make_criterion(importance, p)
+        self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
+        weakref.finalize(self, self._watching.detach).atexit = False
         self.regularizer = _regularizer(regularizer, reg_strength, self.criterion)
         self.limits = Limits(ranking, round_to or 1, min_channels)
         self.epoch = 0
@@ -125,6 +133,7 @@ class Pruner:
         self.mask: Mask | None = None
         self._scope = Scope(model, layers_to_prune, ignored_layers)
         self._skipped: tuple[tuple[str, str], ...] = ()
+        self._unscored: tuple[str, ...] = ()  # groups that the criterion cannot score
         self._verify = verify
         self._example_inputs = example_inputs
         self._graph: Any = None
@@ -213,6 +222,8 @@ class Pruner:
             changed = self._cut(binding, self._select(binding, ratio))
         self.epoch = epoch
         self.done = self.done or epoch >= self.schedule.end or self._reached_macs()
+        if self.done:
+            self._watching.detach()
         return self._report(before, ratio, changed)
 
     def finalize(self) -> StepReport:
@@ -221,15 +232,15 @@ class Pruner:
         before = self._counts()
         if self.mask is not None and self.mask.is_active:
             alive = self.mask.alive
-            self.binding = prune(binding, alive, self._optimizers.current())
-            self.mask = Mask(self.binding)
+            self._remove(binding, alive.cpu().numpy())
+            self.mask = Mask(self.binding)  # type: ignore[arg-type]
         self.done = True
         self.close()
         return self._report(before, self.target_sparsity * self.schedule.fraction(self.epoch), ())
 
     @torch.no_grad()
     def regularize(self, scale: float = 1.0, optimizer: Optimizer | None = None) -> None:
-        """Add the regulariser to the gradients (and clear those of masked channels).
+        """Let the criterion see the gradients, add the regulariser to them, clear those of masked channels.
 
         Done by the optimizer's hook when ``auto`` is on; else call it after backward (after ``unscale_``
         under a ``GradScaler``), before the optimizer's step.
@@ -240,10 +251,13 @@ class Pruner:
         """
         binding = self._ready()
         self._regularized = True
+        only = None if optimizer is None else held([optimizer])
+        if not self.done:
+            self._watching.observe(binding, scale, only)
         if self.regularizer is not None and self.stage != "finetune":
             alive = self.mask.alive if self.mask is not None else None
             where = self._eligible if alive is None else self._eligible & alive
-            self.regularizer.apply(binding, scale, where, None if optimizer is None else held([optimizer]))
+            self.regularizer.apply(binding, scale, where, only)
         if self.mask is not None and self.mask.is_active:
             self.mask.hold_gradients()
 
@@ -255,8 +269,54 @@ class Pruner:
     def close(self) -> None:
         """Take all hooks off."""
         self._optimizers.close()
+        self._watching.detach()
         if self._catcher is not None:
             self._catcher.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the pruner stands, what it has gathered, its masks; the model and the optimizers are saved apart.
+
+        Raises:
+            PlanError: no forward of the model was seen yet.
+        """
+        binding = self._ready()
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "done": self.done,
+            "channels": binding.plan.n_channels,
+            "roots": dict(self._roots),
+            "dense": self._dense,
+            "alive": None if self.mask is None else self.mask.alive.clone(),
+            "criterion": self._watching.state_dict(binding),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called. The model must have the shapes that it had then.
+
+        Give the new pruner ``example_inputs``, or run a forward first.
+
+        Raises:
+            PlanError: the model has other channels than the one that was saved, or no forward was seen yet.
+            ConfigError: the state is of another version or mode.
+        """
+        binding = self._ready()
+        if state.get("version") != STATE_VERSION:
+            raise ConfigError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
+        if state["channels"] != binding.plan.n_channels:
+            raise PlanError(
+                f"the state is of a model with {state['channels']} prunable channels, this one has "
+                f"{binding.plan.n_channels}; load the pruned model first (pat.load)"
+            )
+        if (state["alive"] is None) != (self.mask is None):
+            raise ConfigError(f"mode: the state was saved with masks {'off' if state['alive'] is None else 'on'}")
+        self._watching.load_state_dict(state["criterion"], binding)
+        self.epoch, self.done = state["epoch"], state["done"]
+        self._roots, self._dense = dict(state["roots"]), (*state["dense"],)
+        if self.mask is not None:
+            self.mask.set(state["alive"], self._optimizers.current())
+        if self.done:
+            self._watching.detach()
 
     # Inside
 
@@ -298,6 +358,8 @@ class Pruner:
         self._eligible = torch.from_numpy(eligible).to(binding.device)
         if self.mode == "mask":
             self.mask = Mask(binding)
+        if not self.done:
+            self._watching.attach(binding)
 
     def _keep(self) -> NDArray[np.bool_]:
         """Channels of the plan that live."""
@@ -327,6 +389,7 @@ class Pruner:
                 f"the criterion must give one score per channel ({plan.n_channels}) without NaN, got shape "
                 f"{scores.shape} with {int(np.isnan(scores).sum())} NaN; did the training diverge?"
             )
+        self._unscored = tuple(g.root for g in plan.groups if np.isposinf(scores[g.start : g.stop]).all())
         scores[~alive] = -np.inf
 
         def removable(root: str | None) -> int:
@@ -358,9 +421,15 @@ class Pruner:
             plan.check_keep(keep)
             self.mask.set(torch.from_numpy(keep), self._optimizers.current())
         else:
-            self.binding = prune(binding, keep, self._optimizers.current())
-            self._eligible = torch.from_numpy(self._scope.apply(self.binding.plan)[0]).to(self.binding.device)
+            self._remove(binding, keep)
         return changed
+
+    def _remove(self, binding: Binding, keep: NDArray[np.bool_]) -> None:
+        """Shrink the model, and all that is kept of it."""
+        followers: list[Any] = [*self._optimizers.current(), *self._watching.accumulators]
+        self.binding = prune(binding, keep, followers)
+        self._watching.shrink(binding.plan, keep)
+        self._eligible = torch.from_numpy(self._scope.apply(self.binding.plan)[0]).to(self.binding.device)
 
     def _report(
         self, before: tuple[int, int, int], ratio: float, changed: tuple[tuple[str, int, int], ...]
@@ -385,6 +454,7 @@ class Pruner:
 
     def _notes(self, plan: Plan) -> tuple[str, ...]:
         notes = list(plan.notes)
+        notes += [f"{type(self.criterion).__name__} has no score for {root}: it stays" for root in self._unscored]
         if self.mode == "mask" and any(g.statistic for g in plan.groups):
             notes.append(
                 "a norm takes statistics over masked channels: the model changes when they are removed"
@@ -410,23 +480,13 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
 
 
-def _criterion(importance: str | Criterion, p: float) -> Criterion:
-    if isinstance(importance, str):
-        _check_choice("importance", importance, ("group_norm",))
-        return GroupNorm(p)
-    if not isinstance(getattr(importance, "score", None), Callable):  # type: ignore[arg-type]
-        raise ConfigError(
-            f"importance: expected 'group_norm' or an object with score(binding), got {importance!r}"
-        )
-    return importance
-
-
 def _regularizer(
     regularizer: str | GroupNormRegularizer | None, strength: float, criterion: Criterion
 ) -> GroupNormRegularizer | None:
     if isinstance(regularizer, str):
         _check_choice("regularizer", regularizer, ("group_norm",))
-        return GroupNormRegularizer(strength, criterion=criterion)
+        magnitude = criterion if isinstance(criterion, (GroupNorm, Magnitude)) else None
+        return GroupNormRegularizer(strength, criterion=magnitude)
     if regularizer is not None and not hasattr(regularizer, "apply"):
         raise ConfigError(
             f"regularizer: expected 'group_norm', None or a GroupNormRegularizer, got {regularizer!r}"

@@ -117,9 +117,11 @@ def _known(argument: str, name: str, names: list[str]) -> str:
 
 
 def unit_scores(plan: Plan, scores: FloatArray) -> FloatArray:
-    """Mean score of the channels of each unit: ``[U]`` from ``[N]``."""
-    total = np.bincount(plan.unit, weights=scores, minlength=plan.n_units)
-    return total / np.bincount(plan.unit, minlength=plan.n_units)
+    """Mean score of the channels of each unit, of those below ``inf`` if it has any: ``[U]`` from ``[N]``."""
+    scored = ~np.isposinf(scores)
+    total = np.bincount(plan.unit[scored], weights=scores[scored], minlength=plan.n_units)
+    count = np.bincount(plan.unit[scored], minlength=plan.n_units)
+    return np.where(count > 0, total / np.maximum(count, 1), np.inf)
 
 
 def protected_units(plan: Plan, scores: FloatArray, min_channels: int) -> BoolArray:
@@ -162,7 +164,8 @@ def select(
     """The channels to keep: bool ``[N]``.
 
     Args:
-        scores: ``[N]``; the least important go first, ties in channel order. ``-inf``: already gone.
+        scores: ``[N]``; the least important go first, ties in channel order. ``-inf``: already gone; ``inf``:
+            stays.
         eligible: bool ``[N]``; channels that may be removed.
         removable: how many of the plan's channels are to go, for a group's root, or in all (None). A unit
             that would exceed it stays.
@@ -175,6 +178,7 @@ def select(
     home[plan.unit] = plan.group_of
     free = np.bincount(plan.unit[eligible], minlength=plan.n_units) == size
     free &= ~protected_units(plan, ranks, limits.min_channels) | np.isneginf(ranks)
+    free &= ~np.isposinf(ranks)
     order = np.argsort(ranks, kind="stable")
     order = order[free[order]]
     if limits.ranking == "global":

@@ -7,38 +7,47 @@ to each index of each tensor, a :class:`Ledger` says which channel of which memb
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
-
-from ..plan.bind import Binding
+from .activation import Activation
+from .base import Criterion, MemberCriterion, Watching
+from .cost_aware import MACAware
+from .gradient import Hessian, Movement, Taylor
 from .group_norm import SCORED, GroupNorm, is_scored
 from .ledger import Ledger
+from .magnitude import FPGM, LAMP, BNScale, Magnitude
 from .normalizers import NORMALIZERS, Normalizer, Segments, check_normalizer, normalize
 from .reductions import REDUCTIONS, Reduction, check_reduction, reduce_members, reduce_rows
+from .registry import CRITERIA, make_criterion
+from .simple import Function, Random
 
 __all__ = [
+    "CRITERIA",
+    "FPGM",
+    "LAMP",
     "NORMALIZERS",
     "REDUCTIONS",
     "SCORED",
+    "Activation",
+    "BNScale",
     "Criterion",
+    "Function",
     "GroupNorm",
+    "Hessian",
     "Ledger",
+    "MACAware",
+    "Magnitude",
+    "MemberCriterion",
+    "Movement",
     "Normalizer",
+    "Random",
     "Reduction",
     "Segments",
+    "Taylor",
+    "Watching",
     "check_normalizer",
     "check_reduction",
     "is_scored",
+    "make_criterion",
     "normalize",
     "reduce_members",
     "reduce_rows",
 ]
-
-
-class Criterion(Protocol):
-    """Anything that scores channels."""
-
-    def score(self, binding: Binding) -> Tensor:
-        """Importance of every channel: ``[N]``, on the model's device; less is pruned first."""
-        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..errors import PlanError
 class Accumulator:
     """Sums of tensors shaped like their parameters, and how many there were.
 
-    ``state[parameter] = {"sum": Tensor, "count": int}``, laid out as an optimizer's state is, so that surgery
+    ``state[parameter] = {"sum": Tensor, "count": number}``, laid out as an optimizer's state is, so that surgery
     shrinks it along with the parameter (pass it to :func:`pat_fast.surgery.prune` among the optimizers). Sums
     are float32, or float64 where the parameter is.
     """
@@ -26,13 +27,27 @@ class Accumulator:
 
     def add(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Add ``value``, of the parameter's shape, to its sum."""
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         entry = self.state.get(parameter)
         if entry is None:
-            self.state[parameter] = {"sum": value.to(dtype, copy=True), "count": 1}
+            self.state[parameter] = {"sum": value.to(_wider(parameter), copy=True), "count": 1}
         else:
             entry["sum"] = self._fitting(parameter, entry["sum"]) + value
             entry["count"] += 1
+
+    def add_squares(self, parameters: Sequence[Tensor], values: Sequence[Tensor], scale: float, decay: float) -> None:
+        """``sum = decay * sum + (value / scale)^2`` and ``count = decay * count + 1``, for all of them at once."""
+        sums, wide = [], []
+        for parameter, value in zip(parameters, values, strict=True):
+            entry = self.state.get(parameter)
+            if entry is None:
+                zeros = torch.zeros_like(parameter, dtype=_wider(parameter), memory_format=torch.preserve_format)
+                entry = self.state[parameter] = {"sum": zeros.detach(), "count": 0.0}
+            sums.append(self._fitting(parameter, entry["sum"]))
+            wide.append(value.to(entry["sum"].dtype))
+            entry["count"] = decay * entry["count"] + 1
+        if sums:
+            torch._foreach_mul_(sums, decay)
+            torch._foreach_addcmul_(sums, wide, wide, value=1 / scale**2)
 
     def mean(self, parameter: Tensor) -> Tensor | None:
         """The sum divided by the count, or None for a parameter that nothing was added for.
@@ -51,3 +66,7 @@ class Accumulator:
                 "model was pruned without it; call zero_grad() of the importance and accumulate again"
             )
         return total
+
+
+def _wider(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

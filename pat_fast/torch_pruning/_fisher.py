@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from ..criteria import Normalizer, Reduction
 from ..criteria.accumulator import Accumulator
+from ..criteria.base import product_slots, wide
 from ..criteria.ledger import Book
 from ..errors import PlanError, check
 from ..plan.bind import Binding, Tiles
 from ..plan.types import Axis, TensorMap
 from ._groups import LAYERS, Item, dimension, items
-from ._magnitude import GroupMagnitudeImportance, product_slots, wide
+from ._magnitude import GroupMagnitudeImportance
 
 EPSILON = 1e-10
 NAMES = ("weight", "bias")

@@ -12,6 +12,7 @@ from torch_pruning.pruner.importance import Importance
 
 from ..criteria import Normalizer, Reduction, Segments, check_normalizer, check_reduction, normalize
 from ..criteria.accumulator import Accumulator
+from ..criteria.base import wide
 from ..criteria.ledger import Book, Order, book
 from ..criteria.reductions import reduce_members, reduce_rows
 from ..errors import check
@@ -192,19 +193,3 @@ class GroupMagnitudeImportance(Importance):
     def _slots(self, tiles: Tiles) -> Tensor:
         """The same before indices with several slots are added up: ``[slots]``."""
         return channel_reduce(tiles.tensors, tiles.table, f="pow", p=float(self.p))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` without autograd, in the dtype in which scores are added up."""
-    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
-def product_slots(tiles: Tiles, partners: Sequence[Tensor], f: str) -> Tensor:
-    """``channel_reduce`` of two-argument functions, whatever memory layout and dtype the partners have."""
-    xs: Sequence[Tensor] = tiles.tensors
-    if any(y.dtype != x.dtype for x, y in zip(xs, partners, strict=True)):
-        xs, partners = [wide(x) for x in xs], [wide(y) for y in partners]
-    fitting = [
-        y if y.stride() == x.stride() else torch.empty_like(x).copy_(y) for x, y in zip(xs, partners, strict=True)
-    ]
-    return channel_reduce(xs, tiles.table, fitting, f=f)

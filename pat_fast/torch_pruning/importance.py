@@ -17,14 +17,16 @@ from torch_pruning.pruner.importance import Importance
 
 from ..criteria import Normalizer, Reduction
 from ..criteria.accumulator import Accumulator
+from ..criteria.base import product_slots, wide
 from ..criteria.ledger import Book, Order
+from ..criteria.magnitude import distances, distances_of
 from ..errors import ConfigError, PlanError
 from ..plan.bind import Binding, Tiles
 from ..plan.types import Axis, TensorMap
 from ..surgery import register_state_layout
 from ._fisher import OBDCImportance
 from ._groups import LAYERS, Item, is_depthwise, member_order, rows
-from ._magnitude import WEIGHTED, GroupMagnitudeImportance, product_slots, wide
+from ._magnitude import WEIGHTED, GroupMagnitudeImportance
 
 __all__ = [
     "ActivationImportance",
@@ -124,40 +126,7 @@ class FPGMImportance(GroupMagnitudeImportance):
     _pooled = False
 
     def _values(self, tally: Book) -> Tensor:
-        """Compares every channel with every other: a matrix product per member is what it takes."""
-        ledger, tensors = tally.ledger, dict(zip(_names(tally), _tensors(tally), strict=True))
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
-        values = torch.zeros(ledger.indices, dtype=dtype, device=ledger.device)
-        group_of = ledger.plan.group_of
-        for part in ledger.parts:
-            held = part.axis.channels >= 0
-            groups = group_of[part.axis.channels]
-            weight = wide(tensors[part.tensor.name]).abs().pow(self.p)
-            found = _axis_rows(part.tensor, part.axis, weight)
-            for group in set(groups[held].tolist()):
-                own = torch.from_numpy((held & (groups == group)).nonzero()[0]).to(found.device)
-                values[part.start + own.to(values.device)] = distances(found[own]).to(values)
-        return values
-
-
-def distances(vectors: Tensor) -> Tensor:
-    """Sum over the other rows of the distance to ``vectors [n, d]``: ``[n]``."""
-    return torch.cdist(vectors.unsqueeze(0), vectors.unsqueeze(0)).squeeze(0).sum(0)
-
-
-def _axis_rows(tensor_map: TensorMap, axis: Axis, elements: Tensor) -> Tensor:
-    """``elements`` by the indices of an axis: ``[indices, rest]``."""
-    if len(axis.channels) != tensor_map.shape[axis.dim]:
-        return elements.unflatten(0, (tensor_map.groups, -1)).movedim(2, 1).flatten(0, 1).flatten(1)
-    return elements.movedim(axis.dim, 0).flatten(1)
-
-
-def _names(tally: Book) -> list[str]:
-    return [name for tiles in tally.tiles for name in tiles.names]
-
-
-def _tensors(tally: Book) -> list[Tensor]:
-    return [tensor for tiles in tally.tiles for tensor in tiles.tensors]
+        return distances_of(tally, change=lambda weight: wide(weight).abs().pow(self.p))
 
 
 class RandomImportance(Importance):

@@ -1,0 +1,76 @@
+"""Criteria by name, as a configuration has them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import ConfigError, did_you_mean
+from .activation import Activation
+from .base import Criterion
+from .cost_aware import MACAware
+from .gradient import Hessian, Movement, Taylor
+from .group_norm import GroupNorm
+from .magnitude import FPGM, LAMP, BNScale, Magnitude
+from .simple import Function, Random
+
+CRITERIA: dict[str, Callable[..., Criterion]] = {
+    "group_norm": GroupNorm,
+    "magnitude": Magnitude,
+    "bn_scale": BNScale,
+    "lamp": LAMP,
+    "fpgm": FPGM,
+    "taylor": Taylor,
+    "hessian": Hessian,
+    "activation": Activation,
+    "movement": Movement,
+    "random": Random,
+    "mac_aware": MACAware,
+}
+
+
+def make_criterion(given: Any, p: float | None = None) -> Criterion:
+    """A criterion from a name, ``{"name": ..., options}``, a function of a binding, or a criterion itself.
+
+    Args:
+        given: see above; the options are the arguments of the class. ``"mac_aware"`` has another criterion as
+            its ``criterion``, by default ``"group_norm"``.
+        p: exponent for the criteria that have one; refused with others.
+    Raises:
+        ConfigError: an unknown name or option, or a combination that makes no sense.
+    """
+    if isinstance(given, (str, Mapping)):
+        options = {"name": given} if isinstance(given, str) else dict(given)
+        return _named(options.pop("name", None), options, p)
+    if p is not None:
+        raise ConfigError(f"p: expected None beside an importance that is made already, got {p!r}; give it there")
+    if not isinstance(given, type) and callable(getattr(given, "score", None)):
+        criterion: Criterion = given
+        return criterion
+    if callable(given) and not isinstance(given, type):
+        return Function(given)
+    known = ", ".join(repr(name) for name in CRITERIA)
+    raise ConfigError(
+        f"importance: expected one of {known}, a function, or an object with score(binding), got {given!r}"
+    )
+
+
+def _named(name: Any, options: dict[str, Any], p: float | None) -> Criterion:
+    if name not in list(CRITERIA):
+        known = ", ".join(CRITERIA)
+        raise ConfigError(f"importance: expected one of {known}, got {name!r}{did_you_mean(str(name), CRITERIA)}")
+    takes = inspect.signature(CRITERIA[name]).parameters
+    for option in options:
+        if option not in takes:
+            hint = did_you_mean(option, takes) or f"; it has {', '.join(takes)}"
+            raise ConfigError(f"importance: {name!r} has no option {option!r}{hint}")
+    if name == "mac_aware":
+        return MACAware(make_criterion(options.pop("criterion", "group_norm"), p), **options)
+    if p is not None:
+        if "p" not in takes:
+            raise ConfigError(f"p: expected None with the importance {name!r}, which has no exponent, got {p!r}")
+        if options.get("p", p) != p:
+            raise ConfigError(f"p: expected one exponent, got {p!r} and {options['p']!r} in importance")
+        options["p"] = p
+    return CRITERIA[name](**options)
