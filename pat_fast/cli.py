@@ -101,6 +101,13 @@ def plan(
     ],
     inputs: Inputs = None,
     args: FactoryArgs = "{}",
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|JSON|FILE",
+            help="Also show when a schedule prunes: a name such as cubic, or a pruning configuration.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Show the groups of channels that go together, their members, and what is frozen and why."""
@@ -112,7 +119,10 @@ def plan(
         from .factory import build_model
 
         model = build_model(factory, keywords, "FACTORY")
+        planned = _schedule(schedule) if schedule is not None else None
         _show_plan(build_plan(model, example if len(example) > 1 else example[0]))
+        if planned is not None:
+            typer.echo(planned)
 
 
 @app.command()
@@ -220,6 +230,23 @@ def env() -> None:
 
 def _examples(inputs: list[str] | None) -> tuple[torch.Tensor, ...]:
     return tuple(_example(text) for text in inputs or ("1,3,224,224",))
+
+
+def _schedule(text: str) -> str:
+    """The plot of the schedule that a name, a JSON object or a configuration file says."""
+    from .config import PruneConfig, load_config
+    from .pruner import DEFAULT_STEPS
+    from .schedules import Schedule
+
+    if text.lstrip().startswith("{"):
+        config = load_config(_json_object(text, "--schedule"), PruneConfig)
+    elif Path(text).suffix == ".json":
+        config = load_config(Path(text), PruneConfig)
+    else:
+        config = load_config({"schedule": text}, PruneConfig)
+    end = config.start_epoch + DEFAULT_STEPS if config.end_epoch is None else config.end_epoch
+    made = Schedule(config.schedule, config.start_epoch, end, config.interval)
+    return made.plot(config.target_sparsity, config.unit)
 
 
 def _example(text: str) -> torch.Tensor:

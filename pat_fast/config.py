@@ -57,8 +57,12 @@ class PruneConfig(_Section):
         validation_alias=AliasChoices(*TARGET_NAMES),
         description="a number in [0, 1): the share of channels to remove",
     )
-    schedule: Literal["linear", "cubic", "constant"] = Field(
-        default="linear", description="'linear', 'cubic' or 'constant'"
+    schedule: str | dict[str, Any] = Field(
+        default="linear",
+        description="a schedule: a name such as 'linear' or 'cubic', or an object with 'name' and options",
+    )
+    unit: Literal["epoch", "step"] = Field(
+        default="epoch", description="'epoch' or 'step': what start_epoch, end_epoch and interval count"
     )
     mode: Literal["prune", "mask"] = Field(
         default="prune",
@@ -111,6 +115,18 @@ class PruneConfig(_Section):
     def _end_after_start(self) -> PruneConfig:
         if self.end_epoch is not None and self.end_epoch < self.start_epoch:
             raise _refuse("end_epoch", f"an integer >= start_epoch, which is {self.start_epoch}; got {self.end_epoch}")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_can_be_made(self) -> PruneConfig:
+        from .schedules import OneShot, make_curve
+
+        try:
+            curve = make_curve(self.schedule)
+        except ConfigError as error:
+            raise _refused("schedule", error) from None
+        if isinstance(curve, OneShot) and self.end_epoch not in (None, self.start_epoch):
+            raise _refuse("end_epoch", f"null with 'one_shot', which prunes at start_epoch; got {self.end_epoch}")
         return self
 
     @model_validator(mode="after")

@@ -134,6 +134,7 @@ class Discovery:
         pruner = self._pruner()
         if pruner is not None and self._is_ours(optimizer):
             pruner.hold()
+            pruner.count(optimizer)
 
 
 def _remove(handles: list[Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,16 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-from .criteria import Criterion, GroupNorm, Magnitude, Watching, make_criterion
+from .arguments import check_choice, check_count, check_model, make_regularizer
+from .criteria import Criterion, Watching, make_criterion
 from .criteria.accumulator import Accumulator
 from .discovery import Discovery, InputCatcher, as_list, check_held, held
-from .errors import ConfigError, PlanError, check, did_you_mean
+from .errors import ConfigError, PlanError, check
 from .masks import Mask
 from .plan import Binding, Plan, bind
 from .proof import build_plan
 from .regularizers import GroupNormRegularizer
-from .report import StepReport
+from .report import Changes, Counts, StepReport, joined
 from .schedules import Curve, Schedule
 from .selection import Limits, Scope, select
 from .surgery import prune, register_state_layout
@@ -51,7 +51,9 @@ class Pruner:
     Args:
         model: the module to prune, in place. Parameters keep their identity.
         target_sparsity: fraction of the prunable channels to remove, in ``[0, 1)``.
-        schedule: ``"linear"``, ``"cubic"``, ``"constant"`` or a function of the progress ``t`` in 0 .. 1.
+        schedule: a name (``"linear"``, ``"cubic"``, ``"cosine"``, ``"one_shot"``, ... see
+            :data:`pat_fast.schedules.CURVES`), a dict of a name and options (``{"name": "polynomial", "power": 2}``),
+            or a function of the progress ``t`` in 0 .. 1.
         example_inputs: a tensor, tuple or dict for one forward; by default the inputs of the first forward.
         optimizer: the optimizer or optimizers whose state shrinks along; found by themselves by default.
         mode: ``"prune"`` removes channels at each step; ``"mask"`` holds them at zero until
@@ -59,6 +61,9 @@ class Pruner:
         start_epoch: pruning begins after this many steps.
         end_epoch: the whole target is due at this step; ``start_epoch + 10`` by default.
         interval: steps between prunes.
+        unit: ``"epoch"``: the three above count calls of :meth:`step`; ``"step"``: they count optimizer steps, pruning
+            comes by itself after the optimizer's step that it is due at, and :meth:`step` reports what happened since
+            the last call. With several optimizers, the first that steps is counted.
         ranking: ``"global"`` ranks all channels together, ``"local"`` takes the same share of each group.
         importance: a name (``"group_norm"``, ``"taylor"``, ... see :data:`pat_fast.criteria.CRITERIA`), a dict of a
             name and options (``{"name": "taylor", "decay": 0.5}``), a criterion, or a function from a binding to
@@ -85,7 +90,7 @@ class Pruner:
         self,
         model: nn.Module,
         target_sparsity: float = 0.5,
-        schedule: str | Curve = "linear",
+        schedule: str | Mapping[str, Any] | Curve = "linear",
         *,
         example_inputs: Any = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -93,6 +98,7 @@ class Pruner:
         start_epoch: int = 0,
         end_epoch: int | None = None,
         interval: int = 1,
+        unit: str = "epoch",
         ranking: str = "global",
         importance: str | Mapping[str, Any] | Criterion | Callable[[Binding], torch.Tensor] = "group_norm",
         p: float | None = None,
@@ -106,26 +112,32 @@ class Pruner:
         verify: bool = True,
         auto: bool = True,
     ) -> None:
-        _check_model(model)
+        check_model(model)
         check("target_sparsity", target_sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
         if mac_target is not None:
             check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
-        _check_count("min_channels", min_channels, 1)
+        check_count("min_channels", min_channels, 1)
         if round_to is not None:
-            _check_count("round_to", round_to, 1)
-        _check_count("start_epoch", start_epoch, 0)
-        _check_choice("mode", mode, ("prune", "mask"))
-        _check_choice("ranking", ranking, ("global", "local"))
+            check_count("round_to", round_to, 1)
+        check_count("start_epoch", start_epoch, 0)
+        check_choice("mode", mode, ("prune", "mask"))
+        check_choice("ranking", ranking, ("global", "local"))
         self.model = model
         self.mode = mode
         self.target_sparsity = target_sparsity
         self.mac_target = mac_target
         end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
+        check_choice("unit", unit, ("epoch", "step"))
+        if unit == "step" and not auto:
+            raise ConfigError("unit: expected 'epoch' with auto=False, got 'step': there is no hook that counts steps")
+        self.unit = unit
+        self._counted: weakref.ref[Optimizer] | None = None  # the optimizer whose steps count
+        self._since: tuple[Counts, Changes] | None = None
         self.schedule = Schedule(schedule, start_epoch, end, interval)
         self.criterion = make_criterion(importance, p)
         self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
         weakref.finalize(self, self._watching.detach).atexit = False
-        self.regularizer = _regularizer(regularizer, reg_strength, self.criterion)
+        self.regularizer = make_regularizer(regularizer, reg_strength, self.criterion)
         self.limits = Limits(ranking, round_to or 1, min_channels)
         self.epoch = 0
         self.done = False
@@ -149,11 +161,12 @@ class Pruner:
         else:
             raise ConfigError("auto=False needs example_inputs: there is no hook to take them from a forward")
         self._optimizers = Discovery(self, model, optimizer, auto)
-        if end_epoch is None:
+        if end_epoch is None and self.schedule.end == end:
             log.warning(
-                "pat_fast: end_epoch was not given; the target of %.0f %% is reached at the %dth step()",
+                "pat_fast: end_epoch was not given; the target of %.0f %% is reached at the %dth %s",
                 100 * target_sparsity,
                 end,
+                "step()" if unit == "epoch" else "step of the optimizer",
             )
 
     @classmethod
@@ -205,7 +218,7 @@ class Pruner:
     # Work
 
     def step(self) -> StepReport:
-        """Count an epoch and, when the schedule says so, prune or mask.
+        """Count an epoch and, when the schedule says so, prune or mask. (For ``unit="step"``: report alone.)
 
         Raises:
             PlanError: no forward was seen yet and no ``example_inputs`` were given, or the model cannot be
@@ -213,18 +226,38 @@ class Pruner:
             SurgeryError: the prune was refused or failed; model and optimizers are as they were, and the
                 step is not counted.
         """
-        binding = self._ready()
-        epoch = self.epoch + 1
-        before = self._counts()
-        changed: tuple[tuple[str, int, int], ...] = ()
-        ratio = self.target_sparsity * self.schedule.fraction(epoch)
+        self._ready()
+        before, changed = self._since or (self._counts(), ())
+        self._since = None
+        if self.unit == "epoch":
+            changed = self._advance()
+        return self._report(before, changed)
+
+    def count(self, optimizer: Optimizer) -> None:
+        """Count a step of an optimizer, and prune if one is due; done by the optimizer's hook when unit is "step"."""
+        if self.unit == "epoch" or self.done:
+            return
+        if self._counted is None or self._counted() is None:
+            self._counted = weakref.ref(optimizer)
+        if self._counted() is optimizer:
+            self._ready()
+            before, changed = self._since or (self._counts(), ())
+            self._since = (before, joined(changed, self._advance()))
+
+    def _advance(self) -> Changes:
+        """Count, and prune or mask if that is due."""
+        binding, epoch = self._ready(), self.epoch + 1
+        changed: Changes = ()
         if self.schedule.due(epoch) and not self.done:
-            changed = self._cut(binding, self._select(binding, ratio))
+            changed = self._cut(binding, self._select(binding, self._ratio(epoch)))
         self.epoch = epoch
-        self.done = self.done or epoch >= self.schedule.end or self._reached_macs()
-        if self.done:
+        if not self.done and (epoch >= self.schedule.end or self._reached_macs()):
+            self.done = True
             self._watching.detach()
-        return self._report(before, ratio, changed)
+        return changed
+
+    def _ratio(self, epoch: int) -> float:
+        return self.target_sparsity * self.schedule.fraction(epoch)
 
     def finalize(self) -> StepReport:
         """End pruning: remove what is masked, take the hooks off; training may go on."""
@@ -236,7 +269,7 @@ class Pruner:
             self.mask = Mask(self.binding)  # type: ignore[arg-type]
         self.done = True
         self.close()
-        return self._report(before, self.target_sparsity * self.schedule.fraction(self.epoch), ())
+        return self._report(before, ())
 
     @torch.no_grad()
     def regularize(self, scale: float = 1.0, optimizer: Optimizer | None = None) -> None:
@@ -373,13 +406,16 @@ class Pruner:
         found = {g.root: int(keep[g.start : g.stop].sum()) for g in plan.groups}
         return sum(found.get(r, 1) for r in self._roots if root is None or r == root)
 
-    def _counts(self) -> tuple[int, int, int]:
+    def _counts(self) -> Counts:
         assert self.binding is not None
         plan, keep = self.binding.plan, self._keep()
         return self._alive(plan, keep), plan.params(keep), plan.macs(keep)
 
     def _reached_macs(self) -> bool:
-        return self.mac_target is not None and self._counts()[2] <= self.mac_target * self._dense[2]
+        if self.mac_target is None:
+            return False
+        assert self.binding is not None
+        return self.binding.plan.macs(self._keep()) <= self.mac_target * self._dense[2]
 
     def _select(self, binding: Binding, ratio: float) -> NDArray[np.bool_]:
         plan, alive = binding.plan, self._keep()
@@ -408,7 +444,7 @@ class Pruner:
 
         return select(plan, scores, self._eligible.cpu().numpy(), removable, self.limits, enough)
 
-    def _cut(self, binding: Binding, keep: NDArray[np.bool_]) -> tuple[tuple[str, int, int], ...]:
+    def _cut(self, binding: Binding, keep: NDArray[np.bool_]) -> Changes:
         plan, alive = binding.plan, self._keep()
         changed = tuple(
             (g.root, int(alive[g.start : g.stop].sum()), int(keep[g.start : g.stop].sum()))
@@ -431,16 +467,14 @@ class Pruner:
         self._watching.shrink(binding.plan, keep)
         self._eligible = torch.from_numpy(self._scope.apply(self.binding.plan)[0]).to(self.binding.device)
 
-    def _report(
-        self, before: tuple[int, int, int], ratio: float, changed: tuple[tuple[str, int, int], ...]
-    ) -> StepReport:
+    def _report(self, before: Counts, changed: Changes) -> StepReport:
         assert self.binding is not None
         plan, after = self.binding.plan, self._counts()
         return StepReport(
             step=self.epoch,
             epoch=self.epoch,
             stage=self.stage,
-            ratio=ratio,
+            ratio=self._ratio(self.epoch),
             channels=(before[0], after[0]),
             params=(before[1], after[1]),
             macs=(before[2], after[2]),
@@ -463,32 +497,3 @@ class Pruner:
             notes.append("no optimizer step was seen since the last step(): nothing was regularised")
         self._regularized = False
         return tuple(notes)
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    check(name, value, lambda v: isinstance(v, Integral) and int(v) >= least, f"a whole number, at least {least}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = did_you_mean(str(value), choices)
-        raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
-
-
-def _regularizer(
-    regularizer: str | GroupNormRegularizer | None, strength: float, criterion: Criterion
-) -> GroupNormRegularizer | None:
-    if isinstance(regularizer, str):
-        _check_choice("regularizer", regularizer, ("group_norm",))
-        magnitude = criterion if isinstance(criterion, (GroupNorm, Magnitude)) else None
-        return GroupNormRegularizer(strength, criterion=magnitude)
-    if regularizer is not None and not hasattr(regularizer, "apply"):
-        raise ConfigError(
-            f"regularizer: expected 'group_norm', None or a GroupNormRegularizer, got {regularizer!r}"
-        )
-    return regularizer

@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 Change = tuple[int, int]  # before and after
+Changes = tuple[tuple[str, int, int], ...]  # group, channels before, channels after
+Counts = tuple[int, int, int]  # channels, parameters, MACs
+
+
+def joined(first: Changes, then: Changes) -> Changes:
+    """What two prunes changed, one after the other."""
+    found = {root: (before, after) for root, before, after in first}
+    for root, before, after in then:
+        found[root] = (found.get(root, (before, after))[0], after)
+    return tuple((root, *pair) for root, pair in found.items())
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class StepReport:
     dense_channels: int
     dense_params: int
     dense_macs: int
-    changed: tuple[tuple[str, int, int], ...] = ()  # group, channels before, channels after
+    changed: Changes = ()
     frozen: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 

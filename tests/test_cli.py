@@ -166,6 +166,28 @@ def test_plan_shows_groups_members_and_what_is_frozen() -> None:
         assert part in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one_shot", ["epoch  share", "    1  50.0%"]),
+        ('{"schedule": "linear", "end_epoch": 2, "unit": "step"}', ["step  share", "   1  25.0%", "   2  50.0%"]),
+        ("examples/prune_config.json", ["    5   0.0%", "   10   5.6%", "   50  50.0%"]),
+    ],
+)
+def test_plan_shows_a_schedule(text: str, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = invoke("plan", "pat_fast.models:resnet20", "--input", "1,1,16,16", "--schedule", text)
+    assert result.exit_code == 0
+    for line in lines:
+        assert any(shown.startswith(line) for shown in result.stdout.splitlines())
+
+
+def test_plan_refuses_a_bad_schedule() -> None:
+    result = invoke("plan", "pat_fast.models:resnet20", "--input", "1,1,16,16", "--schedule", "cubik")
+    assert result.exit_code == 2
+    assert "schedule: expected one of linear, cubic" in result.stderr
+
+
 def test_plan_finds_a_network_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
     (tmp_path / "my_network_file.py").write_text(source)

@@ -23,7 +23,7 @@ PLAN = OPS | {"plan"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "schedules": {"errors"},
-    "config": PLAN | {"cost", "criteria"},
+    "config": PLAN | {"cost", "criteria", "schedules"},
     "report": set(),
     "backends": {"errors"},
     "ops": OPS,

@@ -189,6 +189,36 @@ def test_constant_takes_all_at_once() -> None:
     assert [r.channels for r in reports] == [(28, 28), (28, 14), (14, 14), (14, 14)]
 
 
+def test_one_shot_is_done_after_its_prune() -> None:
+    reports = steps(Small(), 3, target_sparsity=0.5, schedule="one_shot", start_epoch=2)
+    assert [r.channels for r in reports] == [(28, 28), (28, 14), (14, 14)]
+    assert [r.stage for r in reports] == ["regularize", "finetune", "finetune"]
+
+
+@pytest.mark.parametrize("mode", ["prune", "mask"])
+def test_optimizer_steps_may_count(mode: str) -> None:
+    by_steps, by_calls = Small(), Small()
+    by_calls.load_state_dict(by_steps.state_dict())
+    optimizers = [adamw(by_steps), adamw(by_calls)]
+    options = {"start_epoch": 2, "end_epoch": 8, "interval": 3, "example_inputs": small_inputs(), "mode": mode}
+    counting = pat.Pruner(by_steps, 0.5, unit="step", optimizer=optimizers[0], **options)
+    called = pat.Pruner(by_calls, 0.5, optimizer=optimizers[1], **options)
+    for epoch in range(3):
+        train_one_epoch(by_steps, optimizers[0], batches=4)
+        for batch in range(4):  # the same batches one by one
+            by_calls.train()
+            optimizers[1].zero_grad()
+            nn.functional.cross_entropy(by_calls(small_inputs()), torch.arange(4).add(batch) % 5).backward()
+            optimizers[1].step()
+            last = called.step()
+        report = counting.step()
+        assert (report.epoch, report.channels[1]) == (min(4 * epoch + 4, 8), last.channels[1])
+        assert same(weights(by_steps), weights(by_calls))
+        assert report.channels == [(28, 28), (28, 14), (14, 14)][epoch]
+        assert sum(before - after for _, before, after in report.changed) == report.channels[0] - report.channels[1]
+    assert counting.done
+
+
 def test_local_and_global_ranking() -> None:
     local, overall = Small(width=20), Small(width=20)
     with torch.no_grad():
@@ -406,7 +436,9 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"round_to": 0}, r"round_to: expected a whole number, at least 1, got 0"),
     ({"round_to": 2.5}, r"round_to: .* got 2.5"),
     ({"min_channels": 0}, r"min_channels: expected a whole number, at least 1, got 0"),
-    ({"schedule": "liner"}, r"schedule: expected one of linear, .* got 'liner'; did you mean 'linear'\?"),
+    ({"schedule": "liner"}, r"schedule: expected one of linear, .* got 'liner'; did you mean 'linear'"),
+    ({"unit": "batch"}, r"unit: expected one of epoch, step, got 'batch'"),
+    ({"unit": "step", "auto": False}, r"unit: expected 'epoch' with auto=False, got 'step'"),
     ({"mode": "masked"}, r"mode: expected one of prune, mask, got 'masked'; did you mean 'mask'\?"),
     ({"ranking": "locale"}, r"ranking: expected one of global, local, got 'locale'; did you mean 'local'"),
     ({"ranking": None}, r"ranking: expected one of global, local, got None"),
