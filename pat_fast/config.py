@@ -76,6 +76,10 @@ class PruneConfig(_Section):
         default=None, ge=0, description="an integer >= start_epoch (when the target is reached) or null"
     )
     interval: int = Field(default=1, ge=1, description="an integer >= 1: epochs from one prune to the next")
+    target: dict[str, float] | None = Field(
+        default=None,
+        description="an object with one of 'channels', 'params', 'macs', instead of target_sparsity, or null",
+    )
     mac_target: float | None = Field(
         default=None,
         gt=0,
@@ -115,6 +119,18 @@ class PruneConfig(_Section):
     def _end_after_start(self) -> PruneConfig:
         if self.end_epoch is not None and self.end_epoch < self.start_epoch:
             raise _refuse("end_epoch", f"an integer >= start_epoch, which is {self.start_epoch}; got {self.end_epoch}")
+        return self
+
+    @model_validator(mode="after")
+    def _target_can_be_made(self) -> PruneConfig:
+        from .selection import Limits
+        from .targets import Goal, Target
+
+        default = type(self).model_fields["target_sparsity"].default
+        try:
+            Goal(Target.of(self.target, self.target_sparsity, default), self.mac_target, Limits())
+        except ConfigError as error:
+            raise _refused("mac_target" if str(error).startswith("mac_target") else "target", error) from None
         return self
 
     @model_validator(mode="after")

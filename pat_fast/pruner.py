@@ -29,12 +29,14 @@ from .proof import build_plan
 from .regularizers import GroupNormRegularizer
 from .report import Changes, Counts, StepReport, joined
 from .schedules import Curve, Schedule
-from .selection import Limits, Scope, select
+from .selection import Limits, Scope
 from .surgery import prune, register_state_layout
+from .targets import Goal, Target
 
 log = logging.getLogger("pat_fast")
 
 DEFAULT_STEPS = 10
+DEFAULT_SPARSITY = 0.5
 STATE_VERSION = 1
 
 register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # surgery shrinks it likewise
@@ -51,6 +53,8 @@ class Pruner:
     Args:
         model: the module to prune, in place. Parameters keep their identity.
         target_sparsity: fraction of the prunable channels to remove, in ``[0, 1)``.
+        target: instead of it, ``{"params": 0.3}`` or ``{"macs": 0.5}``: what is to be left, as a fraction of the dense
+            model's or, above 1, as a number. The fewest channels go that reach it; the schedule goes by it.
         schedule: a name (``"linear"``, ``"cubic"``, ``"cosine"``, ``"one_shot"``, ... see
             :data:`pat_fast.schedules.CURVES`), a dict of a name and options (``{"name": "polynomial", "power": 2}``),
             or a function of the progress ``t`` in 0 .. 1.
@@ -81,7 +85,8 @@ class Pruner:
         auto: find inputs and optimizer, and regularise by hooks. If False, pass ``example_inputs`` and call
             :meth:`regularize` after each backward yourself.
     Raises:
-        ConfigError: a value is out of range, or a layer name matches nothing.
+        ConfigError: a value is out of range, or a layer name matches nothing. At the first step of the optimizer
+            or the pruner: the target cannot be reached; the message says what can.
         PlanError: the model cannot be traced, or nothing of it can be pruned (at once when
             ``example_inputs`` are given, else at the first step).
     """
@@ -89,7 +94,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        target_sparsity: float = 0.5,
+        target_sparsity: float = DEFAULT_SPARSITY,
         schedule: str | Mapping[str, Any] | Curve = "linear",
         *,
         example_inputs: Any = None,
@@ -107,6 +112,7 @@ class Pruner:
         round_to: int | None = None,
         layers_to_prune: Sequence[str] | None = None,
         ignored_layers: Sequence[str | nn.Module] | None = None,
+        target: Mapping[str, float] | None = None,
         mac_target: float | None = None,
         min_channels: int = 1,
         verify: bool = True,
@@ -125,7 +131,6 @@ class Pruner:
         self.model = model
         self.mode = mode
         self.target_sparsity = target_sparsity
-        self.mac_target = mac_target
         end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
         check_choice("unit", unit, ("epoch", "step"))
         if unit == "step" and not auto:
@@ -138,7 +143,8 @@ class Pruner:
         self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
         weakref.finalize(self, self._watching.detach).atexit = False
         self.regularizer = make_regularizer(regularizer, reg_strength, self.criterion)
-        self.limits = Limits(ranking, round_to or 1, min_channels)
+        goal = Target.of(target, target_sparsity, DEFAULT_SPARSITY)
+        self.goal = Goal(goal, mac_target, Limits(ranking, round_to or 1, min_channels))
         self.epoch = 0
         self.done = False
         self.binding: Binding | None = None
@@ -163,8 +169,7 @@ class Pruner:
         self._optimizers = Discovery(self, model, optimizer, auto)
         if end_epoch is None and self.schedule.end == end:
             log.warning(
-                "pat_fast: end_epoch was not given; the target of %.0f %% is reached at the %dth %s",
-                100 * target_sparsity,
+                "pat_fast: end_epoch was not given; the whole target is reached at the %dth %s",
                 end,
                 "step()" if unit == "epoch" else "step of the optimizer",
             )
@@ -247,17 +252,16 @@ class Pruner:
     def _advance(self) -> Changes:
         """Count, and prune or mask if that is due."""
         binding, epoch = self._ready(), self.epoch + 1
+        self.goal.check(binding.plan, self._eligible.cpu().numpy())
         changed: Changes = ()
         if self.schedule.due(epoch) and not self.done:
-            changed = self._cut(binding, self._select(binding, self._ratio(epoch)))
+            changed = self._cut(binding, self._select(binding, self.schedule.fraction(epoch)))
         self.epoch = epoch
-        if not self.done and (epoch >= self.schedule.end or self._reached_macs()):
+        assert self.binding is not None
+        if not self.done and (epoch >= self.schedule.end or self.goal.reached(self.binding.plan, self._keep())):
             self.done = True
             self._watching.detach()
         return changed
-
-    def _ratio(self, epoch: int) -> float:
-        return self.target_sparsity * self.schedule.fraction(epoch)
 
     def finalize(self) -> StepReport:
         """End pruning: remove what is masked, take the hooks off; training may go on."""
@@ -285,6 +289,7 @@ class Pruner:
         binding = self._ready()
         self._regularized = True
         only = None if optimizer is None else held([optimizer])
+        self.goal.check(binding.plan, self._eligible.cpu().numpy())
         if not self.done:
             self._watching.observe(binding, scale, only)
         if self.regularizer is not None and self.stage != "finetune":
@@ -318,8 +323,7 @@ class Pruner:
             "epoch": self.epoch,
             "done": self.done,
             "channels": binding.plan.n_channels,
-            "roots": dict(self._roots),
-            "dense": self._dense,
+            "goal": self.goal.state_dict(),
             "alive": None if self.mask is None else self.mask.alive.clone(),
             "criterion": self._watching.state_dict(binding),
         }
@@ -345,7 +349,7 @@ class Pruner:
             raise ConfigError(f"mode: the state was saved with masks {'off' if state['alive'] is None else 'on'}")
         self._watching.load_state_dict(state["criterion"], binding)
         self.epoch, self.done = state["epoch"], state["done"]
-        self._roots, self._dense = dict(state["roots"]), (*state["dense"],)
+        self.goal.load_state_dict(state["goal"])
         if self.mask is not None:
             self.mask.set(state["alive"], self._optimizers.current())
         if self.done:
@@ -386,8 +390,7 @@ class Pruner:
         self._example_inputs = example_inputs
         self.binding = binding
         self._skipped = skipped
-        self._roots = {g.root: g.channels for g in plan.groups if eligible[g.start]}
-        self._dense = (int(eligible.sum()), plan.params(), plan.macs())
+        self.goal.start(plan, eligible)
         self._eligible = torch.from_numpy(eligible).to(binding.device)
         if self.mode == "mask":
             self.mask = Mask(binding)
@@ -401,23 +404,11 @@ class Pruner:
             return np.ones(self.binding.plan.n_channels, dtype=np.bool_)
         return self.mask.alive.cpu().numpy()
 
-    def _alive(self, plan: Plan, keep: NDArray[np.bool_], root: str | None = None) -> int:
-        """Living channels of one group or of all that may be pruned; a group's last channel counts too."""
-        found = {g.root: int(keep[g.start : g.stop].sum()) for g in plan.groups}
-        return sum(found.get(r, 1) for r in self._roots if root is None or r == root)
-
     def _counts(self) -> Counts:
         assert self.binding is not None
-        plan, keep = self.binding.plan, self._keep()
-        return self._alive(plan, keep), plan.params(keep), plan.macs(keep)
+        return self.goal.counts(self.binding.plan, self._keep())
 
-    def _reached_macs(self) -> bool:
-        if self.mac_target is None:
-            return False
-        assert self.binding is not None
-        return self.binding.plan.macs(self._keep()) <= self.mac_target * self._dense[2]
-
-    def _select(self, binding: Binding, ratio: float) -> NDArray[np.bool_]:
+    def _select(self, binding: Binding, fraction: float) -> NDArray[np.bool_]:
         plan, alive = binding.plan, self._keep()
         scores = self.criterion.score(binding).double().cpu().numpy()
         if scores.shape != (plan.n_channels,) or np.isnan(scores).any():
@@ -428,21 +419,7 @@ class Pruner:
         self._unscored = tuple(g.root for g in plan.groups if np.isposinf(scores[g.start : g.stop]).all())
         scores[~alive] = -np.inf
 
-        def removable(root: str | None) -> int:
-            """Channels of the plan that are to be gone; masked ones among them."""
-            dense = sum(n for r, n in self._roots.items() if root is None or r == root)
-            wanted = int(dense * (1.0 - ratio) + 1e-9)
-            masked = self._alive(plan, np.ones_like(alive), root) - self._alive(plan, alive, root)
-            return max(self._alive(plan, alive, root) - wanted, 0) + masked
-
-        enough = None
-        if self.mac_target is not None:
-            limit = self.mac_target * self._dense[2]
-
-            def enough(keep: NDArray[np.bool_]) -> bool:
-                return plan.macs(keep) <= limit
-
-        return select(plan, scores, self._eligible.cpu().numpy(), removable, self.limits, enough)
+        return self.goal.select(plan, scores, alive, self._eligible.cpu().numpy(), fraction)
 
     def _cut(self, binding: Binding, keep: NDArray[np.bool_]) -> Changes:
         plan, alive = binding.plan, self._keep()
@@ -474,13 +451,13 @@ class Pruner:
             step=self.epoch,
             epoch=self.epoch,
             stage=self.stage,
-            ratio=self._ratio(self.epoch),
+            ratio=self.goal.ratio(self.schedule.fraction(self.epoch)),
             channels=(before[0], after[0]),
             params=(before[1], after[1]),
             macs=(before[2], after[2]),
-            dense_channels=self._dense[0],
-            dense_params=self._dense[1],
-            dense_macs=self._dense[2],
+            dense_channels=self.goal.dense[0],
+            dense_params=self.goal.dense[1],
+            dense_macs=self.goal.dense[2],
             changed=changed,
             frozen=tuple((f.layer, f.reason) for f in plan.frozen) + self._skipped,
             notes=self._notes(plan),

@@ -87,7 +87,7 @@ def test_quick_start_regularises_in_the_training_step() -> None:
 
 def test_the_default_end_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
     pat.Pruner(Small(), 0.3, start_epoch=4)
-    assert "end_epoch was not given; the target of 30 % is reached at the 14th step()" in caplog.text
+    assert "end_epoch was not given; the whole target is reached at the 14th step()" in caplog.text
     caplog.clear()
     pat.Pruner(Small(), 0.3, end_epoch=5)
     assert not caplog.text

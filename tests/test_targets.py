@@ -1,0 +1,179 @@
+"""Targets in channels, parameters and MACs: hit, refused with what is feasible, and true to the pruned model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import pat_fast as pat
+from pat_fast.plan import Binding, bind, build_plan
+from pat_fast.plan.lower import call
+from pat_fast.selection import Limits
+from pat_fast.surgery import prune
+from pat_fast.targets import Goal, Target
+from tests.helpers import Case, Small, random_keep, small_inputs
+from tests.training import adamw, steps, train_one_epoch
+
+NAMES = ["resnet18", "mobilenet_v2", "resnext50", "vgg16_bn", "densenet121", "vit_s16"]
+
+
+def test_macs_of_the_plan_are_those_of_the_pruned_model(case: Case) -> None:
+    binding = bind(build_plan(case.model, case.inputs), case.model)
+    for seed in range(2):
+        keep = random_keep(binding.plan, seed)
+        expected = binding.plan.macs(keep), binding.plan.params(keep)
+        binding = prune(binding, keep)
+        assert (binding.plan.macs(), binding.plan.params()) == expected
+        # The counter does not know the fused attention of the CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            call(case.model.eval(), case.inputs)
+        batch = next(len(t) for t in tree_leaves(case.inputs) if isinstance(t, Tensor))
+        assert expected[0] == pytest.approx(counter.get_total_flops() / 2 / batch, abs=1)
+        assert expected[1] == sum(p.numel() for p in case.model.parameters())
+
+
+def dearest_unit(plan: pat.Plan, kind: str) -> int:
+    """The most that the removal of one unit saves."""
+    count = getattr(plan, kind)
+    everything = np.ones(plan.n_channels, dtype=np.bool_)
+    return max(count() - count(everything & (plan.unit != u)) for u in range(plan.n_units))
+
+
+@pytest.mark.parametrize("ranking", ["global", "local"])
+@pytest.mark.parametrize("kind", ["params", "macs"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_target_is_met_by_the_fewest_removals(name: str, kind: str, ranking: str) -> None:
+    case = Case.build(name, torch.float32)
+    plan = build_plan(case.model, case.inputs)
+    goal = Goal(Target(kind, 0.6), None, Limits(ranking))
+    everything = np.ones(plan.n_channels, dtype=np.bool_)
+    goal.start(plan, everything)
+    goal.check(plan, everything)
+    scores = np.random.default_rng(0).random(plan.n_channels)
+    keep = goal.select(plan, scores, everything, everything, 1.0)
+    dense, left = getattr(plan, kind)(), getattr(plan, kind)(keep)
+    assert left <= 0.6 * dense
+    assert left > 0.6 * dense - max(0.01 * dense, dearest_unit(plan, kind))
+    half = goal.select(plan, scores, everything, everything, 0.5)
+    assert (
+        getattr(plan, kind)(half)
+        <= 0.8 * dense
+        < getattr(plan, kind)(half) + max(0.01 * dense, dearest_unit(plan, kind))
+    )
+
+
+@pytest.mark.parametrize("mode", ["prune", "mask"])
+@pytest.mark.parametrize("target", [{"macs": 0.4}, {"params": 0.4}, {"params": 2000}, {"macs": 90000}])
+def test_targets_in_training(target: dict[str, float], mode: str) -> None:
+    model = Small()
+    optimizer = adamw(model)
+    pruner = pat.Pruner(model, target=target, mode=mode, end_epoch=4)
+    kind, value = next(iter(target.items()))
+    seen = []
+    for _ in range(5):
+        train_one_epoch(model, optimizer)
+        seen.append(pruner.step())
+    pruner.finalize()
+    last = seen[-1]
+    dense = getattr(last, f"dense_{kind}")
+    wanted = value * dense if value <= 1 else value
+    for epoch, report in enumerate(seen[:4], 1):
+        due = dense - (dense - wanted) * epoch / 4
+        assert getattr(report, kind)[1] <= due
+        assert getattr(report, kind)[1] > due - 0.1 * dense  # a unit of a network this small
+        assert report.ratio == pytest.approx((1 - wanted / dense) * epoch / 4)
+    assert sum(p.numel() for p in model.parameters()) == last.params[1]
+    assert pruner.stage == "finetune"
+
+
+def test_a_target_with_round_to_is_met_and_rounded() -> None:
+    model = Small(width=40)
+    report = steps(model, 1, target={"macs": 0.5}, schedule="one_shot", round_to=8)[0]
+    assert report.macs[1] <= 0.5 * report.dense_macs
+    assert (model.stem.out_channels % 8, model.inner.out_channels % 8) == (0, 0)
+
+
+def test_a_target_in_channels_is_the_sparsity() -> None:
+    one, two = Small(), Small()
+    two.load_state_dict(one.state_dict())
+    first = steps(one, 1, target={"channels": 0.3}, schedule="one_shot")[0]
+    second = steps(two, 1, target_sparsity=0.3, schedule="one_shot")[0]
+    assert first == second
+
+
+def test_ties_never_take_more_than_is_due() -> None:
+    def alike(binding: Binding) -> Tensor:
+        return torch.ones(binding.plan.n_channels)
+
+    for count in (1, 5, 13):
+        report = steps(Small(), 1, target_sparsity=count / 28, schedule="one_shot", importance=alike)[0]
+        assert report.channels == (28, 28 - count)
+    model, again = Small(), Small()
+    again.load_state_dict(model.state_dict())
+    for m in (model, again):
+        report = steps(m, 1, target={"params": 0.7}, schedule="one_shot", importance=alike)[0]
+        assert 0.6 * report.dense_params < report.params[1] <= 0.7 * report.dense_params
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_what_cannot_be_reached_is_refused_with_what_can(kind: str) -> None:
+    model = Small()
+    optimizer = adamw(model)
+    options: dict[str, Any] = {"example_inputs": small_inputs(), "min_channels": 6, "schedule": "one_shot"}
+    before = [p.detach().clone() for p in model.parameters()]
+    pruner = pat.Pruner(model, target={kind: 0.01}, optimizer=optimizer, **options)
+    with pytest.raises(pat.ConfigError, match=r"target: expected at least [\d,]+ .* lower min_channels") as caught:
+        train_one_epoch(model, optimizer, batches=1)  # before anything was trained
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    pruner.close()
+    found = re.search(r"\(([\d.]+) of", str(caught.value))
+    assert found is not None
+    report = steps(model, 1, target={kind: float(found[1])}, min_channels=6, schedule="one_shot")[0]
+    assert (model.stem.out_channels, model.inner.out_channels) == (6, 6)
+    assert getattr(report, kind)[1] <= float(found[1]) * getattr(report, f"dense_{kind}")
+
+
+def test_a_criterion_that_leaves_groups_unscored_may_make_a_target_impossible() -> None:
+    pruner = pat.Pruner(
+        Small(), target={"params": 0.05}, importance="bn_scale", example_inputs=small_inputs(), schedule="one_shot"
+    )
+    with pytest.raises(pat.PlanError, match="stay with what the criterion scores highest, or not at all"):
+        pruner.step()
+    assert pruner.epoch == 0
+
+
+def test_a_resumed_target_goes_by_the_dense_model() -> None:
+    model = Small(16)
+    first = pat.Pruner(model, target={"macs": 0.3}, end_epoch=2, example_inputs=small_inputs())
+    first.step()
+    second = pat.Pruner(model, target={"macs": 0.3}, end_epoch=2, example_inputs=small_inputs())
+    second.load_state_dict(first.state_dict())
+    report = second.step()
+    assert report.dense_macs == first.goal.dense[2]
+    assert 0.2 * report.dense_macs < report.macs[1] <= 0.3 * report.dense_macs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": {"flops": 0.5}}, r"target: expected one of channels, params, macs, got 'flops'"),
+        ({"target": {"macs": 0.5, "params": 0.5}}, r"target: expected one of .* got \{'macs'"),
+        ({"target": 0.5}, r"target: expected one of .* got 0.5"),
+        ({"target": {"macs": 0}}, r"target: macs: expected a fraction of the dense model in \(0, 1\], or .* got 0"),
+        ({"target": {"channels": 1.0}}, r"target: channels: expected the fraction to remove"),
+        ({"target": {"macs": 0.5}, "target_sparsity": 0.3}, r"expected none beside target_sparsity \(0.3\)"),
+        ({"target": {"params": 0.5}, "mac_target": 0.5}, r"mac_target: expected None beside a target in parameters"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(pat.ConfigError, match=message):
+        pat.Pruner(nn.Linear(2, 2), end_epoch=2, **options)
