@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -9,7 +11,13 @@ from torch import nn
 
 from .criteria import Criterion, GroupNorm, Magnitude
 from .errors import ConfigError, check, did_you_mean
-from .regularizers import GroupNormRegularizer
+from .regularizers import BNScaleRegularizer, GroupNormRegularizer, GrowingRegularizer, Regularizer
+
+REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
+    "group_norm": GroupNormRegularizer,
+    "bn_scale": BNScaleRegularizer,
+    "growing": GrowingRegularizer,
+}
 
 
 def check_model(model: object) -> None:
@@ -23,25 +31,39 @@ def check_count(name: str, value: Any, least: int) -> None:
     check(name, value, lambda v: isinstance(v, Integral) and int(v) >= least, f"a whole number, at least {least}")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         hint = did_you_mean(str(value), choices)
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
 
 
-def make_regularizer(
-    given: str | GroupNormRegularizer | None, strength: float, criterion: Criterion
-) -> GroupNormRegularizer | None:
-    """The regulariser that ``given`` names; it shares the criterion if that is a magnitude.
+def make_regularizer(given: Any, strength: float, criterion: Criterion | None = None) -> Regularizer | None:
+    """The regulariser that a name or ``{"name": ..., options}`` says, or a regulariser itself, or None.
 
+    Those that score channels share ``criterion`` if that is a magnitude.
+
+    Args:
+        strength: for options without one.
     Raises:
-        ConfigError: it is no regulariser.
+        ConfigError: it is no regulariser, or an option is unknown or out of range.
     """
-    if isinstance(given, str):
-        check_choice("regularizer", given, ("group_norm",))
-        magnitude = criterion if isinstance(criterion, (GroupNorm, Magnitude)) else None
-        return GroupNormRegularizer(strength, criterion=magnitude)
-    if given is not None and not hasattr(given, "apply"):
-        raise ConfigError(f"regularizer: expected 'group_norm', None or a GroupNormRegularizer, got {given!r}")
-    return given
+    if isinstance(given, (str, Mapping)):
+        options = {"name": given} if isinstance(given, str) else dict(given)
+        name = options.pop("name", None)
+        check_choice("regularizer", name, tuple(REGULARIZERS))
+        takes = inspect.signature(REGULARIZERS[name]).parameters
+        known = [option for option in takes if option != "criterion"]
+        for option in options:
+            if option not in known:
+                hint = did_you_mean(option, known) or f"; it has {', '.join(known)}"
+                raise ConfigError(f"regularizer: {name!r} has no option {option!r}{hint}")
+        options.setdefault("strength", strength)
+        if "criterion" in takes and isinstance(criterion, (GroupNorm, Magnitude)):
+            options["criterion"] = criterion
+        return REGULARIZERS[name](**options)
+    if given is not None and (isinstance(given, type) or not callable(getattr(given, "apply", None))):
+        known = [repr(name) for name in REGULARIZERS]
+        raise ConfigError(f"regularizer: expected {', '.join(known)}, None or an object with apply(), got {given!r}")
+    found: Regularizer | None = given
+    return found

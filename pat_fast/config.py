@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -101,7 +101,10 @@ class PruneConfig(_Section):
     p: float | None = Field(
         default=None, gt=0, description="a number > 0 (the exponent of a magnitude) or null for the criterion's own"
     )
-    regularizer: Literal["group_norm"] | None = Field(default="group_norm", description="'group_norm' or null")
+    regularizer: str | dict[str, Any] | None = Field(
+        default="group_norm",
+        description="'group_norm', 'bn_scale', 'growing', an object with 'name' and options, or null",
+    )
     reg_strength: float = Field(default=1e-4, ge=0, description="a number >= 0: the strength of the regulariser")
 
     @model_validator(mode="before")
@@ -122,37 +125,31 @@ class PruneConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _target_can_be_made(self) -> PruneConfig:
+    def _parts_can_be_made(self) -> PruneConfig:
+        from .arguments import make_regularizer
+        from .criteria import make_criterion
+        from .schedules import OneShot, make_curve
         from .selection import Limits
         from .targets import Goal, Target
 
         default = type(self).model_fields["target_sparsity"].default
-        try:
-            Goal(Target.of(self.target, self.target_sparsity, default), self.mac_target, Limits())
-        except ConfigError as error:
-            raise _refused("mac_target" if str(error).startswith("mac_target") else "target", error) from None
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_can_be_made(self) -> PruneConfig:
-        from .schedules import OneShot, make_curve
-
-        try:
-            curve = make_curve(self.schedule)
-        except ConfigError as error:
-            raise _refused("schedule", error) from None
-        if isinstance(curve, OneShot) and self.end_epoch not in (None, self.start_epoch):
+        parts: list[tuple[tuple[str, ...], Callable[[], Any]]] = [
+            (
+                ("mac_target", "target"),
+                lambda: Goal(Target.of(self.target, self.target_sparsity, default), self.mac_target, Limits()),
+            ),
+            (("regularizer",), lambda: make_regularizer(self.regularizer, self.reg_strength)),
+            (("p", "importance"), lambda: make_criterion(self.importance, self.p)),
+            (("schedule",), lambda: make_curve(self.schedule)),
+        ]
+        for keys, make in parts:
+            try:
+                made = make()
+            except ConfigError as error:
+                key = next((k for k in keys if str(error).startswith(f"{k}: ")), keys[-1])
+                raise _refused(key, error) from None
+        if isinstance(made, OneShot) and self.end_epoch not in (None, self.start_epoch):
             raise _refuse("end_epoch", f"null with 'one_shot', which prunes at start_epoch; got {self.end_epoch}")
-        return self
-
-    @model_validator(mode="after")
-    def _criterion_can_be_made(self) -> PruneConfig:
-        from .criteria import make_criterion
-
-        try:
-            make_criterion(self.importance, self.p)
-        except ConfigError as error:
-            raise _refused("p" if str(error).startswith("p: ") else "importance", error) from None
         return self
 
     def pruner_kwargs(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .errors import ConfigError, PlanError, check
 from .masks import Mask
 from .plan import Binding, Plan, bind
 from .proof import build_plan
-from .regularizers import GroupNormRegularizer
+from .regularizers import GrowingRegularizer, Regularizer
 from .report import Changes, Counts, StepReport, joined
 from .schedules import Curve, Schedule
 from .selection import Limits, Scope
@@ -73,8 +73,9 @@ class Pruner:
             name and options (``{"name": "taylor", "decay": 0.5}``), a criterion, or a function from a binding to
             scores ``[N]``. Channels that score ``inf`` stay.
         p: exponent of criteria that are a magnitude; 2 by default.
-        regularizer: ``"group_norm"``, None, or a :class:`GroupNormRegularizer`.
-        reg_strength: strength of ``"group_norm"``.
+        regularizer: ``"group_norm"``, ``"bn_scale"`` (slimming), ``"growing"`` (stronger with each :meth:`step`), a
+            dict of a name and options (``{"name": "bn_scale", "group_lasso": True}``), a regulariser, or None.
+        reg_strength: strength of a regulariser that is named.
         round_to: each group keeps a multiple of this many channels.
         layers_to_prune: names of layers or blocks (a name covers everything under it); all by default. A
             group is pruned if all layers that make its channels are covered.
@@ -107,7 +108,7 @@ class Pruner:
         ranking: str = "global",
         importance: str | Mapping[str, Any] | Criterion | Callable[[Binding], torch.Tensor] = "group_norm",
         p: float | None = None,
-        regularizer: str | GroupNormRegularizer | None = "group_norm",
+        regularizer: str | Mapping[str, Any] | Regularizer | None = "group_norm",
         reg_strength: float = 1e-4,
         round_to: int | None = None,
         layers_to_prune: Sequence[str] | None = None,
@@ -236,6 +237,8 @@ class Pruner:
         self._since = None
         if self.unit == "epoch":
             changed = self._advance()
+        if isinstance(self.regularizer, GrowingRegularizer) and self.binding is not None and not self.done:
+            self.regularizer.grow(self.binding)
         return self._report(before, changed)
 
     def count(self, optimizer: Optimizer) -> None:
@@ -326,6 +329,7 @@ class Pruner:
             "goal": self.goal.state_dict(),
             "alive": None if self.mask is None else self.mask.alive.clone(),
             "criterion": self._watching.state_dict(binding),
+            "growing": self.regularizer.state_dict() if isinstance(self.regularizer, GrowingRegularizer) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,6 +352,8 @@ class Pruner:
         if (state["alive"] is None) != (self.mask is None):
             raise ConfigError(f"mode: the state was saved with masks {'off' if state['alive'] is None else 'on'}")
         self._watching.load_state_dict(state["criterion"], binding)
+        if isinstance(self.regularizer, GrowingRegularizer) and state["growing"] is not None:
+            self.regularizer.load_state_dict(state["growing"])
         self.epoch, self.done = state["epoch"], state["done"]
         self.goal.load_state_dict(state["goal"])
         if self.mask is not None:
@@ -442,6 +448,8 @@ class Pruner:
         followers: list[Any] = [*self._optimizers.current(), *self._watching.accumulators]
         self.binding = prune(binding, keep, followers)
         self._watching.shrink(binding.plan, keep)
+        if isinstance(self.regularizer, GrowingRegularizer):
+            self.regularizer.shrink(binding.plan, keep)
         self._eligible = torch.from_numpy(self._scope.apply(self.binding.plan)[0]).to(self.binding.device)
 
     def _report(self, before: Counts, changed: Changes) -> StepReport:

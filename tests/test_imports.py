@@ -23,7 +23,8 @@ PLAN = OPS | {"plan"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "schedules": {"errors"},
-    "config": PLAN | {"cost", "criteria", "report", "schedules", "selection", "targets"},
+    "config": PLAN
+    | {"arguments", "cost", "criteria", "regularizers", "report", "schedules", "selection", "targets"},
     "report": set(),
     "backends": {"errors"},
     "ops": OPS,

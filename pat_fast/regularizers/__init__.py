@@ -8,13 +8,14 @@ from __future__ import annotations
 from .bn_scale import BNScaleRegularizer
 from .group_norm import GroupNormRegularizer
 from .growing import GrowingRegularizer
-from .push import REGULARIZED, gradients, is_regularized
+from .push import REGULARIZED, Regularizer, gradients, is_regularized
 
 __all__ = [
     "REGULARIZED",
     "BNScaleRegularizer",
     "GroupNormRegularizer",
     "GrowingRegularizer",
+    "Regularizer",
     "gradients",
     "is_regularized",
 ]

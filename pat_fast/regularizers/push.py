@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,27 @@ from torch import Tensor, nn
 from ..ops import channel_axpy_
 from ..plan.bind import Binding, Tiles
 from ..plan.types import TensorMap
+
+
+class Regularizer(Protocol):
+    """Anything that adds to gradients."""
+
+    def apply(
+        self,
+        binding: Binding,
+        scale: float = 1.0,
+        where: Tensor | None = None,
+        only: Collection[int] | None = None,
+    ) -> None:
+        """Add to the gradients, before the optimizer's step.
+
+        Args:
+            scale: a loss scale that is still in the gradients.
+            where: bool ``[N]``, the channels to push; all by default.
+            only: ``id`` of the parameters to push; all by default.
+        """
+        ...
+
 
 Wanted = Callable[[TensorMap, nn.Module, str], bool]
 NORMS = (nn.modules.batchnorm._BatchNorm,)
