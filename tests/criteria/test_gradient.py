@@ -276,3 +276,28 @@ def test_the_regulariser_and_its_strength_do_not_count() -> None:
 def test_what_makes_no_sense_is_refused(make: Any, message: str) -> None:
     with pytest.raises(pat.ConfigError, match=message):
         make()
+
+
+def test_a_step_that_overflowed_is_not_seen() -> None:
+    """A fused optimizer skips it inside its step; a loss scale that it still has to take out is taken out."""
+    model, twin = Small().double(), Small().double()
+    twin.load_state_dict(model.state_dict())
+    x = small_inputs(dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
+    pruner = pat.Pruner(model, 0.5, importance=Taylor(decay=1.0), example_inputs=x, optimizer=optimizer, end_epoch=3)
+    assert pruner.binding is not None
+    backward(model, 1)
+    for parameter in model.parameters():
+        parameter.grad *= torch.inf
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(1.0)
+    optimizer.step()
+    model.zero_grad()
+    with pytest.raises(pat.PlanError, match="has seen none"):
+        pruner.criterion.score(pruner.binding)
+    backward(model, 2)
+    backward(twin, 2)
+    for parameter in model.parameters():
+        parameter.grad *= 8.0
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    torch.testing.assert_close(pruner.criterion.score(pruner.binding), Taylor().score(bound(twin)))
