@@ -120,4 +120,13 @@ PAT_BOTH A value(Func f, A x, A y, A p) {
   }
 }
 
+// Calls body(T{}) with the element type that a code stands for.
+template <class Body>
+void with_dtype(DType dtype, const Body& body) {
+  if (dtype == kF32) body(float{});
+  else if (dtype == kF64) body(double{});
+  else if (dtype == kBF16) body(bf16{});
+  else body(f16{});
+}
+
 }  // namespace pat::cuda

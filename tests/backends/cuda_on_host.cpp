@@ -60,14 +60,6 @@ void gather_block(const Gather& g, const A* workspace, A* out) {
   for (int slot = 0; slot < kGatherSlots; ++slot) gather_finish(g, parts.data(), slot, out);
 }
 
-template <class Body>
-void with_dtype(DType dtype, const Body& body) {
-  if (dtype == kF32) body(float{});
-  else if (dtype == kF64) body(double{});
-  else if (dtype == kBF16) body(bf16{});
-  else body(f16{});
-}
-
 template <class T>
 void move_all(const Call& call, const Move* moves, int64_t n_moves, const int32_t* index) {
   for (const Move* m = moves; m < moves + n_moves; ++m)

@@ -17,7 +17,6 @@ from torch_pruning.pruner import function
 
 import pat_fast.torch_pruning as tp
 from benchmarks import zoo
-from benchmarks.cases import num_heads
 from tests.torch_pruning.against import build, last_linear, quiet
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -557,5 +556,4 @@ def test_swin_runs_after_pruning() -> None:
         block.num_attention_heads = (
             next(m for m in block.modules() if isinstance(m, nn.Linear)).out_features // block.attention_head_size
         )
-    assert num_heads(ours) == {}
     assert ours(**inputs).logits.shape == (2, 5)
