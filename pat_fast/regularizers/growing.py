@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..criteria import Criterion, GroupNorm, Segments, normalize
+from ..criteria import Criterion, GroupNorm
 from ..errors import PlanError, check
 from ..plan.bind import Binding
 from ..plan.types import Plan
 from .push import is_regularized, is_regularized_bias, push, without_nan_groups
+
+EPSILON = 1e-8  # Torch-Pruning's
 
 
 class GrowingRegularizer:
@@ -78,7 +80,8 @@ class GrowingRegularizer:
         """Raise the strengths by the scores as they are now; groups without scores keep theirs."""
         now = self.strengths(binding)
         scores = self.criterion.score(binding)
-        place = 1 - normalize(scores, Segments.of(binding), "standarization")
+        low, high = binding.group_extreme(scores, "amin"), binding.group_extreme(scores, "amax")
+        place = (high - scores) / (high - low + EPSILON)
         self._grown = now + self.delta * without_nan_groups(binding, place).clamp(0.0, 1.0).to(now)
 
     def shrink(self, plan: Plan, keep: Tensor | NDArray[np.bool_]) -> None:

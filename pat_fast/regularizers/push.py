@@ -62,8 +62,12 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
         gamma: ``[N]``.
         only: ``id`` of the tensors to push; all by default.
     """
+    held = () if only is None else tuple(name for name, t in binding.tensors.items() if id(t) not in only)
+    if held:  # a table of its own: what is held does not change from step to step
+        every, wanted = wanted, lambda m, *of: m.name not in held and every(m, *of)
+        key = f"{key} without {', '.join(held)}"
     for tiles in binding.tiles(key, wanted):
-        pushed = [t.grad is not None and (only is None or id(t) in only) for t in tiles.tensors]
+        pushed = [t.grad is not None for t in tiles.tensors]
         if all(pushed):
             _add(binding, tiles, gamma)
         elif any(pushed):

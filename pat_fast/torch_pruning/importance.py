@@ -42,23 +42,10 @@ __all__ = [
     "OBDCImportance",
     "RandomImportance",
     "TaylorImportance",
-    "can_score",
     "member_order",
 ]
 
 register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]
-
-
-def can_score(importance: Any) -> bool:
-    """Whether ``importance.score(binding)`` gives what calling it on groups does.
-
-    Not so for a class of the user's own that overrides how single groups are scored.
-    """
-    methods = ("score", "__call__", "_reduce", "_normalize", "_lamp")
-    found = [getattr(type(importance), name, None) for name in methods]
-    return found[0] is not None and all(
-        m is None or getattr(m, "__module__", "").startswith(__package__ + ".") for m in found
-    )
 
 
 class MagnitudeImportance(GroupMagnitudeImportance):

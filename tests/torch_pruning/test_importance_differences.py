@@ -13,6 +13,7 @@ from pat_fast import ConfigError, PatError, PlanError
 from pat_fast.plan import bind, build_plan
 from pat_fast.surgery import prune
 from pat_fast.torch_pruning import importance as ours
+from pat_fast.torch_pruning.engine.scoring import scores_plans
 from tests.helpers import Small, random_keep, small_inputs
 from tests.torch_pruning.groups import groups_of, randomize_grads_
 
@@ -517,12 +518,12 @@ def test_a_users_own_class_is_scored_group_by_group() -> None:
         pass
 
     torch.testing.assert_close(Mine()(None), torch.tensor([1 / 6, 1.0]))
-    assert not ours.can_score(Mine())
-    assert not ours.can_score(tp.importance.MagnitudeImportance())
-    assert not ours.can_score(lambda group: None)
+    assert not scores_plans(Mine())
+    assert not scores_plans(tp.importance.MagnitudeImportance())
+    assert not scores_plans(lambda group: None)
     kinds = (getattr(ours, name) for name in ours.__all__ if name.endswith("Importance") and name != "Importance")
-    assert all(ours.can_score(kind()) for kind in kinds)
-    assert ours.can_score(Renamed())
+    assert all(scores_plans(kind()) for kind in kinds)
+    assert scores_plans(Renamed())
 
 
 def test_every_class_of_torch_pruning_is_there() -> None:

@@ -14,7 +14,7 @@ from torch_pruning.dependency import Dependency, Group
 from ...errors import PatError, PlanError, SurgeryError
 from ...plan.types import Axis, IndexArray, Plan, TensorMap
 from ...plan.types import Group as PlannedGroup
-from .axes import VIRTUAL, is_depthwise, out_dim, positions
+from .axes import VIRTUAL, positions
 from .state import whole_units
 from .walk import Endless, Visit, walk
 
@@ -142,18 +142,6 @@ class GroupMaker:
         """Whether the layer ``root`` has every channel of ``own`` once: importances count channels by its indices."""
         along = self._axis(root.module, root.out)
         return int(np.isin(along, own).sum()) == len(own) == len(np.intersect1d(along, own))
-
-    def order(self, number: int) -> list[tuple[str, int]]:
-        """(tensor, dimension) pairs of the group's layers, a bias behind its weight, in Torch-Pruning's order."""
-        found = []
-        for dep in self.structure(number).deps:
-            module = dep.target.module
-            if isinstance(getattr(module, "weight", None), Tensor) and not isinstance(module, Tensor):
-                name, out = self.graph.name_of(module), self.graph.is_out_channel_pruning_fn(dep.handler)
-                both = not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or is_depthwise(module)
-                dim = out_dim(module) if out or both else 1 - out_dim(module)
-                found += [(f"{name}.weight", dim), (f"{name}.bias", 0)]
-        return found
 
     def part(self, number: int, channels: IndexArray) -> PlanGroup:
         """Some channels of the plan's group ``number``, for pruning."""

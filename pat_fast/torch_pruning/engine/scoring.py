@@ -6,18 +6,20 @@ from typing import Any
 
 # How single groups are scored: a class that overrides one of these means groups, not plans.
 _OF_GROUPS = ("__call__", "_reduce", "_normalize", "_lamp")
+_OURS = __name__.partition(".")[0] + "."
 
 
 def scores_plans(importance: Any) -> bool:
     """Whether ``importance.score(binding)`` gives what calling it on groups would.
 
-    Not so for a class that inherits ``score`` and overrides how groups are scored.
+    Not so for a class of the user's own that inherits ``score`` and overrides how single groups are scored.
     """
     if not callable(getattr(importance, "score", None)):
         return False
     line = type(importance).__mro__
-    own = next((i for i, cls in enumerate(line) if "score" in vars(cls)), -1)
-    return not any(name in vars(cls) for cls in line[: max(own, 0)] for name in _OF_GROUPS)
+    own = next((i for i, cls in enumerate(line) if "score" in vars(cls)), 0)
+    theirs = (cls for cls in line[:own] if not cls.__module__.startswith(_OURS))
+    return not any(name in vars(cls) for cls in theirs for name in _OF_GROUPS)
 
 
 def depends_on_order(importance: Any) -> bool:

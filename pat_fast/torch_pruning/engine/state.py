@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from ...surgery import prune
 from .axes import Axes
 from .shaping import Spec, lower
 
-Listener = Callable[[IndexArray], None]
+Listener = Callable[[Plan, BoolArray], None]  # the plan before a prune, and which channels stay
 
 
 class Engine:
@@ -34,6 +35,9 @@ class Engine:
         spec: the forward, and what the user declared of the model.
         optimizer: those whose state shrinks along; found as :class:`pat_fast.Pruner` does by default.
         left_alone: (tensor, dimension) pairs that another machinery prunes: the groups that hold them stay.
+
+    Attributes:
+        followers: gives what else is kept for each parameter, laid out as an optimizer's state is.
     """
 
     is_ready = False  # no hooks of the discovery: a drop-in pruner regularises when it is told to
@@ -48,6 +52,7 @@ class Engine:
         self.model = model
         self.spec = spec
         self.listeners: list[Listener] = []
+        self.followers: Callable[[], Iterable[Any]] = tuple
         self.lowered = 0  # how often: channels of an earlier lowering have lost their names
         self.pruned = 0
         self._left_alone = frozenset(left_alone)
@@ -104,7 +109,7 @@ class Engine:
     def prune(self, keep: BoolArray) -> None:
         """Remove the channels ``~keep``; see :func:`pat_fast.surgery.prune`."""
         plan = self.plan
-        self._set(prune(self.binding, keep, self._current_optimizers()))
+        self._set(prune(self.binding, keep, self.optimizers()))
         left = np.bincount(plan.group_of[keep], minlength=len(plan.groups))
         survivors = np.flatnonzero(keep & (left[plan.group_of] > 1))  # a group's last channel leaves the plan
         if len(survivors) != self.plan.n_channels:
@@ -112,11 +117,11 @@ class Engine:
         self.born = self.born[survivors]
         self.pruned += 1
         for listener in self.listeners:
-            listener(survivors)
+            listener(plan, keep)
 
     def optimizers(self) -> list[Optimizer]:
-        """The optimizers that hold parameters of the model."""
-        return self._current_optimizers()
+        """The optimizers that hold parameters of the model, and what shrinks as their state does."""
+        return [*self._current_optimizers(), *self.followers()]
 
     def _current_optimizers(self) -> list[Optimizer]:
         """Known optimizers; the search for others goes through all objects of the process, so only if need be."""

@@ -18,6 +18,7 @@ from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 from ....errors import PlanError, check
 from ....plan.types import BoolArray
 from ....selection import protected_units, unit_scores
+from ..._groups import member_order
 from ...engine import arguments, layerwise
 from ...engine.graph import History, LiveGraph
 from ...engine.groups import PlanGroup
@@ -123,6 +124,7 @@ class BasePruner(_Original):
         }
         left_alone = layerwise.members(self.DG) if layerwise.any_foreign(self.DG) else ()
         self.engine = Engine(model, spec, optimizer, left_alone)
+        self.engine.followers = lambda: getattr(self.importance, "accumulators", ())
         self.DG.engine = self.engine
         self._count()
 
@@ -284,7 +286,8 @@ class BasePruner(_Original):
         return [self.DG.name_of(root.module), root.out, (idxs - earlier[idxs]).tolist()]
 
     def _adjust_fisher(self, number: int, mask: BoolArray) -> None:
-        if hasattr(self.importance, "adjust_fisher"):
+        # Torch-Pruning's own OBDC keeps its sums by layer; what this package's gathers shrinks with the parameters.
+        if hasattr(self.importance, "adjust_fisher") and not hasattr(self.importance, "accumulators"):
             self.importance.adjust_fisher(self.DG.maker.whole(number), np.flatnonzero(mask).tolist())
 
     def _count_heads(self, planned: Sequence[Planned]) -> None:
@@ -328,8 +331,8 @@ class BasePruner(_Original):
         binding = self.engine.binding
         if type(self).estimate_importance is BasePruner.estimate_importance and scores_plans(self.importance):
             if depends_on_order(self.importance):
-                order = {n: self.DG.maker.order(n) for n in range(len(binding.plan.groups)) if self._is_open(n)}
-                return self.importance.score(binding, order).detach().cpu()
+                groups = (self.DG.maker.whole(n) for n in range(len(binding.plan.groups)) if self._is_open(n))
+                return self.importance.score(binding, member_order(binding, groups)).detach().cpu()
             return self.importance.score(binding).detach().cpu()
         found = torch.full((binding.plan.n_channels,), torch.nan)
         for number in range(len(binding.plan.groups)):

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from torch_pruning.pruner.algorithms.batchnorm_scale_pruner import *  # noqa: F403
 
-from ...engine.pushing import BATCHNORM, mean_square, open_channels, parameters_of, push
+from ....regularizers import BNScaleRegularizer
+from ...engine.regularizing import open_channels, pushed_parameters
 from .base_pruner import BasePruner
-
-_KEY = "batch-norm scales"
 
 
 class BNScalePruner(BasePruner):
@@ -36,6 +35,7 @@ class BNScalePruner(BasePruner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        BNScaleRegularizer(reg, group_lasso)  # refuses what is out of range
         super().__init__(model, example_inputs, importance, *args, **kwargs)
         self.reg = reg
         self.group_lasso = group_lasso
@@ -43,15 +43,6 @@ class BNScalePruner(BasePruner):
     @torch.no_grad()
     def regularize(self, model: nn.Module, reg: float | None = None, bias: bool = False) -> None:
         """Add the penalty to the gradients of batch norms that are not in ``ignored_layers``; call after backward."""
-        reg = self.reg if reg is None else reg
-        ignored = {id(m) for m in self.ignored_layers}
-        if not self.group_lasso:
-            norms = (m for m in model.modules() if isinstance(m, BATCHNORM) and id(m) not in ignored)
-            for weight in (m.weight for m in norms if m.affine):
-                if weight.grad is not None:
-                    weight.grad.add_(weight.sign(), alpha=reg)
-            return
-        binding = self.engine.current()
-        wanted = parameters_of(BATCHNORM, self.ignored_layers, False)
-        norm = (mean_square(binding, _KEY, wanted) + 1e-9).sqrt()
-        push(binding, reg / norm * open_channels(self), _KEY, wanted)
+        regularizer = BNScaleRegularizer(self.reg if reg is None else reg, self.group_lasso)
+        where = open_channels(self) if self.group_lasso else None
+        regularizer.apply(self.engine.current(), where=where, only=pushed_parameters(self))

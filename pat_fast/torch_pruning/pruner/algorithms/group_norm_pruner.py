@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch_pruning.pruner.algorithms.group_norm_pruner import *  # noqa: F403
 
-from ...engine.pushing import LAYERS, between, open_channels, parameters_of, push
+from ....regularizers import GroupNormRegularizer
+from ...engine.regularizing import Scores, open_channels, pushed_parameters
 from .base_pruner import BasePruner
 
 
@@ -32,6 +33,7 @@ class GroupNormPruner(BasePruner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        GroupNormRegularizer(reg, 2.0**alpha)  # refuses what is out of range
         super().__init__(model, example_inputs, importance, *args, **kwargs)
         self.reg = reg
         self.alpha = alpha
@@ -50,7 +52,5 @@ class GroupNormPruner(BasePruner):
         """
         binding = self.engine.current()
         base = 2.0**self.alpha if alpha is None else float(alpha)
-        scores = self._scores().to(binding.device)
-        place, span = between(binding, scores.clamp_min(0).sqrt())
-        gamma = torch.where(torch.isfinite(span), base**place, 0.0) * open_channels(self)
-        push(binding, self.reg * gamma, f"group norm, bias {bias}", parameters_of(LAYERS, self.ignored_layers, bias))
+        regularizer = GroupNormRegularizer(self.reg, base, Scores(self), bias)
+        regularizer.apply(binding, where=open_channels(self), only=pushed_parameters(self))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_pruning.pruner.algorithms.growing_reg_pruner import *  # noqa: F403
 
-from ....plan.types import IndexArray
-from ...engine.pushing import LAYERS, between, open_channels, parameters_of, push
+from ....plan import Binding
+from ....regularizers import GrowingRegularizer
+from ...engine.regularizing import Scores, open_channels, pushed_parameters
 from .base_pruner import BasePruner
 
 
@@ -34,34 +34,30 @@ class GrowingRegPruner(BasePruner):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        self._regularizer = GrowingRegularizer(reg, delta_reg, Scores(self))
         super().__init__(model, example_inputs, importance, *args, **kwargs)
         self.base_reg = reg
         self.delta_reg = delta_reg
-        self._restart()
-        self.engine.listeners.append(self._follow)
+        self._lowered = self.engine.lowered
+        self.engine.listeners.append(self._regularizer.shrink)
 
     @property
     def strengths(self) -> Tensor:
         """The strength of every channel of the plan: ``[N]``."""
-        self.engine.current()
+        return self._regularizer.strengths(self._current())
+
+    def _current(self) -> Binding:
+        binding = self.engine.current()
         if self._lowered != self.engine.lowered:  # the model was changed by other means: the channels are others
-            self._restart()
-        return self._strengths
-
-    def _restart(self) -> None:
-        self._lowered = self.engine.lowered
-        self._strengths = torch.full((self.engine.plan.n_channels,), self.base_reg, device=self.engine.binding.device)
-
-    def _follow(self, survivors: IndexArray) -> None:
-        self._strengths = self._strengths[torch.from_numpy(np.ascontiguousarray(survivors))]
+            self._lowered = self.engine.lowered
+            self._regularizer.reset()
+        self._regularizer.delta = self.delta_reg
+        return binding
 
     @torch.no_grad()
     def update_reg(self) -> None:
         """Let the strengths grow."""
-        strengths = self.strengths
-        binding = self.engine.binding
-        place, span = between(binding, self._scores().to(binding.device))
-        self._strengths = strengths + torch.where(torch.isfinite(span), self.delta_reg * place, 0.0)
+        self._regularizer.grow(self._current())
 
     def update_regularizer(self) -> None:
         """Nothing to do after a prune: the channels that are left keep the strengths that they have reached."""
@@ -69,6 +65,6 @@ class GrowingRegPruner(BasePruner):
     @torch.no_grad()
     def regularize(self, model: nn.Module, bias: bool = False) -> None:
         """Add ``strength_c * w`` to the gradients of what belongs to channel c; call after backward."""
-        strengths = self.strengths * open_channels(self)
-        wanted = parameters_of(LAYERS, self.ignored_layers, bias)
-        push(self.engine.binding, strengths, f"growing, bias {bias}", wanted)
+        binding = self._current()
+        self._regularizer.bias = bias
+        self._regularizer.apply(binding, where=open_channels(self), only=pushed_parameters(self))
