@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan.bind import Binding, Tiles, blocks
+from ..plan.bind import Binding, Tiles, blocks, is_one_block
 from ..plan.types import Axis, ChannelArray, IndexArray, Plan, TensorMap, is_grouped
 
 Member = tuple[str, int]  # a tensor and its dimension
@@ -58,6 +58,7 @@ class Ledger:
         self.device = device
         self.plan = plan
         self._maps = {m.name: m for m in maps}
+        self._held: dict[int, tuple[IndexArray, IndexArray, list[int], IndexArray | int]] = {}
         self.parts: list[Part] = []
         self.members: list[tuple[str, int, int]] = []
         self.indices = 0
@@ -76,12 +77,25 @@ class Ledger:
         part = Part(tensor_map, axis, self.indices, tensor_map.shape[1] if shared else len(axis.channels))
         self.parts.append(part)
         self.indices += part.count
-        held = np.flatnonzero(axis.channels >= 0)
-        channels = axis.channels[held].astype(np.int64)
-        groups, which = np.unique(self.plan.group_of[channels], return_inverse=True)
-        member = len(self.members) + which
-        self.members += [(tensor_map.name, axis.dim, g) for g in groups.tolist()]
-        return part.start + held % part.count, channels, member
+        held, channels, groups, which = self._groups(axis)
+        member = np.broadcast_to(len(self.members) + which, held.shape)
+        self.members += [(tensor_map.name, axis.dim, g) for g in groups]
+        return part.start + (held % part.count if shared else held), channels, member
+
+    def _groups(self, axis: Axis) -> tuple[IndexArray, IndexArray, list[int], IndexArray | int]:
+        """Indices of ``axis`` that hold channels, these channels, their groups, and which of these each is of."""
+        known = self._held.get(id(axis.channels))  # most axes share their vectors
+        if known is None:
+            held = np.flatnonzero(axis.channels >= 0)
+            channels = axis.channels[held].astype(np.int64)
+            of = self.plan.group_of
+            if len(held) and of[channels.min()] == of[channels.max()]:  # groups are ranges of channels
+                known = held, channels, [int(of[channels[0]])], 0
+            else:
+                groups, which = np.unique(of[channels], return_inverse=True)
+                known = held, channels, groups.tolist(), which
+            self._held[id(axis.channels)] = known
+        return known
 
     def slots(self, tiles: Tiles) -> Tensor:
         """The id of every slot of a table over the ledger's tensors; ``indices`` where it has none: ``[slots]``."""
@@ -89,11 +103,17 @@ class Ledger:
         found = [np.zeros(0, np.int64)]
         for name, tensor in zip(tiles.names, tiles.tensors, strict=True):
             tensor_map = self._maps[name]
+            stride = tensor.stride()
+            if is_one_block(tensor_map, stride):
+                for axis in sorted(tensor_map.axes, key=lambda a: -stride[a.dim]):
+                    if axis.channels.max(initial=-1) >= 0:
+                        found.append(self._ids(axis, starts.get((name, axis.dim))).astype(np.int64))
+                continue
             # The same blocks as the table's, with ids in the place of channels.
             axes = tuple(replace(a, channels=self._ids(a, starts.get((name, a.dim)))) for a in tensor_map.axes)
-            for block in blocks(replace(tensor_map, axes=axes), tensor.stride()):
+            for block in blocks(replace(tensor_map, axes=axes), stride):
                 found += [c.astype(np.int64) for c in (block.row_channels, block.col_channels) if c is not None]
-        ids = np.concatenate(found)
+        ids = np.concatenate(found)  # a copy
         ids[ids < 0] = self.indices
         return torch.from_numpy(ids).to(tiles.slot_channel.device)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pat_fast.errors import OpError
@@ -27,6 +29,7 @@ REACH = 2**48
 """More elements than any memory holds; within it, no size in bytes overflows 64 bits."""
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
+Columns = NDArray[np.int64]  # a table, transposed, or some of its columns
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,13 @@ class TileTable:
         self.layouts: tuple[Layout, ...] = tuple((tuple(t.shape), tuple(t.stride())) for t in tensors)
         self.rows: list[list[int]] = self.table.tolist()
         extents = [_extent(layout) for layout in self.layouts]
-        for number, row in enumerate(self.rows):
-            _check_tile(number, row, extents, slots)
-        if not shared_slots:
+        columns = self.table.numpy().T
+        if not _surely_inside(columns, extents, slots):
+            for number, row in enumerate(self.rows):  # says what is wrong, if anything is
+                _check_tile(number, row, extents, slots)
+        if not shared_slots and not _surely_own_slots(columns):
             _check_slots(self.rows)
-        self.writable = _is_disjoint(self.rows, extents)
+        self.writable = _is_disjoint(self.rows, columns, extents)
 
     @classmethod
     def from_tiles(
@@ -123,9 +128,9 @@ class TileTable:
             OpError: as the constructor.
         """
         entries = [tile.entry() for tile in tiles]
-        for number, entry in enumerate(entries):
-            if max(map(abs, entry)) > REACH:
-                raise OpError(f"tile {number}: expected entries within 2**48; got {entry}")
+        if max(map(abs, chain.from_iterable(entries)), default=0) > REACH:
+            number, entry = next((n, e) for n, e in enumerate(entries) if max(map(abs, e)) > REACH)
+            raise OpError(f"tile {number}: expected entries within 2**48; got {entry}")
         if slots is None:
             slots = max((end for entry in entries for _, end, _ in _slot_ranges(entry)), default=0)
         table = torch.tensor(entries, dtype=torch.int64).reshape(len(entries), WIDTH)
@@ -151,6 +156,23 @@ def _last(row: list[int]) -> int:
     """Return the last element that a tile names."""
     steps = zip(row[R : K + 1], row[SR : SK + 1], strict=True)
     return row[OFFSET] + sum((size - 1) * stride for size, stride in steps)
+
+
+def _surely_inside(columns: Columns, extents: list[int], slots: int) -> bool:
+    """Whether every tile passes :func:`_check_tile`; False where that has to look more closely."""
+    if not columns.shape[1]:
+        return True
+    tensor, offset, sizes, strides = columns[TENSOR], columns[OFFSET], columns[R : K + 1], columns[SR : SK + 1]
+    if columns[TENSOR : SK + 1].min() < 0 or tensor.max() >= len(extents) or sizes.min() < 1:
+        return False
+    reach = np.maximum(offset, strides.max(0)).astype(np.float64) * sizes.max(0)
+    if max(reach.max(), np.prod(sizes, axis=0, dtype=np.float64).max()) > REACH / 2:
+        return False
+    last = offset + ((sizes - 1) * strides).sum(0)
+    if (last >= np.asarray(extents, dtype=np.int64)[tensor]).any():
+        return False
+    starts, ends = columns[ROW : COL + 1], columns[ROW : COL + 1] + columns[R : C + 1]
+    return bool((starts >= NONE).all() and ((starts < 0) | (ends <= slots)).all())
 
 
 def _check_tile(number: int, row: list[int], extents: list[int], slots: int) -> None:
@@ -184,6 +206,15 @@ def _slot_ranges(row: Sequence[int]) -> list[tuple[int, int, str]]:
     return [(start, start + size, axis) for start, size, axis in named if start >= 0 and size > 0]
 
 
+def _surely_own_slots(columns: Columns) -> bool:
+    """Whether tiles pass :func:`_check_slots`."""
+    starts, sizes = columns[ROW : COL + 1].reshape(-1), columns[R : C + 1].reshape(-1)
+    named = (starts >= 0) & (sizes > 0)
+    order = starts[named].argsort()
+    first, end = starts[named][order], (starts + sizes)[named][order]
+    return bool((end[:-1] <= first[1:]).all())
+
+
 def _check_slots(rows: list[list[int]]) -> None:
     ranges = sorted(
         (start, end, number, axis)
@@ -198,28 +229,25 @@ def _check_slots(rows: list[list[int]]) -> None:
             )
 
 
-def _is_disjoint(rows: list[list[int]], extents: list[int]) -> bool:
-    by_tensor: dict[int, list[list[int]]] = {}
-    for row in rows:
-        if 0 not in row[R : K + 1]:
-            by_tensor.setdefault(row[TENSOR], []).append(row)
-    for tensor, tiles in by_tensor.items():
-        if not all(_is_injective(row) for row in tiles):
-            return False
-        if len(tiles) > 1 and not _are_apart(tiles, extents[tensor]):
+def _is_disjoint(rows: list[list[int]], columns: Columns, extents: list[int]) -> bool:
+    sizes, strides = columns[R : K + 1], columns[SR : SK + 1]
+    full = (sizes > 0).all(0)
+    if not _are_injective(sizes[:, full], strides[:, full]).all():
+        return False
+    tiles_of = np.bincount(columns[TENSOR, full], minlength=len(extents))
+    for tensor in np.flatnonzero(tiles_of > 1).tolist():
+        if not _are_apart([rows[i] for i in np.flatnonzero(full & (columns[TENSOR] == tensor))], extents[tensor]):
             return False
     return True
 
 
-def _is_injective(row: list[int]) -> bool:
-    """Return whether the view names no element twice (strides nest; a few legal exotic views do not)."""
-    reach = 0
-    for stride, size in sorted(zip(row[SR : SK + 1], row[R : K + 1], strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return False
-            reach += (size - 1) * stride
-    return True
+def _are_injective(sizes: Columns, strides: Columns) -> NDArray[np.bool_]:
+    """Whether views ``[3, T]`` name no element twice (strides nest; a few legal exotic views do not): ``[T]``."""
+    order = np.lexsort((sizes, strides), axis=0)
+    sizes, strides = np.take_along_axis(sizes, order, 0), np.take_along_axis(strides, order, 0)
+    steps = np.where(sizes > 1, (sizes - 1) * strides, 0)
+    below = np.cumsum(steps, axis=0) - steps
+    return np.asarray(((sizes <= 1) | (strides > below)).all(0))
 
 
 def _are_apart(tiles: list[list[int]], extent: int) -> bool:

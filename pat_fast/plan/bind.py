@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -44,22 +45,41 @@ class Block:
     group: int
 
 
+@lru_cache(maxsize=4096)
+def _rest(
+    shape: tuple[int, ...], strides: tuple[int, ...], dims: tuple[int, ...]
+) -> tuple[list[Extent], list[Extent]]:
+    """The dimensions beside rows and columns ``dims``: those to step over, and those that a tile has room for."""
+    rest = collapse((shape[d], strides[d]) for d in range(len(shape)) if d not in dims)
+    spare = 1 if len(dims) == 2 else 2
+    return (rest[:-spare], rest[-spare:]) if len(rest) > spare else ([], rest)
+
+
+def is_one_block(tensor_map: TensorMap, strides: Sequence[int]) -> bool:
+    """Whether :func:`blocks` are one: its rows, then its columns are whole axes, the one of larger stride first."""
+    if any(is_grouped(tensor_map, a) for a in tensor_map.axes):
+        return False
+    dims = sorted((a.dim for a in tensor_map.axes), key=lambda d: -strides[d])
+    return not _rest(tensor_map.shape, tuple(strides), tuple(dims))[0]
+
+
 def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] | None = None) -> list[Block]:
     """The tiles ``[R, C, K]`` of a tensor with these strides; one per group of a grouped convolution.
 
     Rows are the axis with the larger stride, so that a row of a dense tensor is one run of memory.
     ``order`` are the strides to go by instead (those of the tensor that this one is copied from).
     """
-    order = strides if order is None else order
     shape = tensor_map.shape
+    if len(shape) == 1 and len(tensor_map.axes) == 1:
+        own = tensor_map.axes[0].channels
+        return [Block(0, (len(own), strides[0]), (1, 1), (1, 1), _if_any(own), None, 0)]
+    order = strides if order is None else order
     by_dim = {a.dim: a for a in tensor_map.axes}
     grouped = any(is_grouped(tensor_map, a) for a in tensor_map.axes)
     if grouped:
         by_dim.setdefault(0, Axis(0, np.full(shape[0], -1, np.int32), "both"))
     dims = sorted(by_dim, key=lambda d: -order[d])
-    rest = collapse((shape[d], strides[d]) for d in range(len(shape)) if d not in dims)
-    spare = 1 if len(dims) == 2 else 2
-    inner, outer = rest[-spare:] if rest else [], rest[:-spare] if len(rest) > spare else []
+    outer, inner = _rest(shape, tuple(strides), tuple(dims))
     kernel = inner[-1] if inner else (1, 1)
     found = []
     for steps in product(*(range(size) for size, _ in outer)):
@@ -69,7 +89,7 @@ def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] |
             for d in dims:
                 own = by_dim[d].channels
                 n = len(own) // (tensor_map.groups if grouped else 1)
-                channels[d] = own[group * n : (group + 1) * n]
+                channels[d] = own if n == len(own) else own[group * n : (group + 1) * n]
                 sizes[d] = n
                 base += group * n * strides[d] if grouped and d == 0 else 0
             row = (sizes[dims[0]], strides[dims[0]])
@@ -82,7 +102,7 @@ def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] |
 
 
 def _if_any(channels: ChannelArray) -> ChannelArray | None:
-    return channels if (channels >= 0).any() else None
+    return channels if len(channels) and channels.max() >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,7 @@ class Binding:
                     "build a new plan after changing the model"
                 )
             self.tensors[tensor_map.name] = tensor
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._names: dict[int, list[str]] = {}
         for name, tensor in named.items():
             self._names.setdefault(id(tensor), []).append(name)
@@ -132,7 +153,7 @@ class Binding:
     def owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds tensor ``name``, and the tensor's name in it."""
         path, _, local = name.rpartition(".")
-        return self.model.get_submodule(path), local
+        return self._modules[path], local
 
     def aliases(self, name: str) -> list[str]:
         """All names of tensor ``name``: more than one when it is tied."""

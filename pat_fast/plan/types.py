@@ -256,8 +256,8 @@ class Plan:
         """The plan with the channels ``~kept`` gone and, of the rest, only ``movable [N]`` still free."""
         smaller = _Smaller(kept, np.where(movable, np.cumsum(movable) - 1, -1).astype(np.int32))
         groups, stop = [], 0
-        for i, group in enumerate(self.groups):
-            count = int(movable[self.group_of == i].sum())
+        for group in self.groups:
+            count = int(movable[group.start : group.stop].sum())
             if count:
                 groups.append(replace(group, start=stop, stop=stop + count))
                 stop += count
@@ -269,7 +269,7 @@ class Plan:
                 tensors.append(shrunk)
             elif shrunk.is_parameter:
                 fixed += math.prod(shrunk.shape)
-        widths = (replace(w, channels=smaller(w.channels)) for w in self.widths)
+        widths = (Width(w.module, w.attribute, w.index, smaller(w.channels), w.per) for w in self.widths)
         work = (fold_fixed(WorkTerm(t.scale, tuple(smaller(a) for a in t.axes))) for t in self.work)
         return replace(
             self,
@@ -280,7 +280,7 @@ class Plan:
             tensors=tuple(tensors),
             frozen=self.frozen + frozen,
             work=tuple(work),
-            widths=tuple(w for w in widths if w.told or (w.channels >= 0).any()),  # what is told, all must agree on
+            widths=tuple(w for w in widths if w.told or w.channels.max(initial=-1) >= 0),  # what is told, all must agree on
             other_params=self.other_params + fixed,
         )
 
@@ -393,8 +393,9 @@ def shrunk_shape(tensor: TensorMap, kept: list[IndexArray]) -> tuple[int, ...]:
 
 def fold_fixed(term: WorkTerm) -> WorkTerm:
     """``term`` with axes that hold no channel multiplied into its scale."""
-    scale = term.scale * math.prod(len(a) for a in term.axes if (a < 0).all())
-    return WorkTerm(scale, tuple(a for a in term.axes if (a >= 0).any()))
+    free = [a.max(initial=-1) >= 0 for a in term.axes]
+    scale = term.scale * math.prod(len(a) for a, yes in zip(term.axes, free, strict=True) if not yes)
+    return WorkTerm(scale, tuple(a for a, yes in zip(term.axes, free, strict=True) if yes))
 
 
 class _Smaller:
@@ -413,12 +414,14 @@ class _Smaller:
 
     def tensor(self, tensor: TensorMap) -> TensorMap:
         kept = tensor.kept(self._kept)
-        axes = (replace(a, channels=self(a.channels)) for a in tensor.axes)
-        return replace(
-            tensor,
-            shape=shrunk_shape(tensor, kept),
-            groups=groups_left(tensor, kept),
-            axes=tuple(a for a in axes if (a.channels >= 0).any()),
+        axes = (Axis(a.dim, self(a.channels), a.role) for a in tensor.axes)
+        return TensorMap(
+            tensor.name,
+            tensor.is_parameter,
+            shrunk_shape(tensor, kept),
+            groups_left(tensor, kept),
+            tensor.whole_groups,
+            tuple(a for a in axes if a.channels.max(initial=-1) >= 0),
         )
 
 

@@ -121,14 +121,15 @@ def sizes(module: nn.Module) -> dict[str, Any]:
 def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Change]:
     """What the modules of ``model`` (or a copy) must say of themselves when ``kept`` of the channels are left."""
     changes: list[Change] = []
+    modules = dict(model.named_modules(remove_duplicate=False))
     for tensor in binding.plan.tensors:
         left = tensor.kept(kept)
         shape = shrunk_shape(tensor, left)
         if shape != tensor.shape:
             for name in binding.aliases(tensor.name):
                 path, _, local = _as_published(name).rpartition(".")
-                changes += attributes_from_shape(model.get_submodule(path), local, shape, groups_left(tensor, left))
-    widths = [(model.get_submodule(w.module), w, len(kept(w.channels))) for w in binding.plan.widths]
+                changes += attributes_from_shape(modules[path], local, shape, groups_left(tensor, left))
+    widths = [(modules[w.module], w, len(kept(w.channels))) for w in binding.plan.widths]
     return changes + [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
 
 

@@ -8,7 +8,7 @@ user's own references stay valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..errors import PatError, PlanError, SurgeryError
 from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
-from ..plan.types import Kept, TensorMap, groups_left, shrunk_shape
+from ..plan.types import Axis, ChannelArray, Kept, TensorMap, groups_left, shrunk_shape
 from .modules import Change, apply_changes, attribute_changes
 from .optimizer import StateTensor, state_tensors
 
@@ -88,6 +88,13 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
 
 def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:
     found = []
+    shared: dict[int, ChannelArray] = {}
+
+    def left(channels: ChannelArray) -> ChannelArray:
+        if id(channels) not in shared:
+            shared[id(channels)] = channels[keep(channels)]
+        return shared[id(channels)]
+
     for tensor_map in binding.plan.tensors:
         kept = tensor_map.kept(keep)
         shape = shrunk_shape(tensor_map, kept)
@@ -99,8 +106,11 @@ def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut
                 f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the model "
                 "was changed since the plan was bound; build a new plan"
             )
-        axes = tuple(replace(a, channels=a.channels[k]) for a, k in zip(tensor_map.axes, kept, strict=True))
-        smaller = replace(tensor_map, shape=shape, groups=groups_left(tensor_map, kept), axes=axes)
+        axes = tuple(Axis(a.dim, left(a.channels), a.role) for a in tensor_map.axes)
+        groups = groups_left(tensor_map, kept)
+        smaller = TensorMap(
+            tensor_map.name, tensor_map.is_parameter, shape, groups, tensor_map.whole_groups, axes
+        )
         cut = Cut(tensor_map, smaller, kept, tensor)
         if isinstance(tensor, nn.Parameter):
             cut.states = state_tensors(optimizers, tensor, tensor_map.name)
@@ -136,6 +146,7 @@ class _Batch:
         self.index: list[NDArray[np.int32]] = []
         self._length = 0
         self._known: dict[tuple[int, int, int], int] = {}
+        self._planned: dict[tuple[int, tuple[int, ...]], list[tuple[Block, Block, int, int]]] = {}
 
     def add(self, cut: Cut, source: Tensor) -> Tensor:
         """Plan the copy of what is kept of ``source``; returns the tensor that will hold it."""
@@ -148,20 +159,33 @@ class _Batch:
         number = len(self.xs)
         self.xs.append(source)
         self.outs.append(out)
-        sources = blocks(cut.tensor_map, source.stride())
-        if cut.tensor_map.groups != cut.smaller.groups and len(sources) > 1:
-            sources = [b for b in sources if _survives(cut, b)]
-        targets = blocks(cut.smaller, out.stride(), order=source.stride())
-        for one, two in zip(sources, targets, strict=True):
+        for one, two, rows, cols in self._copies(cut, source, out):
             (r, sr), (c, sc), (k, sk) = one.row, one.col, one.kernel
             self.tiles.append(Tile(number, one.offset, (r, c, k), (sr, sc, sk)))
-            rows = self._list(cut, one, one.row_channels, r, two.row[0])
-            cols = self._list(cut, one, one.col_channels, c, two.col[0])
             (r, sr), (c, sc), (k, sk) = two.row, two.col, two.kernel
             self.out_tiles.append(Tile(number, two.offset, (r, c, k), (sr, sc, sk), rows, cols))
         return out
 
-    def _list(self, cut: Cut, block: Block, channels: NDArray[np.int32] | None, before: int, after: int) -> int:
+    def _copies(self, cut: Cut, source: Tensor, out: Tensor) -> list[tuple[Block, Block, int, int]]:
+        """Blocks of ``source``, where they go, and the lists of their rows and columns."""
+        key = (id(cut), source.stride())  # the same for gradient and optimizer state
+        if key not in self._planned:
+            sources = blocks(cut.tensor_map, source.stride())
+            if cut.tensor_map.groups != cut.smaller.groups and len(sources) > 1:
+                sources = [b for b in sources if _survives(cut, b)]
+            targets = blocks(cut.smaller, out.stride(), order=source.stride())
+            self._planned[key] = [
+                (
+                    one,
+                    two,
+                    self._list(cut, one.row_channels, one.row[0], two.row[0]),
+                    self._list(cut, one.col_channels, one.col[0], two.col[0]),
+                )
+                for one, two in zip(sources, targets, strict=True)
+            ]
+        return self._planned[key]
+
+    def _list(self, cut: Cut, channels: NDArray[np.int32] | None, before: int, after: int) -> int:
         """Offset in the index of the kept positions along one side of a block."""
         if before == after:
             return NONE
@@ -189,6 +213,8 @@ class _Batch:
 
 def _offset_in(axis: NDArray[np.int32], part: NDArray[np.int32]) -> int | None:
     """Where the view ``part`` begins in ``axis``, or None if it is a view of something else."""
+    if part is axis:
+        return 0
     start = part.__array_interface__["data"][0] - axis.__array_interface__["data"][0]
     if not 0 <= start < max(axis.nbytes, 1):
         return None
@@ -203,6 +229,8 @@ def _survives(cut: Cut, block: Block) -> bool:
 
 def dense_strides(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
     """Strides of a dense tensor of ``shape`` whose dimensions lie in the order of the strides ``like``."""
+    if len(shape) == 1:
+        return (1,)
     strides = [1] * len(shape)
     step = 1
     for dim in sorted(range(len(shape)), key=lambda d: (like[d], -d)):
