@@ -123,9 +123,11 @@ class Slots:
 
     def unify(self, a: IntArray, b: IntArray) -> None:
         """Say that ``a`` and ``b`` (broadcast against each other) are the same channels."""
+        if a is b:
+            return
         pairs = _pairs(a, b)
-        coarse = (pairs >= PHANTOM).any(axis=0)
-        if coarse.any():
+        if self.phantoms and pairs.size and pairs.max() >= PHANTOM:
+            coarse = (pairs >= PHANTOM).any(axis=0)
             self._couple.append(pairs[:, coarse])
             pairs = pairs[:, ~coarse]
         self._unify.append(pairs)
@@ -167,9 +169,14 @@ class Slots:
 
     def index(self, slots: IntArray) -> IntArray:
         """Where ``slots`` stand in a :class:`Solution`: phantoms behind the slots proper."""
+        if not self.phantoms:
+            return slots
         return np.where(slots >= PHANTOM, slots - PHANTOM + self.count, slots)
 
 
 def _pairs(a: IntArray, b: IntArray) -> IntArray:
-    a, b = np.broadcast_arrays(a, b)
-    return np.stack([a.reshape(-1), b.reshape(-1)])
+    if a.shape != b.shape:
+        a, b = np.broadcast_arrays(a, b)
+    pairs = np.empty((2, a.size), dtype=np.int64)
+    pairs[0], pairs[1] = a.reshape(-1), b.reshape(-1)
+    return pairs

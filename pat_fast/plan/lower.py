@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
 from .configs import follow_config
+from .hollow import Hollow, ValuesRead
 from .labels import PHANTOM, IntArray, Solution, varying
 from .numbers import Symbol, resolve
 from .trace import Leaf, Tracer, fixed_outputs
@@ -113,7 +113,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def _snapshot(module: nn.Module) -> dict[str, Any]:
     """The attributes of ``module`` (its hooks, parameters and children among them), with copies of lists and dicts."""
     held = (dict, OrderedDict, list, set)
-    return {k: (v, copy.copy(v)) if type(v) in held else (v, None) for k, v in vars(module).items()}
+    return {k: (v, v.copy()) if type(v) in held else (v, None) for k, v in vars(module).items()}
 
 
 def _restore(module: nn.Module, before: dict[str, Any]) -> None:
@@ -130,6 +130,8 @@ def _restore(module: nn.Module, before: dict[str, Any]) -> None:
 
 
 def _same(one: Any, two: Any) -> bool:
+    if not one and not two:
+        return True
     if isinstance(one, dict):
         return _same([*one.keys(), *one.values()], [*two.keys(), *two.values()])
     return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
@@ -145,15 +147,16 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
         PlanError: the forward fails on these inputs.
     """
     _check_model(model)
-    notes: list[str] = []
     failure: Exception | None = None
-    # Torch-Pruning's hooks, and the numbers that ours plants, are not for every model: then without.
-    for with_graph, with_numbers in ((True, True), (False, True), (False, False)):
-        attempt = _Attempt(model, example_inputs, with_numbers)
+    # A forward whose values decide what it does is run with all of its arithmetic. Torch-Pruning's hooks, and the
+    # numbers that ours plants, are not for every model: then without.
+    for hollow, with_graph, with_numbers in _WAYS:
+        notes: list[str] = []
+        attempt = _Attempt(model, example_inputs, with_numbers, Hollow() if hollow else None)
         order = attempt.run(with_graph, notes)
         if attempt.failure is None:
             return _number(model, attempt.tracer, order, _batch(example_inputs), tuple(notes))
-        failure = failure or attempt.failure
+        failure = failure or (None if hollow else attempt.failure)
     raise PlanError(
         f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "
         f"{type(failure).__name__}: {failure}"
@@ -182,11 +185,14 @@ def _check_model(model: nn.Module) -> None:
             raise PlanError(f"{name} is a quantized {type(module).__name__}; prune first, then quantize")
 
 
+_WAYS = ((True, True, True), (False, True, True), (False, False, True), (False, False, False))
+
+
 class _Attempt:
     """One traced forward."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, with_numbers: bool) -> None:
-        self.tracer = Tracer(model)
+    def __init__(self, model: nn.Module, example_inputs: Any, with_numbers: bool, hollow: Hollow | None) -> None:
+        self.tracer = Tracer(model, hollow)
         self.failure: Exception | None = None
         self._model, self._inputs, self._with_numbers = model, example_inputs, with_numbers
 
@@ -214,6 +220,9 @@ class _Attempt:
                 out = call(self._model, self._inputs)
         except Exception as error:  # kept: raised here it would leave Torch-Pruning's hooks in the model
             self.failure = error
+            return []
+        if tracer.hollow is not None and tracer.hollow.read:  # the forward went on all the same
+            self.failure = ValuesRead()
             return []
         outputs = fixed_outputs(out)
         if not outputs:
@@ -451,7 +460,9 @@ class _Numbers:
 
     def channels(self, slots: IntArray) -> ChannelArray:
         """The channels of ``slots``; equal vectors are one object."""
-        found = self._number[np.where(slots >= PHANTOM, slots - PHANTOM + self.solution.count, slots)]
+        if slots.size and slots.max() >= PHANTOM:
+            slots = np.where(slots >= PHANTOM, slots - PHANTOM + self.solution.count, slots)
+        found = self._number[slots]
         return self._shared.setdefault(found.tobytes(), found)
 
     def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
@@ -491,15 +502,22 @@ class _Numbers:
 
     def _merge_coupled(self, claims: list[tuple[list[Leaf], IntArray]]) -> list[tuple[list[Leaf], IntArray]]:
         """Groups that share a unit are ranked together: they become one."""
-        home: dict[int, int] = {}
-        target = list(range(len(claims)))
+        home = np.full(len(self.solution.unit), -1)  # the first group that was seen to have a unit
+        into = list(range(len(claims)))
+
+        def first(i: int) -> int:
+            while into[i] != i:
+                i = into[i]
+            return i
+
         for i, (_, classes) in enumerate(claims):
-            for unit in np.unique(self.solution.unit[classes]).tolist():
-                first = home.setdefault(unit, target[i])
-                if first != target[i]:
-                    low, high = sorted((first, target[i]))
-                    target = [low if t == high else t for t in target]
-                    home = {u: low if t == high else t for u, t in home.items()}
+            units = self.solution.unit[classes]
+            for other in np.unique(home[units]).tolist():
+                if other >= 0:
+                    low, high = sorted((first(other), first(i)))
+                    into[high] = low
+            home[units[home[units] < 0]] = i
+        target = [first(i) for i in range(len(claims))]
         merged: dict[int, tuple[list[Leaf], list[IntArray]]] = {}
         for t, (leaves, classes) in zip(target, claims, strict=True):
             entry = merged.setdefault(t, ([], []))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .hollow import READS
 from .labels import IntArray, Slots, Solution, varying
 
 if TYPE_CHECKING:
@@ -180,6 +181,8 @@ class NumberWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.tracer.hollow is not None and args and getattr(func, "__name__", "") in READS:
+            self.tracer.hollow.look(args[0])
         numbers = list(self._numbers((args, tuple(kwargs.values()))))
         if not numbers:
             out = func(*args, **kwargs)

@@ -23,14 +23,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .hollow import Hollow
 from .labels import Factors, IntArray, Slots, is_phantom, place, varying
 from .numbers import Count, NumberWatch, Symbol
 
 # Kinds of modules -> a forward in ordinary PyTorch ops, for tracing; see register_layer.
 EQUIVALENTS: dict[type[nn.Module], Callable[..., Any]] = {}
+_INDEX = torch.ops.aten.index.Tensor
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among an op's arguments or results; these are nested in lists at most."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, (tuple, list)):
+                yield from _tensors(item)
 
 
 @dataclass
@@ -70,8 +83,9 @@ class Work:
 class Tracer(TorchDispatchMode):
     """Labels what a forward computes. Use as a context manager around the forward, then read the fields."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, hollow: Hollow | None = None) -> None:
         super().__init__()
+        self.hollow = hollow
         self.slots = Slots()
         self.work: list[Work] = []
         self.leaves: dict[int, Leaf] = {}
@@ -93,22 +107,35 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self._observe(func, args, kwargs, out)
+        inputs = list(_tensors((args, tuple(kwargs.values())) if kwargs else args))
+        out = None if self.hollow is None or kwargs else self.hollow.run(func, args)
+        if out is None:
+            out = func(*args, **kwargs)
+        results = list(_tensors(out))
+        if self.hollow is not None:
+            indices = args[1] if func is _INDEX else None
+            self.hollow.follow(func, inputs, results, indices)
+        self._observe(func, args, kwargs, out, inputs, results)
         return out
 
-    def _observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _observe(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        inputs: list[Tensor],
+        results: list[Tensor],
+    ) -> None:
         from . import rules
 
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if not any(self.labelled(t) or t in self._poisoned for t in inputs):
             return
         self._op = func._schema.name
         rule = rules.find(func)
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if results and not any(t.numel() for t in results):
             return
-        if self._op not in rules.SHAPE_ONLY:
+        if self._poisoned and self._op not in rules.SHAPE_ONLY:
             for tensor in inputs:
                 factors, reason = self._poisoned.pop(tensor, ((), ""))
                 for factor in factors:

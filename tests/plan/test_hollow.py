@@ -1,0 +1,113 @@
+"""Plans from forwards without their heavy arithmetic are those of forwards with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pat_fast import PlanError
+from pat_fast.plan import build_plan, hollow
+from tests.helpers import Case, canonical
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every product counts as large; the names of those that were not computed."""
+    seen: list[str] = []
+    run = hollow.Hollow.run
+
+    def noting(self: hollow.Hollow, func: Any, args: Any) -> Tensor | None:
+        out = run(self, func, args)
+        if out is not None:
+            seen.append(func._schema.name)
+            expected = func(*args)
+            assert (out.shape, out.stride(), out.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        return out
+
+    monkeypatch.setattr(hollow, "LEAST", 0)
+    monkeypatch.setattr(hollow.Hollow, "run", noting)
+    return seen
+
+
+def test_the_plan_is_the_same(case: Case, products: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = build_plan(case.model, case.inputs)
+    assert products
+    monkeypatch.setattr(hollow.Hollow, "run", lambda *_: None)
+    assert canonical(found) == canonical(build_plan(case.model, case.inputs))
+
+
+class Deciding(nn.Module):
+    """Goes one way or another, as its values are."""
+
+    def __init__(self, looks: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.looks = looks
+        self.enter, self.one, self.two, self.fc = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x) + 1.0
+        try:
+            yes = self.looks(x)
+        except ValueError:
+            yes = False
+        return self.fc((self.one if yes else self.two)(x))
+
+
+LOOKS: dict[str, Callable[[Tensor], bool]] = {
+    "a comparison": lambda x: bool((x != 1).any()),
+    "item": lambda x: x.sum().item() != x.numel(),
+    "nonzero": lambda x: len((x != 1).nonzero()) > 0,
+    "a mask": lambda x: len(x[x != 1]) > 0,
+    "unique": lambda x: len(x.unique()) > 1,
+    "equal": lambda x: not torch.equal(x, torch.ones_like(x)),
+    "tolist": lambda x: x.detach().tolist()[0][0] != 1,
+    "numpy": lambda x: bool((x.detach().numpy() != 1).any()),
+}
+
+
+@pytest.mark.parametrize("how", LOOKS)
+def test_who_looks_at_values_gets_them(how: str, products: list[str]) -> None:
+    torch.manual_seed(0)
+    plan = build_plan(Deciding(LOOKS[how]), torch.randn(4, 8))
+    assert products
+    assert "one" in {g.root for g in plan.groups} | {f.layer for f in plan.frozen}
+    assert "two.weight" not in {t.name for t in plan.tensors}
+
+
+def test_an_exception_that_the_forward_catches_does_not_hide_it(products: list[str]) -> None:
+    def looks(x: Tensor) -> bool:
+        try:
+            return bool((x != 1).any())
+        except Exception:
+            return False
+
+    plan = build_plan(Deciding(looks), torch.randn(4, 8))
+    assert "two.weight" not in {t.name for t in plan.tensors}
+
+
+def test_values_that_come_from_elsewhere_may_be_read(products: list[str]) -> None:
+    class Checking(Deciding):
+        def forward(self, x: Tensor) -> Tensor:
+            assert bool((x != 0).any())
+            return self.fc(self.enter(x))
+
+    build_plan(Checking(lambda _: True), torch.randn(4, 8))
+    assert len(products) == 2  # in one attempt
+
+
+def test_a_failing_forward_is_told_as_it_fails_with_its_values(products: list[str]) -> None:
+    class Failing(Deciding):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ZeroDivisionError("at last" if bool((self.enter(x) != 0).any()) else "hollow")
+
+    with pytest.raises(PlanError, match="ZeroDivisionError: at last"):
+        build_plan(Failing(lambda _: True), torch.randn(4, 8))
+
+
+def test_what_does_not_fit_is_left_to_pytorch(products: list[str]) -> None:
+    with pytest.raises(PlanError, match="shapes"):
+        build_plan(nn.Sequential(nn.Linear(8, 4), nn.Linear(5, 3)), torch.randn(4, 8))
