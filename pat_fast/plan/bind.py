@@ -102,7 +102,7 @@ def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] |
 
 
 def _if_any(channels: ChannelArray) -> ChannelArray | None:
-    return channels if len(channels) and channels.max() >= 0 else None
+    return channels if len(channels) and (channels[0] >= 0 or channels.max() >= 0) else None
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ class Plan:
                 tensors.append(shrunk)
             elif shrunk.is_parameter:
                 fixed += math.prod(shrunk.shape)
-        widths = (Width(w.module, w.attribute, w.index, smaller(w.channels), w.per) for w in self.widths)
+        widths = (replace(w, channels=smaller(w.channels)) for w in self.widths)
         work = (fold_fixed(WorkTerm(t.scale, tuple(smaller(a) for a in t.axes))) for t in self.work)
         return replace(
             self,
