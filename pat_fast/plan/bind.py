@@ -128,19 +128,23 @@ class Binding:
     def __init__(self, plan: Plan, model: nn.Module) -> None:
         self.plan = plan
         self.model = model
-        named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        named.update(model.named_buffers(remove_duplicate=False))
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        named: dict[str, Tensor] = {}
+        for path, module in self._modules.items():
+            prefix = path and path + "."
+            for local, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    named[prefix + local] = tensor
         self.tensors: dict[str, Tensor] = {}
         for tensor_map in plan.tensors:
-            tensor = named.get(tensor_map.name)
-            if tensor is None or tuple(tensor.shape) != tensor_map.shape:
-                got = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+            found = named.get(tensor_map.name)
+            if found is None or found.shape != tensor_map.shape:
+                got = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
                 raise PlanError(
                     f"{tensor_map.name}: the plan expects shape {tensor_map.shape}, the model has {got}; "
                     "build a new plan after changing the model"
                 )
-            self.tensors[tensor_map.name] = tensor
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+            self.tensors[tensor_map.name] = found
         self._names: dict[int, list[str]] = {}
         for name, tensor in named.items():
             self._names.setdefault(id(tensor), []).append(name)
@@ -149,6 +153,10 @@ class Binding:
         self.alive: Tensor | None = None  # bool [N] while channels are masked
         self._members: dict[str, Tensor] = {}
         self._cache: dict[str, tuple[tuple[Tiles, ...], tuple[tuple[int, ...], ...]]] = {}
+
+    def module(self, path: str) -> nn.Module:
+        """The module of this name in the model."""
+        return self._modules[path]
 
     def owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds tensor ``name``, and the tensor's name in it."""

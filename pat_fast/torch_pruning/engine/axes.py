@@ -35,7 +35,7 @@ class Axes:
         self.binding = binding
         self._maps: dict[int, TensorMap] = {id(binding.tensors[t.name]): t for t in binding.plan.tensors}
         self._widths: dict[int, ChannelArray] = {
-            id(binding.model.get_submodule(w.module)): w.channels for w in binding.plan.widths if w.index in (None, -1)
+            id(binding.module(w.module)): w.channels for w in binding.plan.widths if w.index in (None, -1)
         }
 
     def of(self, module: nn.Module | Tensor, out: bool, dim: int = -1) -> ChannelArray | None:

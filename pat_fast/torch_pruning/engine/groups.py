@@ -91,16 +91,21 @@ class GroupMaker:
     def __init__(self, graph: LiveGraph) -> None:
         self.graph = graph
         self._known: dict[tuple[int, str], Structure] = {}
+        self._roots: dict[tuple[int, str], Root] = {}
         self._of_plan: tuple[Plan, list[list[tuple[TensorMap, Axis]]]] | None = None
 
     def root(self, group: PlannedGroup) -> Root:
         """Where Torch-Pruning starts: the first layer that makes the channels, or an attention's reader."""
         graph = self.graph
-        attention = graph.engine.attentions.get(group.root)
-        reader = attention.reader if attention is not None else ""
-        module = graph.model.get_submodule(reader or group.root.removesuffix(" transposed"))
-        pruner = graph.get_pruner_of_module(module)
-        return Root(module, pruner.prune_in_channels if reader else pruner.prune_out_channels, not reader)
+        key = (graph.engine.lowered, group.root)
+        if key not in self._roots:
+            attention = graph.engine.attentions.get(group.root)
+            reader = attention.reader if attention is not None else ""
+            module = graph.model.get_submodule(reader or group.root.removesuffix(" transposed"))
+            pruner = graph.get_pruner_of_module(module)
+            operation = pruner.prune_in_channels if reader else pruner.prune_out_channels
+            self._roots[key] = Root(module, operation, not reader)
+        return self._roots[key]
 
     def structure(self, number: int) -> Structure:
         """The entries of the plan's group ``number``, in Torch-Pruning's order where its graph is right."""

@@ -274,15 +274,13 @@ class BasePruner(_Original):
 
     def _history_entry(self, number: int, mask: BoolArray, keep: BoolArray) -> list[Any]:
         """What to note of a group's prune, in indices after those that were noted before it."""
-        root = self.DG.maker.root(self.engine.plan.groups[number])
         group = self.engine.plan.groups[number]
+        root = self.DG.maker.root(group)
         axis = self.engine.axes.of(root.module, root.out)
         assert axis is not None
-        gone = np.zeros(self.engine.plan.n_channels, dtype=np.bool_)
-        gone[group.start : group.stop] = mask
-        held = axis >= 0
-        idxs = np.flatnonzero(held & gone[axis])
-        earlier = np.cumsum(held & ~keep[axis])
+        own = np.flatnonzero((axis >= group.start) & (axis < group.stop))
+        idxs = own[mask[axis[own] - group.start]]
+        earlier = np.cumsum((axis >= 0) & ~keep[axis])
         return [self.DG.name_of(root.module), root.out, (idxs - earlier[idxs]).tolist()]
 
     def _adjust_fisher(self, number: int, mask: BoolArray) -> None:
