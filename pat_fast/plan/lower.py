@@ -56,7 +56,10 @@ def _roots_in_torch_prunings_order(model: nn.Module, forward: Any) -> list[str]:
     graph.ignored_params = []
     graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
     nodes = graph._trace(model, None, lambda *_: forward(), output_transform=None)
-    return [graph._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in graph._module2name]
+    order = [graph._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in graph._module2name]
+    for node in nodes.values():  # they are in reference cycles, and keep the autograd graph with its parameters
+        vars(node).clear()
+    return order
 
 
 class Call(NamedTuple):
@@ -153,9 +156,12 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     for hollow, with_graph, with_numbers in _WAYS:
         notes: list[str] = []
         attempt = _Attempt(model, example_inputs, with_numbers, Hollow() if hollow else None)
-        order = attempt.run(with_graph, notes)
-        if attempt.failure is None:
-            return _number(model, attempt.tracer, order, _batch(example_inputs), tuple(notes))
+        try:
+            order = attempt.run(with_graph, notes)
+            if attempt.failure is None:
+                return _number(model, attempt.tracer, order, _batch(example_inputs), tuple(notes))
+        finally:
+            attempt.tracer.forget()
         failure = failure or (None if hollow else attempt.failure)
     raise PlanError(
         f"the model's forward fails on the example inputs ({_shapes(example_inputs)}): "

@@ -105,6 +105,12 @@ class Tracer(TorchDispatchMode):
         for name, buffer in model.named_buffers(remove_duplicate=False):
             self.leaves.setdefault(id(buffer), Leaf([], buffer, False)).names.append(name)
 
+    def forget(self) -> None:
+        """Let go of all tensors: the tracer is in a reference cycle, and who holds a parameter may matter to others."""
+        self.leaves.clear()
+        self._marks = WeakTensorKeyDictionary()
+        self._poisoned = WeakTensorKeyDictionary()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = list(_tensors((args, tuple(kwargs.values())) if kwargs else args))
