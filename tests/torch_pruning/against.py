@@ -52,9 +52,12 @@ def last_linear(model: nn.Module) -> nn.Module:
 
 
 def build(library: Any, model: nn.Module, inputs: Any, arguments: dict[str, Any], kind: str = "BasePruner") -> Any:
-    """A pruner of ``library`` with its classifier ignored; Torch-Pruning gets dicts of its own, not shared ones."""
+    """A pruner of ``library`` with its own importance and the classifier ignored.
+
+    Torch-Pruning gets dicts of its own, not those that its pruners share.
+    """
     arguments = {
-        "importance": original.importance.GroupMagnitudeImportance(),
+        "importance": library.importance.GroupMagnitudeImportance(),
         "ignored_layers": [last_linear(model)],
         "num_heads": num_heads(model),
         "in_channel_groups": {},
@@ -65,11 +68,20 @@ def build(library: Any, model: nn.Module, inputs: Any, arguments: dict[str, Any]
         return getattr(library.pruner, kind)(model, inputs, **arguments)
 
 
-def compare(model: nn.Module, inputs: Any, steps: int, arguments: Arguments) -> Outcome:
-    """Run both for ``steps`` steps; fails at the first difference that is not excused."""
-    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+def compare(
+    model: nn.Module, inputs: Any, steps: int, arguments: Arguments, theirs: dict[str, Any] | None = None
+) -> Outcome:
+    """Run both for ``steps`` steps; fails at the first difference that is not excused.
+
+    After a choice that differs because Torch-Pruning's own scores are all but equal, the drop-in goes on from the model
+    that Torch-Pruning has made.
+
+    Args:
+        theirs: other arguments for Torch-Pruning's pruner (our importance, where its own does not count all layers).
+    """
+    ours, other = copy.deepcopy(model), copy.deepcopy(model)
     mine = build(tp, ours, inputs, {"iterative_steps": steps, **arguments(ours)})
-    its = build(original, theirs, inputs, {"iterative_steps": steps, **arguments(theirs)})
+    its = build(original, other, inputs, {"iterative_steps": steps, **arguments(other), **(theirs or {})})
     outcome = Outcome()
     for step in range(steps):
         scores = _scores(its)
@@ -80,35 +92,55 @@ def compare(model: nn.Module, inputs: Any, steps: int, arguments: Arguments) -> 
         expected = [entry for entry in its.pruning_history()[known[0] :] if entry[2]]
         got = mine.pruning_history()[known[1] :]
         if expected != got:
-            near = _nearest(scores)
-            assert near < NEAR, f"step {step + 1}: {_first_difference(expected, got)} (scores {near:.1e} apart at most)"
-            outcome.near.append(f"step {step + 1}: {near:.1e}")
-            return outcome  # from here on the models are others
-        _same_weights(ours, theirs, step, outcome)
+            apart = _apart(scores, expected, got)
+            assert apart < NEAR, f"step {step + 1}: {_first_difference(expected, got)} (scores {apart:.1e} apart)"
+            outcome.near.append(f"step {step + 1}: {apart:.1e}")
+            before = mine
+            ours = copy.deepcopy(model)
+            mine = build(tp, ours, inputs, {"iterative_steps": steps, **arguments(ours)})
+            mine.load_pruning_history([entry for entry in its.pruning_history() if entry[2]])
+            mine.current_step = step + 1
+            mine._scope_initial_channels = before._scope_initial_channels
+        _same_weights(ours, other, step, outcome)
         outcome.steps += 1
     print(outcome)
     return outcome
 
 
-def _scores(pruner: Any) -> list[torch.Tensor]:
+def _scores(pruner: Any) -> dict[str, torch.Tensor]:
+    """Torch-Pruning's scores for every channel of a group's root; of blocks that go together, their mean."""
     with quiet():
         groups = pruner.DG.get_all_groups(
             ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
         )
-        found = []
+        found = {}
         for group in groups:
             if pruner._is_atten_group(group)[0]:
                 group = pruner._downstream_node_as_root_if_attention(group) or group
-            found.append(pruner.estimate_importance(group))
-    return [s for s in found if s is not None]
+            scores = pruner.estimate_importance(group)
+            if scores is not None:
+                blocks = pruner._get_channel_groups(group)
+                name = pruner.DG._module2name[group[0].dep.target.module]
+                found[name] = scores.view(blocks, -1).mean(0).repeat(blocks) if blocks > 1 else scores
+    return found
 
 
-def _nearest(scores: list[torch.Tensor]) -> float:
-    """The smallest relative distance between two scores."""
-    if not scores:
+def _apart(scores: dict[str, torch.Tensor], expected: list[Any], got: list[Any]) -> float:
+    """How far apart, relatively, the scores of the channels are of which one side took some and the other the others.
+
+    Infinite where the choices differ in more than which channels of all go.
+    """
+    theirs, mine = _chosen(expected), _chosen(got)
+    if theirs is None or mine is None or not (theirs ^ mine) or len(theirs) != len(mine):
         return float("inf")
-    ordered = torch.cat(scores).double().sort().values
-    return float((ordered.diff() / ordered[1:].abs().clamp_min(1e-30)).min())
+    contested = sorted(float(scores[name][i]) for name, i in theirs ^ mine)
+    return (contested[-1] - contested[0]) / max(abs(contested[-1]), 1e-30)
+
+
+def _chosen(history: list[Any]) -> set[tuple[str, int]] | None:
+    """(root, channel) pairs; None where a root appears twice, so that its indices are not those before the step."""
+    names = [name for name, _, _ in history]
+    return {(name, i) for name, _, idxs in history for i in idxs} if len(names) == len(set(names)) else None
 
 
 def _first_difference(expected: list[Any], got: list[Any]) -> str:

@@ -1,9 +1,17 @@
-"""Ten steps of the drop-in and of Torch-Pruning: the same channels go, and the weights that stay are bitwise equal."""
+"""Ten steps of the drop-in and of Torch-Pruning: the same channels go, and the weights that stay are bitwise equal.
+
+Each has its own importance: the drop-in scores its whole plan at once. A choice may differ where Torch-Pruning's scores
+are nearer to one another than 1e-6 (relative); such choices are counted and printed.
+
+Torch-Pruning does not score depthwise convolutions, and the importances of the drop-in do. In models that have them
+(``DEPTHWISE``) Torch-Pruning's pruner is given our importance, which scores its groups one by one: what is compared
+there is everything but the score.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +23,57 @@ import pat_fast.torch_pruning as tp
 from benchmarks import zoo
 from benchmarks.models.residual import resnext50
 from pat_fast.criteria import GroupNorm
-from tests.torch_pruning.against import build, compare, quiet
+from tests.torch_pruning.against import Arguments, build, compare, quiet
 
 MODELS = [
     "resnet18", "resnet50", "se_resnet18", "regnet_y_400mf", "vgg16_bn", "densenet121", "googlenet", "mobilenet_v2",
     "unet", "convnext_tiny", "vit_s16", "vit_s16_fused", "text",
 ]  # fmt: skip
+
+
+def bert() -> tuple[nn.Module, Any, Arguments]:
+    """transformers' BERT with random weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=72,
+        max_position_embeddings=24, num_labels=5,
+    )  # fmt: skip
+    model = zoo.randomize_(transformers.BertForSequenceClassification(config), 0).eval()
+
+    def arguments(m: Any) -> dict[str, Any]:
+        layers = [layer.attention.self for layer in m.bert.encoder.layer]
+        heads = {p: 3 for a in layers for p in (a.query, a.key, a.value)}
+        return {"num_heads": heads, "output_transform": lambda out: out.logits.sum(), "ignored_layers": [m.classifier]}
+
+    return model, {"input_ids": torch.randint(0, 60, (2, 9))}, arguments
+
+
+def swin() -> tuple[nn.Module, Any, Arguments]:
+    """transformers' Swin with random weights: its MLPs.
+
+    Torch-Pruning skips its attention, and makes a model that does not run of its residual stream: see
+    test_pruner_differences.
+    """
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5
+    )
+    model = zoo.randomize_(transformers.SwinForImageClassification(config), 0).eval()
+
+    def arguments(m: Any) -> dict[str, Any]:
+        held = ("fc1", "intermediate.dense")  # as versions of transformers call it
+        layers = [(n, layer) for n, layer in m.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        return {
+            "num_heads": {},
+            "output_transform": lambda out: out.logits.sum(),
+            "ignored_layers": [layer for name, layer in layers if not name.endswith(held)],
+        }
+
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}, arguments
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "local": {},
     "global": {"global_pruning": True},
@@ -30,32 +83,42 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+TRANSFORMERS: dict[str, Callable[[], tuple[nn.Module, Any, Arguments]]] = {"bert": bert, "swin": swin}
+
+
 def small(name: str) -> tuple[nn.Module, Any]:
     entry = zoo.ZOO[name]
     torch.manual_seed(0)
     return zoo.randomize_(entry.small(), 0).eval(), entry.example(True)
 
 
-QUICK = [("resnet50", "global"), ("densenet121", "local"), ("vit_s16", "global"), ("convnext_tiny", "isomorphic")]
+DEPTHWISE = ("mobilenet_v2", "convnext_tiny")
+QUICK = [
+    ("resnet18", "global"), ("resnet50", "global"), ("vgg16_bn", "local"), ("densenet121", "local"),
+    ("mobilenet_v2", "global"), ("regnet_y_400mf", "local, round_to"), ("convnext_tiny", "isomorphic"),
+    ("vit_s16", "global"), ("swin", "global"), ("bert", "local"),
+]  # fmt: skip
 
 
 def every_way() -> Iterator[Any]:
-    for name in MODELS:
+    for name in [*MODELS, *TRANSFORMERS]:
         for way in WAYS:
             yield pytest.param(name, way, marks=() if (name, way) in QUICK else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "way"), list(every_way()))
 def test_ten_steps(name: str, way: str) -> None:
-    model, inputs = small(name)
     arguments = dict(WAYS[way])
-    if (name, way) == (
-        "regnet_y_400mf",
-        "isomorphic",
-    ):  # beyond that Torch-Pruning makes it depthwise: test_pruner_differences
-        arguments["pruning_ratio"] = 0.3
-    outcome = compare(model, inputs, 10, lambda _: arguments)
-    assert outcome.steps == 10 or outcome.near
+    if (name, way) == ("regnet_y_400mf", "isomorphic"):
+        arguments["pruning_ratio"] = 0.3  # beyond that Torch-Pruning makes it depthwise: test_pruner_differences
+    theirs = {"importance": tp.importance.GroupMagnitudeImportance()} if name in DEPTHWISE else {}
+    if name in TRANSFORMERS:
+        model, inputs, more = TRANSFORMERS[name]()
+        outcome = compare(model, inputs, 10, lambda m: {**more(m), **arguments})
+    else:
+        model, inputs = small(name)
+        outcome = compare(model, inputs, 10, lambda _: arguments, theirs)
+    assert outcome.steps == 10
 
 
 @pytest.mark.parametrize("kind", ["local", "global"])
@@ -102,18 +165,26 @@ def test_attention_heads(name: str, way: str) -> None:
     assert outcome.steps == steps
 
 
-@pytest.mark.parametrize("importance", [
-    original.importance.GroupMagnitudeImportance(p=1, group_reduction="first", normalizer=None),
-    original.importance.GroupMagnitudeImportance(p=1, group_reduction="max", normalizer="max"),
-    original.importance.BNScaleImportance(),
-    original.importance.LAMPImportance(),
-    original.importance.FPGMImportance(),
-    lambda group: original.importance.GroupMagnitudeImportance()(group) + 1.0,
-], ids=["first", "max", "batch norm", "LAMP", "FPGM", "a function"])  # fmt: skip
-def test_other_importances(importance: Any) -> None:
+IMPORTANCES: dict[str, Callable[[Any], Any]] = {
+    "first": lambda lib: lib.importance.GroupMagnitudeImportance(p=1, group_reduction="first", normalizer=None),
+    "max": lambda lib: lib.importance.GroupMagnitudeImportance(p=1, group_reduction="max", normalizer="max"),
+    "gate": lambda lib: lib.importance.GroupMagnitudeImportance(group_reduction="gate"),
+    "prod": lambda lib: lib.importance.GroupMagnitudeImportance(group_reduction="prod", normalizer="gaussian"),
+    "batch norm": lambda lib: lib.importance.BNScaleImportance(),
+    "LAMP": lambda lib: lib.importance.LAMPImportance(),
+    "FPGM": lambda lib: lib.importance.FPGMImportance(),
+    "Torch-Pruning's own": lambda _: original.importance.GroupMagnitudeImportance(),
+    "a function": lambda _: lambda group: original.importance.GroupMagnitudeImportance()(group) + 1.0,
+}
+
+
+@pytest.mark.parametrize("kind", IMPORTANCES)
+def test_other_importances(kind: str) -> None:
     model, inputs = small("resnet18")
-    outcome = compare(model, inputs, 5, lambda _: {"importance": importance, "global_pruning": True})
-    assert outcome.steps == 5 or outcome.near
+    make = IMPORTANCES[kind]
+    ours = {"importance": make(tp), "global_pruning": True}
+    outcome = compare(model, inputs, 5, lambda _: ours, {"importance": make(original)})
+    assert outcome.steps == 5
 
 
 @pytest.mark.parametrize("name", ["densenet121", "resnet18"])
