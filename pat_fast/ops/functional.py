@@ -233,10 +233,10 @@ def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, i
     if torch.compiler.is_compiling() or index.is_meta or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     # Waits for a GPU: a compaction is rare, and an index out of bounds would end the process.
-    index = index.cpu()
+    values = index.cpu().numpy()
     for start, size, bound in seen:
-        kept = index[start : start + size]
-        if size and (int(kept[0]) < 0 or int(kept[-1]) >= bound or bool((kept[1:] <= kept[:-1]).any())):
+        kept = values[start : start + size]
+        if size and (kept[0] < 0 or kept[-1] >= bound or (kept[1:] <= kept[:-1]).any()):
             _fail(
                 f"ascending indices in [0, {bound}) at index[{start}:{start + size}]",
                 f"{kept[:8].tolist()}{'...' if size > 8 else ''}",

@@ -79,3 +79,25 @@ def close(ours: Tensor, theirs: Tensor, what: str, rtol: float, atol: float = 0.
     assert ours.shape == theirs.shape, what
     atol *= float(theirs.abs().max()) if theirs.numel() else 0.0
     torch.testing.assert_close(ours, theirs.to(ours), rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*layers)
+
+
+def norm_chain() -> nn.Sequential:
+    return chain(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3))
+
+
+def one_group(model: nn.Module, inputs: Any, root: nn.Module) -> Any:
+    return next(g for g in groups_of(model, inputs) if g[0].dep.target.module is root)
+
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def members(importance: Any, group: Any) -> Tensor:
+    """Scores of each member: ``[members, channels]``."""
+    importance.group_reduction, importance.normalizer = None, None
+    return importance(group)

@@ -16,11 +16,18 @@ from tests.helpers import Small, small_inputs
 
 STRANGER = nn.Linear(3, 3)
 
+REGULARISERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "strength of slimming": ("BNScalePruner", {"reg": -1.0}, "strength"),
+    "strength of the group norm": ("GroupNormPruner", {"reg": -1.0}, "strength"),
+    "alpha": ("GroupNormPruner", {"alpha": -1.0}, "alpha"),
+    "growth": ("GrowingRegPruner", {"delta_reg": -1.0}, "delta"),
+}
+
 BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
     "ratio": (lambda m: {"pruning_ratio": 1.5}, "pruning_ratio: expected a number from 0 to 1, got 1.5"),
     "max ratio": (lambda m: {"max_pruning_ratio": -0.1}, "max_pruning_ratio"),
     "head ratio": (lambda m: {"head_pruning_ratio": "a"}, "head_pruning_ratio"),
-    "ratio of a layer": (lambda m: {"pruning_ratio_dict": {m.inner: 2}}, r"pruning_ratio_dict\[Conv2d\]"),
+    "ratio of a layer": (lambda m: {"pruning_ratio_dict": {m.inner: 2}}, r"pruning_ratio_dict\[inner\]: expected a number"),
     "ratio of a stranger": (
         lambda m: {"pruning_ratio_dict": {STRANGER: 0.5}},
         "pruning_ratio_dict: expected modules of",
@@ -30,7 +37,7 @@ BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
     "ignored name": (lambda m: {"ignored_layers": ["head"]}, "ignored_layers.*'head'"),
     "ignored, not a list": (lambda m: {"ignored_layers": m.head}, "put it in brackets"),
     "ignored parameter": (lambda m: {"ignored_layers": [STRANGER.weight]}, "not one of the model's"),
-    "heads": (lambda m: {"num_heads": {m.head: 0}}, r"num_heads\[Linear\]: expected a whole number, at least 1"),
+    "heads": (lambda m: {"num_heads": {m.head: 0}}, r"num_heads\[head\]: expected a whole number, at least 1"),
     "heads of a stranger": (lambda m: {"num_heads": {STRANGER: 2}}, "num_heads: expected modules"),
     "groups": (lambda m: {"out_channel_groups": {m.stem: 1.5}}, "out_channel_groups"),
     "steps": (lambda m: {"iterative_steps": 0}, "iterative_steps: expected a whole number, at least 1"),
@@ -40,6 +47,10 @@ BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
     "customised, methods": (
         lambda m: {"customized_pruners": {nn.Linear: object()}},
         r"\[Linear\]: object lacks prune_out",
+    ),
+    "customised, methods for one layer": (
+        lambda m: {"customized_pruners": {m.inner: object()}},
+        r"customized_pruners\[inner\]: object lacks prune_out.*derive it from tp\.BasePruningFunc",
     ),
     "customised, one method": (lambda m: {"customized_pruners": {nn.Linear: Lacking()}}, "lacks get_in_channels"),
     "customised, class": (lambda m: {"customized_pruners": {nn.Linear: Lacking}}, "pass an instance"),
@@ -78,6 +89,13 @@ def test_refused(what: str) -> None:
     assert "forward" not in model.__dict__
 
 
+@pytest.mark.parametrize("what", REGULARISERS)
+def test_regularisers_refused(what: str) -> None:
+    kind, arguments, message = REGULARISERS[what]
+    with pytest.raises(ConfigError, match=f"{message}: expected a number, at least"):
+        getattr(tp.pruner, kind)(Small(), small_inputs(), tp.importance.MagnitudeImportance(), **arguments)
+
+
 @pytest.mark.parametrize(
     ("layer", "operation", "idxs", "error", "message"),
     [
@@ -110,6 +128,18 @@ def test_a_layer_of_another_model() -> None:
     model = Small()
     with pytest.raises(ConfigError, match="Linear is not a layer of this model"):
         make(model).DG.get_pruning_group(STRANGER, tp.prune_linear_out_channels, [0])
+
+
+def test_a_layer_that_the_forward_does_not_use() -> None:
+    model = Small()
+    model.spare = nn.Conv2d(3, 6, 1)
+    pruner = make(model, ignored_layers=[model.head])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanError, match="spare: its channels cannot be pruned: no layer that can shrink makes them"):
+        pruner.DG.get_pruning_group(model.spare, tp.prune_conv_out_channels, [0])
+    with pytest.raises(PlanError, match="spare: .*cannot be pruned"):
+        pruner.manual_prune_width(model.spare, tp.prune_conv_out_channels, [0])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("ratio", [-0.5, 1.5])

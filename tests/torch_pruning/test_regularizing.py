@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pat_fast.torch_pruning as tp
 from tests.torch_pruning.against import quiet
-from tests.torch_pruning.test_pruner_differences import Net, X, make
+from tests.torch_pruning.nets import Net, X, make
 
 RAW = original.importance.MagnitudeImportance(p=2, normalizer=None)
 

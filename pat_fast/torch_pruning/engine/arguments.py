@@ -39,6 +39,10 @@ def check_importance(importance: Any) -> None:
         )
 
 
+def _name(model: nn.Module, module: Any) -> str:
+    return next((n for n, m in model.named_modules() if m is module and n), type(module).__name__)
+
+
 def in_model(model: nn.Module, argument: str, module: Any) -> nn.Module:
     """``module``, which must be a part of ``model``; raises :class:`ConfigError` otherwise."""
     if not isinstance(module, nn.Module) or not any(m is module for m in model.modules()):
@@ -79,7 +83,7 @@ def checked_counts(model: nn.Module, argument: str, given: Mapping[Any, Any] | N
     found = {}
     for module, count in (given or {}).items():
         in_model(model, argument, module)
-        check_count(f"{argument}[{type(module).__name__}]", count)
+        check_count(f"{argument}[{_name(model, module)}]", count)
         found[module] = int(count)
     return found
 
@@ -90,14 +94,14 @@ def checked_ratios(model: nn.Module, argument: str, given: Mapping[Any, Any] | N
     for key, ratio in (given or {}).items():
         for module in key if isinstance(key, tuple) else (key,):
             in_model(model, argument, module)
-            check_ratio(f"{argument}[{type(module).__name__}]", ratio)
+            check_ratio(f"{argument}[{_name(model, module)}]", ratio)
         found[key] = ratio
     return found
 
 
 def check_customized(model: nn.Module, key: Any, pruner: Any) -> None:
     """Raise :class:`ConfigError` unless ``key`` is a class or a layer of ``model``, and ``pruner`` a layer pruner."""
-    name = key.__name__ if isinstance(key, type) else type(key).__name__
+    name = key.__name__ if isinstance(key, type) else _name(model, key)
     if not (isinstance(key, type) and issubclass(key, (nn.Module, nn.Parameter))):
         in_model(model, "customized_pruners", key)
     if isinstance(pruner, type):

@@ -344,14 +344,15 @@ class BasePruner(_Original):
     def _planned(self) -> list[Planned]:
         engine = self.engine
         plan, scores = engine.plan, self._scores()
+        unknown = scores.isnan().numpy()
         single = np.bincount(plan.unit, minlength=plan.n_units)[plan.unit] == 1
         found = []
         for number, group in enumerate(plan.groups):
             if not self._is_open(number):
                 continue
-            own = scores[group.start : group.stop]
-            if bool(own.isnan().all()):
+            if unknown[group.start : group.stop].all():
                 continue
+            own = scores[group.start : group.stop]
             attention = engine.attentions.get(group.root)
             if attention is not None:
                 heads = self._heads.setdefault(group.root, attention.heads)
