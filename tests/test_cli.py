@@ -198,12 +198,16 @@ def test_plan_finds_a_network_in_the_working_directory(tmp_path: Path, monkeypat
     assert "8 channels in 1 groups" in result.stdout
 
 
-def test_the_quick_start_runs() -> None:
-    line = [sys.executable, str(ROOT / "examples" / "quickstart.py")]
+@pytest.mark.parametrize(("script", "expected"), [
+    ("quickstart.py", "(50.0% of dense)"),
+    ("torch_pruning_dropin.py", "step 4: MACs"),
+])  # fmt: skip
+def test_examples_run(script: str, expected: str) -> None:
+    line = [sys.executable, str(ROOT / "examples" / script)]
     settings = environment() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=settings, check=False)
     assert done.returncode == 0, done.stderr
-    assert "(50.0% of dense)" in done.stdout
+    assert expected in done.stdout
 
 
 def test_bench_prints_a_table_and_writes_what_it_found(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
     "ratio": (lambda m: {"pruning_ratio": 1.5}, "pruning_ratio: expected a number from 0 to 1, got 1.5"),
     "max ratio": (lambda m: {"max_pruning_ratio": -0.1}, "max_pruning_ratio"),
     "head ratio": (lambda m: {"head_pruning_ratio": "a"}, "head_pruning_ratio"),
-    "ratio of a layer": (lambda m: {"pruning_ratio_dict": {m.inner: 2}}, r"pruning_ratio_dict\[inner\]: expected a number"),
+    "ratio of a layer": (lambda m: {"pruning_ratio_dict": {m.inner: 2}}, r"pruning_ratio_dict\[inner\]: expected"),
     "ratio of a stranger": (
         lambda m: {"pruning_ratio_dict": {STRANGER: 0.5}},
         "pruning_ratio_dict: expected modules of",
@@ -137,7 +137,7 @@ def test_a_layer_that_the_forward_does_not_use() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PlanError, match="spare: its channels cannot be pruned: no layer that can shrink makes them"):
         pruner.DG.get_pruning_group(model.spare, tp.prune_conv_out_channels, [0])
-    with pytest.raises(PlanError, match="spare: .*cannot be pruned"):
+    with pytest.raises(PlanError, match=r"spare: .*cannot be pruned"):
         pruner.manual_prune_width(model.spare, tp.prune_conv_out_channels, [0])
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 

@@ -128,6 +128,15 @@ def test_layers_that_stop_the_group_norm(model: nn.Module) -> None:
     assert all(got[name].any() and got[name].isfinite().all() for name in weights)
 
 
+def test_inputs_behind_a_flatten() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.Flatten(), nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, 3))
+    expected, got = (pushed(library, "GroupNormPruner", model, reg=0.1) for library in (original, tp))
+    for name in ("0.weight", "2.weight"):
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-7, msg=name)
+    assert got["2.weight"].any()
+
+
 @pytest.mark.parametrize("kind", ["GroupNormPruner", "GrowingRegPruner"])
 def test_ignored_layers_are_not_pushed(kind: str) -> None:
     theirs, ours = (pushed(library, kind, Net(), reg=0.1) for library in (original, tp))
