@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .dry_run import dry_run
 from .plan import Plan
 from .plan import build_plan as lower
 from .plan.lower import call, undisturbed
 from .plan.verify import verify as permutation_test
-from .surgery.dry_run import dry_run
 
 SIDES = {4: 64, 5: 16}  # pixels of images and volumes, by the dimensions of their tensors
 TOKENS = 16

@@ -280,7 +280,8 @@ class Plan:
             tensors=tuple(tensors),
             frozen=self.frozen + frozen,
             work=tuple(work),
-            widths=tuple(w for w in widths if w.told or w.channels.max(initial=-1) >= 0),  # what is told, all must agree on
+            # What is told, all must agree on: one that is held counts as well.
+            widths=tuple(w for w in widths if w.told or w.channels.max(initial=-1) >= 0),
             other_params=self.other_params + fixed,
         )
 

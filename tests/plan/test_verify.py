@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import pat_fast as pat
+from pat_fast.dry_run import dry_run
 from pat_fast.plan import Plan, TensorMap, build_plan
 from pat_fast.plan.verify import bisect, draw, verify
-from pat_fast.surgery.dry_run import dry_run
 from tests.helpers import Case, small_inputs
 
 

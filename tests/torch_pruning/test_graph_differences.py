@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch_pruning.pruner import function
 
 import pat_fast.torch_pruning as tp
-from benchmarks.cases import num_heads
 from pat_fast import ConfigError, PlanError
 from tests.torch_pruning.against import quiet
 from tests.torch_pruning.nets import Net, X, both, make
@@ -280,7 +279,6 @@ def test_swin_runs_after_pruning() -> None:
         block.num_attention_heads = (
             next(m for m in block.modules() if isinstance(m, nn.Linear)).out_features // block.attention_head_size
         )
-    assert num_heads(ours) == {}
     assert ours(**inputs).logits.shape == (2, 5)
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import PlanError
-from ..masks import Mask
-from ..plan.bind import Binding
-from ..plan.lower import call, fixed_outputs, undisturbed
-from ..plan.types import BoolArray, Kept, Plan, shrunk_shape
-from ..plan.verify import COARSE, bisect, distance
-from .modules import apply_changes, attribute_changes
-from .prune import dense_strides, prune
+from .errors import PlanError
+from .masks import Mask
+from .plan.bind import Binding
+from .plan.lower import call, fixed_outputs, undisturbed
+from .plan.types import BoolArray, Kept, Plan, shrunk_shape
+from .plan.verify import COARSE, bisect, distance
+from .surgery.modules import apply_changes, attribute_changes
+from .surgery.prune import dense_strides, prune
 
 SMALL = 256 * 2**20  # bytes of a model that is simply copied: fake tensors would take longer
 
