@@ -78,7 +78,8 @@ class Ledger:
         self.parts.append(part)
         self.indices += part.count
         held, channels, groups, which = self._groups(axis)
-        member = np.broadcast_to(len(self.members) + which, held.shape)
+        first = len(self.members)
+        member = np.full(len(held), first) if isinstance(which, int) else first + which
         self.members += [(tensor_map.name, axis.dim, g) for g in groups]
         return part.start + (held % part.count if shared else held), channels, member
 
@@ -106,8 +107,11 @@ class Ledger:
             stride = tensor.stride()
             if is_one_block(tensor_map, stride):
                 for axis in sorted(tensor_map.axes, key=lambda a: -stride[a.dim]):
-                    if axis.channels.max(initial=-1) >= 0:
-                        found.append(self._ids(axis, starts.get((name, axis.dim))).astype(np.int64))
+                    part = starts.get((name, axis.dim))
+                    if part is not None and len(self._groups(axis)[0]) == part.count:
+                        found.append(np.arange(part.start, part.start + part.count))
+                    elif axis.channels.max(initial=-1) >= 0:
+                        found.append(self._ids(axis, part).astype(np.int64))
                 continue
             # The same blocks as the table's, with ids in the place of channels.
             axes = tuple(replace(a, channels=self._ids(a, starts.get((name, a.dim)))) for a in tensor_map.axes)

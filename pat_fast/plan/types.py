@@ -34,6 +34,16 @@ class Kept:
     def __init__(self, keep: BoolArray) -> None:
         self.keep = keep
         self._found: dict[int, tuple[ChannelArray, IndexArray]] = {}
+        self._tensors: dict[int, tuple[TensorMap, list[IndexArray], tuple[int, ...]]] = {}
+
+    def of(self, tensor: TensorMap) -> tuple[list[IndexArray], tuple[int, ...]]:
+        """For each axis of ``tensor`` the indices that stay, and the shape that is left."""
+        known = self._tensors.get(id(tensor))
+        if known is None:
+            left = [self(a.channels) for a in tensor.axes]
+            known = (tensor, left, shrunk_shape(tensor, left))
+            self._tensors[id(tensor)] = known
+        return known[1], known[2]
 
     def __call__(self, channels: ChannelArray) -> IndexArray:
         """Indices into ``channels`` that stay: kept channels and fixed positions."""
@@ -156,7 +166,7 @@ class Plan:
     def params(self, keep: BoolArray | None = None) -> int:
         """Elements of all parameters, with only the channels ``keep [N]`` left."""
         kept = Kept(self._all if keep is None else keep)
-        shapes = (shrunk_shape(t, t.kept(kept)) for t in self.tensors if t.is_parameter)
+        shapes = (kept.of(t)[1] for t in self.tensors if t.is_parameter)
         return self.other_params + sum(math.prod(shape) for shape in shapes)
 
     def macs(self, keep: BoolArray | None = None) -> int:
@@ -414,12 +424,12 @@ class _Smaller:
         return self._found[id(channels)]
 
     def tensor(self, tensor: TensorMap) -> TensorMap:
-        kept = tensor.kept(self._kept)
+        kept, shape = self._kept.of(tensor)
         axes = (Axis(a.dim, self(a.channels), a.role) for a in tensor.axes)
         return TensorMap(
             tensor.name,
             tensor.is_parameter,
-            shrunk_shape(tensor, kept),
+            shape,
             groups_left(tensor, kept),
             tensor.whole_groups,
             tuple(a for a in axes if a.channels.max(initial=-1) >= 0),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..plan.bind import Binding
-from ..plan.types import Kept, Width, groups_left, shrunk_shape
+from ..plan.types import Kept, Width, groups_left
 
 Change = tuple[Any, str, Any]  # module (or an object that it keeps), attribute, new value
 Shape = tuple[int, ...]
@@ -123,8 +123,7 @@ def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Ch
     changes: list[Change] = []
     modules = dict(model.named_modules(remove_duplicate=False))
     for tensor in binding.plan.tensors:
-        left = tensor.kept(kept)
-        shape = shrunk_shape(tensor, left)
+        left, shape = kept.of(tensor)
         if shape != tensor.shape:
             for name in binding.aliases(tensor.name):
                 path, _, local = _as_published(name).rpartition(".")

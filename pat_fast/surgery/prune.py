@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..errors import PatError, PlanError, SurgeryError
 from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
-from ..plan.types import Axis, ChannelArray, Kept, TensorMap, groups_left, shrunk_shape
+from ..plan.types import Axis, ChannelArray, Kept, TensorMap, groups_left
 from .modules import Change, apply_changes, attribute_changes
 from .optimizer import StateTensor, state_tensors
 
@@ -96,8 +96,7 @@ def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut
         return shared[id(channels)]
 
     for tensor_map in binding.plan.tensors:
-        kept = tensor_map.kept(keep)
-        shape = shrunk_shape(tensor_map, kept)
+        kept, shape = keep.of(tensor_map)
         if shape == tensor_map.shape:
             continue
         tensor = binding.tensors[tensor_map.name]

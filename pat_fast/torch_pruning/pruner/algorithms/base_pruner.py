@@ -376,12 +376,8 @@ class BasePruner(_Original):
         group = plan.groups[number]
         least = 1 if units == channels or group.root in self.engine.attentions else min(units, plan.least_units(group))
         blocks = {name for name, _ in group.members}
-        grouped = (
-            any(t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks)
-            if units != channels
-            else False
-        )
-        return min(units, 2) if grouped else least
+        grouped = (t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks)
+        return min(units, 2) if units != channels and any(grouped) else least
 
     def _cap(self, root: str, units: int) -> int:
         first = self._units_at_first.setdefault(root, units)
