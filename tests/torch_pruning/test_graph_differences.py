@@ -275,10 +275,6 @@ def test_swin_runs_after_pruning() -> None:
     with pytest.raises(RuntimeError):
         theirs(**inputs)
     make(tp, ours, inputs, **arguments).step()
-    for block in (b for b in ours.modules() if hasattr(b, "num_attention_heads") and hasattr(b, "attention_head_size")):
-        block.num_attention_heads = (
-            next(m for m in block.modules() if isinstance(m, nn.Linear)).out_features // block.attention_head_size
-        )
     assert ours(**inputs).logits.shape == (2, 5)
 
 
