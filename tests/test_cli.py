@@ -92,6 +92,7 @@ def test_an_interrupt_ends_quietly_and_keeps_the_log(config: Path, tmp_path: Pat
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell puts behind
     )
     log = out / "log.jsonl"
     deadline = time.monotonic() + 60
