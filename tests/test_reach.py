@@ -79,7 +79,7 @@ def test_what_cannot_be_built_is_not_counted() -> None:
 def test_time_runs_out() -> None:
     (row,) = run([BY_NAME["bert"]], 0.3, timeout=0.01, jobs=1)
     assert row.status == UNBUILT
-    assert row.detail == "start: not done after 0.01 s"
+    assert row.detail.endswith(": not done after 0.01 s")  # how far it came is for the machine to say
 
 
 def test_models_are_the_same_every_time() -> None:
