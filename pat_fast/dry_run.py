@@ -102,8 +102,7 @@ class _Trial:
         self.backward = True  # until the model itself is found not to have one, in eval mode
         size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         self.fake = size > SMALL
-        everything = np.ones(plan.n_channels, dtype=np.bool_)
-        self._dense = everything
+        self._dense = np.ones(plan.n_channels, dtype=np.bool_)
         self._checked = False
 
     def error(self, keep: BoolArray) -> str | None:

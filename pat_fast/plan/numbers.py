@@ -163,8 +163,6 @@ _SIZED = {
     "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0,
 }  # fmt: skip
 _FRESH = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full", "rand", "randn"}
-# Which parts these take is seen by the rules of the ops.
-_BY_RULE = {"split", "split_with_sizes", "layer_norm", "rms_norm", "__getitem__", "narrow"}
 
 
 class NumberWatch(TorchFunctionMode):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..criteria import Criterion, GroupNorm
 from ..errors import check
 from ..plan.bind import Binding
-from .push import is_regularized, is_regularized_bias, push, without_nan_groups
+from .push import push_layers, without_nan_groups
 
 
 class GroupNormRegularizer:
@@ -68,8 +68,4 @@ class GroupNormRegularizer:
             only: ``id`` of the parameters to push; all by default.
         """
         gamma = self.gamma(binding) * (self.strength * scale)
-        if where is not None:
-            gamma = gamma * where
-        push(binding, "regularized", is_regularized, gamma, only)
-        if self.bias:
-            push(binding, "regularized biases", is_regularized_bias, gamma, only)
+        push_layers(binding, gamma if where is None else gamma * where, self.bias, only)

@@ -15,7 +15,7 @@ from ..criteria import Criterion, GroupNorm
 from ..errors import PlanError, check
 from ..plan.bind import Binding
 from ..plan.types import Plan
-from .push import is_regularized, is_regularized_bias, push, without_nan_groups
+from .push import push_layers, without_nan_groups
 
 EPSILON = 1e-8  # Torch-Pruning's
 
@@ -112,11 +112,7 @@ class GrowingRegularizer:
             only: ``id`` of the parameters to push; all by default.
         """
         gamma = self.strengths(binding) * scale
-        if where is not None:
-            gamma = gamma * where
-        push(binding, "regularized", is_regularized, gamma, only)
-        if self.bias:
-            push(binding, "regularized biases", is_regularized_bias, gamma, only)
+        push_layers(binding, gamma if where is None else gamma * where, self.bias, only)
 
     def state_dict(self) -> dict[str, Any]:
         """The grown strengths: ``{"grown": [N] or None}``."""

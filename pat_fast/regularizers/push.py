@@ -76,6 +76,13 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
                     _add(binding, one, gamma)
 
 
+def push_layers(binding: Binding, gamma: Tensor, bias: bool, only: Collection[int] | None = None) -> None:
+    """:func:`push` the weights of convolutions, linear layers and batch norms, with ``bias`` their biases too."""
+    push(binding, "regularized", is_regularized, gamma, only)
+    if bias:
+        push(binding, "regularized biases", is_regularized_bias, gamma, only)
+
+
 def _add(binding: Binding, tiles: Tiles, gamma: Tensor) -> None:
     coef = binding.to_slots(tiles, gamma, fill=0.0)
     channel_axpy_(gradients(tiles), tiles.tensors, tiles.table, coef)
