@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import ConfigError
-from .plan.lower import Call
+from .plan.running import Call
 
 if TYPE_CHECKING:
     from .pruner import Pruner

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import PlanError
 from .masks import Mask
 from .plan.bind import Binding
-from .plan.lower import call, fixed_outputs, undisturbed
+from .plan.running import call, undisturbed
+from .plan.trace import fixed_outputs
 from .plan.types import BoolArray, Kept, Plan, shrunk_shape
 from .plan.verify import COARSE, bisect, distance
 from .surgery.modules import apply_changes, attribute_changes

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .dry_run import dry_run
 from .plan import Plan
 from .plan import build_plan as lower
-from .plan.lower import call, undisturbed
+from .plan.running import call, undisturbed
 from .plan.verify import verify as permutation_test
 
 SIDES = {4: 64, 5: 16}  # pixels of images and volumes, by the dimensions of their tensors

@@ -210,7 +210,7 @@ class Pruner:
         """A Torch-Pruning ``DependencyGraph`` of the model as it is, traced when asked for."""
         import torch_pruning as tp
 
-        from .plan.lower import call, undisturbed
+        from .plan.running import call, undisturbed
 
         plan = self._ready().plan
         if self._graph is None or self._graph[0] is not plan:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pat_fast as pat
 from pat_fast.plan import bind, build_plan
-from pat_fast.plan.lower import call
+from pat_fast.plan.running import call
 from pat_fast.surgery import prune
 from tests.helpers import Case, Small, random_keep, small_inputs, zoo_names
 

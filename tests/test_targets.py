@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pat_fast as pat
 from pat_fast.plan import Binding, bind, build_plan
-from pat_fast.plan.lower import call
+from pat_fast.plan.running import call
 from pat_fast.selection import Limits
 from pat_fast.surgery import prune
 from pat_fast.targets import Goal, Target

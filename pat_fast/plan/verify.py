@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .double import InDouble
-from .lower import call, fixed_outputs, undisturbed
+from .running import call, undisturbed
+from .trace import fixed_outputs
 from .types import Axis, IntArray, Plan, TensorMap, is_grouped
 
 Precision = Callable[[], AbstractContextManager[Any]]

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pat_fast import PlanError, build_plan
 from pat_fast.plan import Plan, bind
-from pat_fast.plan.lower import call
+from pat_fast.plan.running import call
 from pat_fast.surgery import prune
 from tests.helpers import Case, Small, canonical, masked_copy, random_keep, small_inputs
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import pat_fast as pat
 from pat_fast.plan import bind
-from pat_fast.plan.lower import call
+from pat_fast.plan.running import call
 from pat_fast.surgery import prune
 from tests.helpers import canonical, random_keep
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import pat_fast as pat
 from pat_fast.masks import Mask
 from pat_fast.plan import bind, build_plan
-from pat_fast.plan.lower import call
+from pat_fast.plan.running import call
 from pat_fast.plan.types import Kept
 from pat_fast.surgery.prune import dense_strides, prune
 from tests.helpers import Case, Small, random_keep, small_inputs

@@ -12,7 +12,7 @@ from torch_pruning import ops
 from torch_pruning.dependency import DependencyGraph, Group, Node
 
 from ...errors import ConfigError, PatError, PlanError
-from ...plan.lower import undisturbed
+from ...plan.running import undisturbed
 from ...plan.trace import output_tensors
 from ...plan.types import BoolArray
 from . import layerwise
