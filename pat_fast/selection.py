@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,38 @@ from .plan.types import Group, Plan
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
+Units = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What selection must respect.
+    """What selection must respect. Mappings go by a group's root.
 
     Args:
-        ranking: ``"global"``: one budget for all groups together; ``"local"``: one for each group.
-        round_to: the channels that a group keeps are a multiple of this (the nearest one, at least one
-            multiple; a group that is smaller than that is left alone).
+        ranking: which groups share a budget where ``scopes`` does not say: ``"global"``: all together; ``"local"``:
+            each has its own.
+        round_to: the channels that a group keeps are a multiple of this (at least one multiple; a group that is
+            smaller than that is left alone). Where ``steps`` does not say.
         min_channels: units that every group keeps.
+        scopes: groups of the same name share a budget.
+        steps: ``round_to`` of single groups.
+        least: channels that a group keeps at least.
     """
 
     ranking: str = "global"
     round_to: int = 1
     min_channels: int = 1
+    scopes: Mapping[str, str] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
+
+    def scope(self, root: str) -> str | None:
+        """What the group of this root shares its budget with; None: with all that have no scope."""
+        return self.scopes.get(root, root if self.ranking == "local" else None)
+
+    def step(self, group: Group) -> int:
+        """What the channels that ``group`` keeps are a multiple of; its kernels may ask for one, too."""
+        return math.lcm(self.steps.get(group.root, self.round_to), group.multiple)
 
 
 class Scope:
@@ -167,8 +183,8 @@ def select(
         scores: ``[N]``; the least important go first, ties in channel order. ``-inf``: already gone; ``inf``:
             stays.
         eligible: bool ``[N]``; channels that may be removed.
-        removable: how many of the plan's channels are to go, for a group's root, or in all (None). A unit
-            that would exceed it stays.
+        removable: how many of the plan's channels are to go, for a scope (see :meth:`Limits.scope`). A unit
+            that would exceed it stays; with multiples to be kept it is as near as they allow.
         limits: see :class:`Limits`.
         enough: stop removing as soon as this holds of the channels kept (a target in MACs, say).
     """
@@ -180,86 +196,141 @@ def select(
     free &= ~protected_units(plan, ranks, limits.min_channels) | np.isneginf(ranks)
     free &= ~np.isposinf(ranks)
     order = np.argsort(ranks, kind="stable")
-    order = order[free[order]]
-    if limits.ranking == "global":
-        order = order[: _affordable(size[order], removable(None))]
-    else:
-        order = _interleave(plan, order, ranks, size, home, removable)
+    order = _capped(plan, order[free[order]], ranks, size, home, limits)
+    rounding = _Rounding(plan, order, ranks, size, home, limits)
+    order = _in_turns(plan, order, ranks, size, home, limits, removable, rounding)
     gone_before = int(np.isneginf(ranks[order]).sum())
 
     def keep_after(count: int) -> BoolArray:
         removed = np.zeros(plan.n_units, dtype=np.bool_)
-        removed[order[:count]] = True
-        if limits.round_to > 1 or any(g.multiple > 1 for g in plan.groups):
-            removed = _round(plan, removed, ranks, free, size, home, limits)
+        removed[rounding.apply(order[:count])] = True
         return ~removed[plan.unit]
 
     count = len(order)
     if enough is not None and enough(keep_after(count)):
-        low = gone_before
-        while low < count:  # the fewest removals that are enough
-            middle = (low + count) // 2
-            if enough(keep_after(middle)):
-                count = middle
-            else:
-                low = middle + 1
+        # The fewest removals that are enough.
+        count = _first(lambda n: enough(keep_after(n)), gone_before, count)
     return keep_after(count)
 
 
-def _affordable(sizes: NDArray[np.int64], budget: int) -> int:
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The least of ``low .. high`` for which ``holds``, which stays true from there on and is at ``high``."""
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _capped(plan: Plan, order: Units, ranks: FloatArray, size: Units, home: Units, limits: Limits) -> Units:
+    """``order`` without the best units of groups that have a least size."""
+    if not limits.least:
+        return order
+    most = np.array([g.channels - min(limits.least.get(g.root, 0), g.channels) for g in plan.groups])
+    by_group = np.argsort(home[order], kind="stable")
+    owner, run = home[order][by_group], np.cumsum(size[order][by_group])
+    first = np.searchsorted(owner, owner, side="left")
+    before = np.concatenate([[0], run])[first]
+    fits = np.empty(len(order), dtype=np.bool_)
+    fits[by_group] = run - before <= most[owner]
+    return order[fits | np.isneginf(ranks[order])]
+
+
+def _affordable(sizes: Units, budget: int) -> int:
     """How many of the first units fit into ``budget`` channels."""
     return int(np.searchsorted(np.cumsum(sizes), budget, side="right"))
 
 
-def _interleave(
+def _in_turns(
     plan: Plan,
-    order: NDArray[np.int64],
+    order: Units,
     ranks: FloatArray,
-    size: NDArray[np.int64],
-    home: NDArray[np.int64],
+    size: Units,
+    home: Units,
+    limits: Limits,
     removable: Callable[[str | None], int],
-) -> NDArray[np.int64]:
-    """Each group's own removals: what is gone already, then about the same share of every group by turns."""
-    parts, shares = [], []
+    rounding: _Rounding,
+) -> Units:
+    """Each scope's own removals: what is gone already, then about the same share of every scope by turns."""
+    members: dict[str | None, list[int]] = {}
     for i, group in enumerate(plan.groups):
-        own = order[home[order] == i]
-        own = own[: _affordable(size[own], removable(group.root))]
+        members.setdefault(limits.scope(group.root), []).append(i)
+    number = np.empty(len(plan.groups), dtype=np.int64)
+    for n, groups in enumerate(members.values()):
+        number[groups] = n
+    scope = number[home[order]]
+    parts, shares = [order[:0]], [np.zeros(0)]
+    for n, name in enumerate(members):
+        own = order[scope == n]
+        own = own[: rounding.nearest(own, size, removable(name))]
         parts.append(own)
         shares.append(np.where(np.isneginf(ranks[own]), 0.0, np.arange(1, len(own) + 1) / max(len(own), 1)))
-    if not parts:
-        return order[:0]
+    if len(members) == 1:
+        return parts[-1]
     return np.concatenate(parts)[np.argsort(np.concatenate(shares), kind="stable")]
 
 
-def _round(
-    plan: Plan,
-    removed: BoolArray,
-    ranks: FloatArray,
-    free: BoolArray,
-    size: NDArray[np.int64],
-    home: NDArray[np.int64],
-    limits: Limits,
-) -> BoolArray:
-    """Make what each group keeps a multiple of ``round_to``, and of what its kernels need.
+class _Rounding:
+    """Makes what each group keeps a multiple: its next best units are removed, or spared.
 
-    Its next best units are removed, or spared.
+    ``order``: units that may go, the least important first.
     """
-    removed = removed.copy()
-    for i, group in enumerate(plan.groups):
-        units = np.flatnonzero(home == i)
-        if not removed[units].any():
-            continue
-        step = math.lcm(limits.round_to, group.multiple)
-        kept = int(size[units][~removed[units]].sum())
-        gone = np.isneginf(ranks[units])
-        most = group.channels - int(size[units][gone].sum())
-        nearest = max(step, round(kept / step) * step)
-        order = units[np.argsort(ranks[units], kind="stable")]
-        order = order[free[order]]
-        removed[units] = gone
-        for wanted in range(nearest, most, step):  # units may be too large, or protected, for the nearest
-            cut = _affordable(size[order], group.channels - wanted)
-            if int(size[order[:cut]].sum()) == group.channels - wanted:
-                removed[order[:cut]] = True
-                break
-    return removed
+
+    def __init__(
+        self, plan: Plan, order: Units, ranks: FloatArray, size: Units, home: Units, limits: Limits
+    ) -> None:
+        self._size, self._home = size, home
+        self._steps = np.array([limits.step(g) for g in plan.groups], dtype=np.int64)
+        self.active = bool((self._steps > 1).any())
+        if not self.active:
+            return
+        self._channels = np.array([g.channels for g in plan.groups], dtype=np.int64)
+        self._lost = np.isneginf(ranks)
+        owner = home[order]
+        own = [order[owner == i] for i in range(len(plan.groups))]
+        gone = [int(self._lost[units].sum()) for units in own]
+        self._own = own
+        self._after = [np.concatenate([[0], np.cumsum(size[units])]) for units in own]  # channels gone after n units
+        self._gone = [int(after[n]) for after, n in zip(self._after, gone, strict=True)]
+
+    def counts(self, units: Units) -> list[int]:
+        """For each group how many of its own first units go instead of those in ``units``."""
+        asked = np.bincount(self._home[units], self._size[units], len(self._channels)).astype(np.int64)
+        return [self._count(i, n) if n else 0 for i, n in enumerate(asked.tolist())]
+
+    def _count(self, i: int, asked: int) -> int:
+        """How many units of group ``i`` go when ``asked`` channels are to."""
+        step, channels, after, gone = int(self._steps[i]), int(self._channels[i]), self._after[i], self._gone[i]
+        wanted = max(step, round((channels - asked) / step) * step)
+        while asked > gone and wanted < channels - gone:  # units may be too large, or protected, for the nearest
+            n = int(np.searchsorted(after, channels - wanted))
+            if n < len(after) and after[n] == channels - wanted:
+                return n
+            wanted += step
+        return int(np.searchsorted(after, gone))
+
+    def apply(self, units: Units) -> Units:
+        """The units that go instead of ``units``."""
+        if not self.active:
+            return units
+        found = [own[:n] for own, n in zip(self._own, self.counts(units), strict=True)]
+        return np.concatenate([units[:0], *found])
+
+    def nearest(self, units: Units, size: Units, budget: int) -> int:
+        """How many of a scope's ``units`` to remove so that what goes is as near to ``budget`` channels as can be.
+
+        Never more than ``budget``, but where multiples are to be kept, and more is nearer.
+        """
+        if not self.active:
+            return _affordable(size[units], budget)
+
+        def gone(count: int) -> int:
+            return int(size[self.apply(units[:count])].sum())
+
+        least = int(self._lost[units].sum())  # what is gone already goes in any case
+        more = _first(lambda n: n > len(units) or gone(n) > budget, least, len(units) + 1)
+        if more > len(units) or (more > least and budget - gone(more - 1) <= gone(more) - budget):
+            return more - 1
+        return more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -191,7 +192,7 @@ def test_round_to_takes_the_nearest_multiple() -> None:
     assert left(0.30, Limits("local", round_to=8)) == [16, 24]  # 14 and 23 asked for
     assert left(0.90, Limits("local", round_to=8)) == [8, 8]  # at least one multiple
     assert left(0.90, Limits("local", round_to=8, min_channels=10)) == [16, 16]  # the nearest that is allowed
-    assert left(0.05, Limits("local", round_to=8)) == [16, 32]  # 19 and 31: the nearest may be all there are
+    assert left(0.05, Limits("local", round_to=8)) == [20, 32]  # 19 and 31: the nearest may be all there are
     assert left(0.50, Limits("local", round_to=100)) == [20, 32]  # smaller than one multiple
 
 
@@ -206,6 +207,59 @@ def test_round_to_with_units_of_several_channels() -> None:
 
 def zip_groups(plan: Plan, keep: Keep) -> list[tuple[int, int]]:
     return [(int(keep[g.start : g.stop].sum()), g.channels) for g in plan.groups]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_budget_is_met_to_one_rounding_unit(data: st.DataObject) -> None:
+    """All groups together, however they are rounded; with ties, without them, and no more where nothing is rounded."""
+    plan = wide_plan()
+    levels = data.draw(st.sampled_from([1, 3, 999]))
+    scores = np.random.default_rng(data.draw(st.integers(0, 999))).integers(0, levels, 96)
+    count = data.draw(st.integers(0, 96 - 3 * 8))
+    step = data.draw(st.sampled_from([1, 2, 4, 8]))
+    keep = select(plan, scores.astype(np.float64), everything(plan), budget(count), Limits(round_to=step))
+    gone = int((~keep).sum())
+    assert abs(gone - count) <= step // 2
+    assert all(n % step == 0 for n in kept_of(plan, keep).values())
+
+
+@cache
+def wide_plan() -> Plan:
+    return build_plan(
+        nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 24), nn.Linear(24, 32), nn.Linear(32, 3)), torch.randn(2, 4)
+    )
+
+
+def test_scopes_have_budgets_of_their_own() -> None:
+    plan = wide_plan()
+    scores = np.random.default_rng(0).random(plan.n_channels)
+    wide, mid, last = "0", "1", "2"
+    limits = Limits(scopes={wide: "a", last: "a"})
+
+    def asked(scope: str | None) -> int:
+        return {"a": 30, None: 5}[scope]
+
+    keep = select(plan, scores, everything(plan), asked, limits)
+    left = kept_of(plan, keep)
+    assert left[wide] + left[last] == 72 - 30
+    assert left[mid] == 24 - 5
+    own = np.concatenate([scores[g.start : g.stop] for g in plan.groups if g.root != mid])
+    gone = np.concatenate([~keep[g.start : g.stop] for g in plan.groups if g.root != mid])
+    assert set(np.flatnonzero(gone)) == set(np.argsort(own)[:30])
+
+
+def test_a_group_keeps_its_least_and_others_give_more() -> None:
+    plan = wide_plan()
+    scores = np.ones(plan.n_channels)
+    for group in plan.groups[:1]:
+        scores[group.start : group.stop] = np.linspace(0, 0.5, group.channels)
+    root = plan.groups[0].root
+    free = kept_of(plan, select(plan, scores, everything(plan), budget(20), Limits()))
+    held = kept_of(plan, select(plan, scores, everything(plan), budget(20), Limits(least={root: 30})))
+    assert free[root] == plan.groups[0].channels - 20
+    assert held[root] == max(30, free[root])
+    assert sum(held.values()) == sum(free.values())
 
 
 # Units and protected axes
@@ -278,10 +332,13 @@ def test_the_result_is_always_possible(data: st.DataObject) -> None:
     levels = data.draw(st.sampled_from([1, 2, 5, 1000]))  # few levels: many ties
     scores = rng.integers(0, levels, plan.n_channels).astype(np.float64)
     share = data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+    capped = data.draw(st.booleans())
     limits = Limits(
         data.draw(st.sampled_from(["global", "local"])),
         data.draw(st.sampled_from([1, 2, 4, 8])),
         data.draw(st.sampled_from([1, 2, 7])),
+        steps={g.root: 4 for g in plan.groups[::3]} if data.draw(st.booleans()) else {},
+        least={g.root: g.channels - g.channels // 2 for g in plan.groups[::2]} if capped else {},
     )
     eligible = np.isin(plan.group_of, np.flatnonzero(rng.random(len(plan.groups)) < 0.8))
     gone = select(plan, scores, eligible, budget(plan.n_channels // 5), Limits()) == 0
@@ -308,11 +365,14 @@ def test_the_result_is_always_possible(data: st.DataObject) -> None:
         before = full - int(gone[own].sum())
         units, units_before = (len(np.unique(plan.unit[own][alive[own]])) for alive in (keep, ~gone))
         assert units >= min(limits.min_channels, units_before)
-        assert left == before or left % limits.round_to == 0
-        if limits.ranking == "local" and limits.round_to == 1:
+        assert left == before or left % limits.step(group) == 0
+        assert units == units_before or left >= limits.least.get(group.root, 0)
+        if limits.ranking == "local" and limits.step(group) == 1:
             assert full - left <= asked(group.root)
-    if limits.ranking == "global" and limits.round_to == 1:
-        assert (~keep).sum() <= asked(None)
+    coarsest = max(limits.step(group) for group in plan.groups)
+    if limits.ranking == "global":
+        over = (~keep).sum() - max(asked(None), gone.sum())
+        assert over <= 0 if coarsest == 1 else over <= math.lcm(coarsest, 8) // 2 + plan.n_channels // plan.n_units
 
 
 # Which groups the user wants pruned
