@@ -80,6 +80,8 @@ class Discovery:
         self._pruner = weakref.ref(pruner)
         self._model = weakref.ref(model)
         self._ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._strangers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # size when looked at
+        self._stepping: list[weakref.ref[Optimizer]] = []
         self._searches = given is None
         self._handles: list[Any] = []
         weakref.finalize(pruner, _remove, self._handles).atexit = False
@@ -101,36 +103,68 @@ class Discovery:
         """Optimizers known to train the model. Those that have not stepped yet are looked for, too."""
         model = self._model()
         if self._searches and model is not None:
-            known = held(o for o, ours in self._ours.items() if ours)
+            known = held(self._ours)
             if any(id(p) not in known for p in model.parameters() if p.requires_grad):
                 kinds = _subclasses(Optimizer)
                 for thing in [o for o in gc.get_objects() if type(o) in kinds]:
                     self._is_ours(thing)
-        return [o for o, ours in self._ours.items() if ours]
+        return list(self._ours)
 
     def close(self) -> None:
         """Take the hooks off."""
         _remove(self._handles)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
-        known = self._ours.get(optimizer)
-        if known is None:
-            model = self._model()
-            own = {id(p) for p in model.parameters()} if model is not None else set()
-            known = not own.isdisjoint(held([optimizer]))
-            self._ours[optimizer] = known
-        return known
+        if optimizer in self._ours:
+            return True
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._strangers.get(optimizer) == size:
+            return False
+        model = self._model()
+        own = {id(p) for p in model.parameters()} if model is not None else set()
+        if own.isdisjoint(held([optimizer])):
+            self._strangers[optimizer] = size  # until add_param_group gives it more
+            return False
+        self._ours[optimizer] = True
+        return True
 
-    def _before(self, optimizer: Optimizer) -> None:
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if self._pruner() is None or not self._is_ours(optimizer) or self._is_nested(optimizer):
+            return None
+        self._stepping.append(weakref.ref(optimizer))
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._regularize(optimizer)
+            return None
+
+        def regularized() -> Any:
+            """The gradients that count are those that the closure makes."""
+            loss = closure()
+            self._regularize(optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": regularized}
+        return (args[0], regularized, *args[2:]), kwargs
+
+    def _is_nested(self, optimizer: Optimizer) -> bool:
+        """Whether this step is a part of another optimizer's (one that wraps it), which was seen already."""
+        outer = [o for o in (ref() for ref in self._stepping) if o is not None]
+        if any(o is optimizer for o in outer):  # its last step ended in an error
+            self._stepping.clear()
+            return False
+        return not held(outer).isdisjoint(held([optimizer])) if outer else False
+
+    def _regularize(self, optimizer: Optimizer) -> None:
         pruner = self._pruner()
-        if pruner is not None and pruner.is_ready and self._is_ours(optimizer):
+        if pruner is not None and pruner.is_ready:
             scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
             overflow = getattr(optimizer, "found_inf", None)  # ... and skips it if a gradient overflowed
-            if overflow is not None and bool(overflow):
-                return
-            pruner.regularize(1.0 if scale is None else float(scale), optimizer)
+            if overflow is None or not bool(overflow):
+                pruner.regularize(1.0 if scale is None else float(scale), optimizer)
 
-    def _after(self, optimizer: Optimizer) -> None:
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._stepping = [ref for ref in self._stepping if ref() is not None and ref() is not optimizer]
         pruner = self._pruner()
         if pruner is not None and self._is_ours(optimizer):
             pruner.hold()
@@ -151,10 +185,9 @@ def _subclasses(cls: type[Any]) -> set[type]:
 def _through(method: weakref.WeakMethod[Any]) -> Any:
     """A hook that does not keep its owner alive."""
 
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         bound = method()
-        if bound is not None:
-            bound(optimizer)
+        return None if bound is None else bound(optimizer, args, kwargs)
 
     return hook
 

@@ -149,6 +149,82 @@ def test_an_optimizer_that_has_not_stepped_yet_is_found() -> None:
     train_one_epoch(model, optimizer)
 
 
+def test_an_optimizer_that_gains_the_parameters_later_is_found() -> None:
+    model, other = Small(), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1, example_inputs=small_inputs(), reg_strength=1e-2)
+    optimizer.step()  # looked at, and not ours
+    optimizer.add_param_group({"params": list(model.parameters()), "lr": 0.01})
+    train_one_epoch(model, optimizer)
+    assert not any("regularised" in note for note in pruner.step().notes)
+    assert optimizer.state[model.stem.weight]["momentum_buffer"].shape == model.stem.weight.shape
+    assert [len(g["params"]) for g in optimizer.param_groups] == [2, 9]
+    train_one_epoch(model, optimizer)
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+@pytest.mark.parametrize("zero_inside", [True, False])
+def test_gradients_that_a_closure_makes_are_regularised(by_keyword: bool, zero_inside: bool) -> None:
+    """The pre-hook runs before the closure, which overwrites what it did to the gradients."""
+    plain = Small()
+    closed = copy.deepcopy(plain)
+    pruners = [pat.Pruner(m, 0.5, example_inputs=small_inputs(), reg_strength=0.1) for m in (plain, closed)]
+    optimizers = [sgd(m) for m in (plain, closed)]
+
+    def loss(model: nn.Module, optimizer: Optimizer) -> Tensor:
+        if zero_inside:
+            optimizer.zero_grad()
+        value = nn.functional.cross_entropy(model(small_inputs()), torch.arange(4))
+        value.backward()
+        return value
+
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        value = loss(plain, optimizers[0])
+        optimizers[0].step()
+        closure: Callable[[], Any] = lambda: loss(closed, optimizers[1])  # noqa: E731
+        given = optimizers[1].step(closure=closure) if by_keyword else optimizers[1].step(closure)
+        assert given == value
+    assert same(weights(plain), weights(closed))
+    assert not any("regularised" in note for p in pruners for note in p.step().notes)
+
+
+def test_an_optimizer_within_an_optimizer_regularises_once() -> None:
+    class Wrapping(torch.optim.Optimizer):
+        """Shares groups and state with the one that it steps, as look-ahead optimizers do."""
+
+        def __init__(self, inner: Optimizer) -> None:
+            super().__init__(inner.param_groups, {})
+            self.inner, self.fails = inner, False
+            self.param_groups = inner.param_groups
+
+        def step(self, closure: Any = None) -> None:
+            if self.fails:
+                raise RuntimeError("no")
+            self.inner.step(closure)
+
+    plain = Small()
+    wrapped = copy.deepcopy(plain)
+    optimizers = [sgd(plain), Wrapping(sgd(wrapped))]
+    pruners = [pat.Pruner(m, 0.5, example_inputs=small_inputs(), reg_strength=0.1) for m in (plain, wrapped)]
+    for step in range(3):
+        for model, optimizer in zip((plain, wrapped), optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(small_inputs()), torch.arange(4)).backward()
+            if step == 1 and model is wrapped:
+                regularised, optimizers[1].fails = [p.grad.clone() for p in model.parameters()], True
+                with pytest.raises(RuntimeError, match="no"):
+                    optimizer.step()
+                for p, grad in zip(model.parameters(), regularised, strict=True):
+                    p.grad = grad  # the script tries the same gradients once more
+                optimizers[1].fails = False
+            optimizer.step()
+    assert same(weights(plain), weights(wrapped))
+    for pruner in pruners:
+        pruner.step()
+
+
 def test_an_optimizer_step_before_the_first_forward_is_let_through() -> None:
     """Some scripts prime a scheduler with an optimizer step that has no gradients."""
     model = Small()
