@@ -28,11 +28,15 @@ demo test test-slow sanitize: export GOMP_SPINCOUNT ?= 1000
 demo: $(VENV)/.demo
 	@$(BIN)/pat-fast train examples/digits.json
 
+# A process a core; threads of their own would only be in one another's way.
+test test-slow: export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: lint
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/.test
-	@$(BIN)/python -m pytest -m "slow and not gpu"
+	@$(PYTEST) -m "slow and not gpu"
 
 lint: $(VENV)/.test
 	@$(BIN)/ruff check --quiet .
