@@ -42,12 +42,17 @@ __all__ = [
     "register_layer",
     "register_state_layout",
     "save",
+    "save_pretrained",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("load", "save"):  # these import safetensors, which a training step does not need
-        from . import checkpoint
+# What these import (safetensors, ONNX, ...) a training step does not need.
+_LATER = {"load": "checkpoint", "save": "checkpoint", "save_pretrained": "pretrained"}
 
-        return getattr(checkpoint, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
     raise AttributeError(f"module 'pat_fast' has no attribute {name!r}")

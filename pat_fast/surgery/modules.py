@@ -108,13 +108,13 @@ def register_sizes(kind: type[nn.Module], sizes: dict[str, tuple[str, int]]) -> 
     SIZES[kind] = SizeRule(tuple(sizes), _dimensions(**sizes), shape)
 
 
-def _rule(module: nn.Module) -> SizeRule | None:
+def rule_of(module: nn.Module) -> SizeRule | None:
     return next((SIZES[kind] for kind in type(module).__mro__ if kind in SIZES), None)
 
 
 def sizes(module: nn.Module) -> dict[str, Any]:
     """The sizes that ``module`` keeps as attributes; empty for a kind of layer that keeps none."""
-    rule = _rule(module)
+    rule = rule_of(module)
     return {} if rule is None else {name: getattr(module, name) for name in rule.attributes}
 
 
@@ -126,13 +126,13 @@ def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Ch
         left, shape = kept.of(tensor)
         if shape != tensor.shape:
             for name in binding.aliases(tensor.name):
-                path, _, local = _as_published(name).rpartition(".")
+                path, _, local = as_published(name).rpartition(".")
                 changes += attributes_from_shape(modules[path], local, shape, groups_left(tensor, left))
     widths = [(modules[w.module], w, len(kept(w.channels))) for w in binding.plan.widths]
     return changes + [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
 
 
-def _as_published(name: str) -> str:
+def as_published(name: str) -> str:
     """The weight that a parametrization, or a weight norm's hook, makes of tensor ``name``, if that has its shape."""
     path, _, local = name.rpartition(".")
     if local in ("original", "original1"):
@@ -145,7 +145,7 @@ def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: i
 
     The same values as Torch-Pruning's own layer pruners set, wherever those are right.
     """
-    rule = _rule(module)
+    rule = rule_of(module)
     values = {} if rule is None else rule.from_tensor(module, local, shape, groups)
     return [(module, name, value) for name, value in values.items() if getattr(module, name) != value]
 

@@ -22,6 +22,7 @@ from ..plan.bind import Binding, Block, blocks
 from ..plan.types import Axis, ChannelArray, Kept, TensorMap, groups_left
 from .modules import Change, apply_changes, attribute_changes
 from .optimizer import StateTensor, state_tensors
+from .record import note_prune
 
 Undo = Callable[[], None]
 
@@ -73,7 +74,7 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
         for cut in cuts:
             _swap(cut, undo)
         apply_changes(changes, attributes)
-        return Binding(plan, binding.model)
+        smaller = Binding(plan, binding.model)
     except BaseException as error:
         apply_changes(list(reversed(attributes)), [])
         for step in reversed(undo):
@@ -84,6 +85,8 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
             f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
             "as they were"
         ) from error
+    note_prune(binding, kept)
+    return smaller
 
 
 def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:

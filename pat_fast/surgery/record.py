@@ -1,0 +1,66 @@
+"""What surgery did to a model, written on its modules as plain data: what a checkpoint has to tell.
+
+It lies in the modules' own dictionaries, so that copies, wrappers and submodules of a pruned model have it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..plan.bind import Binding
+from ..plan.types import Kept
+from .modules import sizes
+
+KEY = "_pat_fast"
+Record = dict[str, Any]
+"""Of a module ``"sizes"``: paths of attributes that surgery may have changed (``"config.hidden_size"``).
+
+Of the module that was pruned also ``"prunes"``, ``"dense"`` (channels, parameters, MACs per example before the first
+prune) and ``"channels"``: for the root layer of each group ``{"of": n, "kept": [...]}``, the channels of the dense
+group that are left, in order.
+"""
+
+
+def note_prune(binding: Binding, kept: Kept) -> None:
+    """Write down that of ``binding`` what is ``kept`` was left."""
+    plan, model = binding.plan, binding.model
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for width in plan.widths:
+        module = modules[width.module]
+        if width.attribute not in sizes(module):
+            note_sizes(module, [width.attribute])
+    record = of(model)
+    if "dense" not in record:
+        record["dense"] = {"channels": plan.n_channels, "params": plan.params(), "macs": plan.macs()}
+    record["prunes"] = record.get("prunes", 0) + 1
+    channels: dict[str, dict[str, Any]] = record.setdefault("channels", {})
+    for group in plan.groups:
+        known = channels.get(group.root)
+        if known is None or len(known["kept"]) != group.channels:  # a plan of another build: its own count
+            known = {"of": group.channels, "kept": list(range(group.channels))}
+        left = np.asarray(known["kept"])[kept.keep[group.start : group.stop]]
+        channels[group.root] = {"of": known["of"], "kept": left.tolist()}
+
+
+def of(module: nn.Module) -> Record:
+    """The record of ``module``, empty at first."""
+    found: Record = vars(module).setdefault(KEY, {})
+    return found
+
+
+def note_sizes(module: nn.Module, attributes: list[str]) -> None:
+    """Write down that ``attributes`` of ``module`` are sizes."""
+    if attributes:
+        record = of(module)
+        record["sizes"] = sorted({*record.get("sizes", ()), *attributes})
+
+
+def records(model: nn.Module) -> Iterator[tuple[str, Record]]:
+    """(path, record) of the modules of ``model`` that have one."""
+    for name, module in model.named_modules():
+        if KEY in vars(module):
+            yield name, vars(module)[KEY]
