@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .ops import channel_scale_
 from .plan.bind import Binding, Tiles
 from .plan.types import TensorMap
-from .surgery.optimizer import state_tensors
+from .surgery.optimizer import check_state, state_tensors
 
 
 def _is_parameter(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
@@ -43,6 +43,7 @@ class Mask:
             SurgeryError: an optimizer keeps state of unknown layout; nothing was changed.
         """
         optimizers = list(optimizers)
+        check_state(optimizers)
         tiles = self.binding.tiles("parameters", _is_parameter)
         states = [
             (name, state)

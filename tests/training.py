@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -71,6 +72,85 @@ def untouched(
     assert all(torch.equal(s[k], state[i][k]) for i, s in before[1]["state"].items() for k in s)
     assert hooks(model, optimizer) == before[2]
     assert [m.training for m in model.modules()] == modes
+
+
+@dataclass
+class Twin:
+    """A model in training under a pruner; ``extra`` is whatever else its script keeps."""
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    pruner: pat.Pruner
+    extra: Any = None
+
+    def train(self, x: Tensor, step: int) -> Tensor:
+        """The plainest step there is."""
+        loss = nn.functional.cross_entropy(self.model(x), torch.arange(len(x)).add(step) % 5)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.detach()
+
+
+def masked_equals_pruned(
+    make: Callable[[str], Twin],
+    train: Callable[[Twin, int], Tensor],
+    steps: int = 8,
+    prune_after: tuple[int, ...] = (2, 5),
+    tolerance: float = 1e-9,
+    state_too: bool = True,
+) -> list[Twin]:
+    """Two runs of a script, one pruned, one masked, stay together step for step; returns them, both pruned.
+
+    After each prune what is trained is what the optimizers hold, their groups are as they were and their state fits.
+    """
+    torch.manual_seed(0)
+    first = make("prune")
+    torch.manual_seed(0)
+    twins = [first, make("mask")]
+    settings = [_settings(t.optimizers) for t in twins]
+    for step in range(steps):
+        losses = [train(twin, step) for twin in twins]
+        torch.testing.assert_close(*losses, rtol=tolerance, atol=tolerance, msg=f"loss of step {step}: {losses}")
+        if step in prune_after:
+            reports = [twin.pruner.step() for twin in twins]
+            assert reports[0].channels == reports[1].channels
+            assert reports[0].channels[0] > reports[0].channels[1]
+            for twin in twins:
+                check_alive(twin)
+    for twin, before in zip(twins, settings, strict=True):
+        assert [len(held) for held, _ in before] == [len(held) for held, _ in _settings(twin.optimizers)]
+        assert all(a is b for (x, _), (y, _) in zip(before, _settings(twin.optimizers), strict=True) for a, b in
+                   zip(x, y, strict=True))  # fmt: skip
+    assert [s for _, s in _settings(twins[0].optimizers)] == [s for _, s in _settings(twins[1].optimizers)]
+    twins[1].pruner.finalize()
+    for (name, a), b in zip(twins[0].model.named_parameters(), twins[1].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
+        for one, two in zip(*(t.optimizers for t in twins), strict=True):
+            for key, value in one.state.get(a, {}).items() if state_too else ():
+                if isinstance(value, Tensor):
+                    torch.testing.assert_close(value, two.state[b][key], rtol=tolerance, atol=tolerance)
+    return twins
+
+
+def _settings(optimizers: list[Optimizer]) -> list[tuple[list[Tensor], dict[str, Any]]]:
+    """The parameters of each group, and everything else that the group says (a copy)."""
+    groups = [group for o in optimizers for group in o.param_groups]
+    return [(list(g["params"]), copy.deepcopy({k: v for k, v in g.items() if k != "params"})) for g in groups]
+
+
+def check_alive(twin: Twin) -> None:
+    """The optimizers hold exactly the model's trained parameters, and their state fits them."""
+    held = [id(p) for o in twin.optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in twin.model.parameters() if p.requires_grad)
+    for optimizer in twin.optimizers:
+        for p in twin.model.parameters():
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.ndim:
+                    fits = all(a in (1, b) for a, b in zip(value.shape, p.shape, strict=True))
+                    assert fits, (key, value.shape, p.shape)
 
 
 @contextmanager

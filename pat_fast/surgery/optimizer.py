@@ -5,8 +5,9 @@ The layouts are written down, not guessed from shapes: a square preconditioner l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +18,48 @@ from ..errors import SurgeryError
 # How a state tensor lies over its parameter:
 ELEMENTWISE = "elementwise"  # the parameter's shape, entry by entry
 FACTORED = "factored"  # the parameter's number of dimensions; each is the parameter's, or 1 (Adafactor)
-SCALAR = "scalar"  # one number, left alone
+ROWS = "rows"  # the first dimension follows the parameter's first; further ones are the state's own
+COLUMNS = "columns"  # the first dimension follows the parameter's second; further ones are the state's own
+PER_AXIS = "per axis"  # a list with an entry for each dimension; of an entry, each size is that dimension's, 0 or 1
+SCALAR = "scalar"  # left alone, whatever it is
+NAMES = (ELEMENTWISE, FACTORED, ROWS, COLUMNS, PER_AXIS, SCALAR)
 
-_LAYOUTS: dict[type[Optimizer], dict[str, str]] = {}
+Shape = tuple[int, ...]
+Follows = tuple[int | None, ...]  # for each dimension of a state tensor, the parameter's dimension that it follows
+Layout = str | Follows | Callable[[Shape], Follows]
+
+_LAYOUTS: dict[type[Optimizer], dict[str, Layout]] = {}
 
 
-def register_state_layout(optimizer: type[Optimizer], layout: Mapping[str, str]) -> None:
+def register_state_layout(optimizer: type[Optimizer], layout: Mapping[str, Layout]) -> None:
     """Say how an optimizer of your own keeps its state, so that surgery can shrink it.
 
     Args:
         optimizer: the class; subclasses are covered too.
-        layout: for each key of ``optimizer.state[parameter]``: ``"elementwise"`` (the parameter's shape),
-            ``"factored"`` (the parameter's shape with some dimensions 1) or ``"scalar"`` (left alone).
+        layout: for each key of ``optimizer.state[parameter]`` one of
+
+            - ``"elementwise"``: the parameter's shape (moments, averages, master copies);
+            - ``"factored"``: the parameter's shape with some dimensions 1 (Adafactor's statistics);
+            - ``"rows"``, ``"columns"``: the first dimension is the parameter's first, or second;
+            - ``"per axis"``: a list with a tensor for each of the parameter's dimensions, ``[size]`` or
+              ``[size, size]`` (Shampoo's statistics);
+            - a tuple: for each dimension of the state, the parameter's dimension that it follows, or None:
+              ``(0, 0)`` is a square of the parameter's rows;
+            - a function from the parameter's shape to such a tuple;
+            - ``"scalar"``: left alone.
     Raises:
-        SurgeryError: an unknown layout name.
+        SurgeryError: an unknown layout.
+
+    Example:
+        >>> pat.register_state_layout(Lion, {"exp_avg": "elementwise"})
     """
     for key, kind in layout.items():
-        if kind not in (ELEMENTWISE, FACTORED, SCALAR):
+        indices = isinstance(kind, tuple) and all(d is None or (isinstance(d, int) and d >= 0) for d in kind)
+        if not (indices or callable(kind) or kind in NAMES):
+            names = ", ".join(repr(name) for name in NAMES)
             raise SurgeryError(
-                f"layout of {optimizer.__name__}.state[...][{key!r}]: expected {ELEMENTWISE!r}, {FACTORED!r} or "
-                f"{SCALAR!r}, got {kind!r}"
+                f"layout of {optimizer.__name__}.state[...][{key!r}]: expected {names}, a tuple of the parameter's "
+                f"dimensions (or None) or a function that gives one, got {kind!r}"
             )
     _LAYOUTS[optimizer] = {**_LAYOUTS.get(optimizer, {}), **layout}
 
@@ -71,12 +94,60 @@ _register_builtin()
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor of ``optimizer.state[parameter]`` that shrinks with the parameter."""
+    """A tensor of ``optimizer.state[parameter]`` that shrinks with the parameter.
+
+    ``follows``: the parameter's dimension for each of its own, None where it has no part in it; None altogether for
+    a tensor of the parameter's shape. ``place``: where it stands in a list under its key.
+    """
 
     optimizer: Optimizer
     key: str
     tensor: Tensor
-    factored: bool
+    follows: Follows | None = None
+    place: int | None = None
+
+    @property
+    def factored(self) -> bool:
+        """Whether it is of another shape than the parameter."""
+        return self.follows is not None
+
+    def put(self, parameter: Tensor, value: Tensor) -> None:
+        """Let ``value`` stand in its place."""
+        entry = self.optimizer.state[parameter]
+        if self.place is None:
+            entry[self.key] = value
+        else:
+            held = entry[self.key]
+            entry[self.key] = type(held)(value if i == self.place else old for i, old in enumerate(held))
+
+
+def check_state(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that keep something for all parameters together.
+
+    Raises:
+        SurgeryError: there is such state; it cannot shrink with one parameter.
+    """
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+            raise SurgeryError(
+                "LBFGS keeps one flat history of all parameters together, which cannot shrink with them; train with "
+                "another optimizer while the model is pruned"
+            )
+        for key, value in optimizer.state.items():
+            if not isinstance(key, Tensor) and any(t.ndim for t in _tensors(value)):
+                raise SurgeryError(
+                    f"{kind} keeps state under {key!r}, which is no parameter: how it follows the model's channels "
+                    "is not known; train with another optimizer while the model is pruned"
+                )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name: str) -> list[StateTensor]:
@@ -85,51 +156,76 @@ def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name
     Raises:
         SurgeryError: a state whose layout is not known, or that does not fit its parameter.
     """
-    found = []
+    found: list[StateTensor] = []
     for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
-            raise SurgeryError(
-                "LBFGS keeps one flat history of all parameters together, which cannot shrink with them; train with "
-                "another optimizer while the model is pruned"
-            )
         layout = _layout(type(optimizer))
-        for key, value in optimizer.state.get(parameter, {}).items():
+        state: Mapping[str, Any] = optimizer.state.get(parameter, {})
+        for key, value in state.items():
             if value is None or isinstance(value, (bool, int, float, str)):
                 continue
-            kind = layout.get(key)
+            kind: Any = layout.get(key)
             if kind == SCALAR or (kind is None and isinstance(value, Tensor) and value.ndim == 0):
                 continue
-            if kind not in (ELEMENTWISE, FACTORED) or not isinstance(value, Tensor):
+            if kind is None or not isinstance(value, (list, tuple) if kind == PER_AXIS else Tensor):
                 raise SurgeryError(
                     f"{type(optimizer).__name__} keeps state {key!r} for {name} "
                     f"({_what(value)}), and how it follows the parameter's axes is not known; say so with "
                     f"pat_fast.register_state_layout({type(optimizer).__name__}, {{{key!r}: 'elementwise'}})"
                 )
-            _check_fit(optimizer, key, value, parameter, name, kind)
-            found.append(StateTensor(optimizer, key, value, kind == FACTORED))
+            whole: Any = value
+            found += _follow(StateTensor(optimizer, key, whole), kind, parameter, name)
     return found
 
 
-def _layout(cls: type) -> dict[str, str]:
+def _layout(cls: type) -> dict[str, Layout]:
     """What is known of ``cls``: its own layout, and that of its bases for keys that it does not name."""
-    known: dict[str, str] = {}
+    known: dict[str, Layout] = {}
     for base in reversed(cls.__mro__):
         known.update(_LAYOUTS.get(base, {}))
     return known
 
 
-def _check_fit(
-    optimizer: Optimizer, key: str, value: Tensor, parameter: nn.Parameter, name: str, kind: str
-) -> None:
-    fits = value.shape == parameter.shape
-    if kind == FACTORED:
-        same = value.ndim == parameter.ndim
-        fits = same and all(a in (1, b) for a, b in zip(value.shape, parameter.shape, strict=True))
-    if not fits:
-        raise SurgeryError(
-            f"{type(optimizer).__name__} state {key!r} of {name} has shape {tuple(value.shape)}, expected one that "
-            f"fits the parameter's {tuple(parameter.shape)}; was the model changed behind the optimizer's back?"
+def _follow(state: StateTensor, kind: Layout, parameter: nn.Parameter, name: str) -> list[StateTensor]:
+    """``state`` with the dimensions that it follows, checked; its entries for a list of tensors."""
+    shape = tuple(parameter.shape)
+    if kind == PER_AXIS:
+        entries = [(i, t) for i, t in enumerate(state.tensor) if isinstance(t, Tensor) and t.numel() > 1]
+        if len(state.tensor) != len(shape) or any(size not in (1, shape[i]) for i, t in entries for size in t.shape):
+            _refuse(state, f"shapes {[_what(t) for t in state.tensor]}", f"'per axis' with {shape}", name)
+        return [
+            StateTensor(
+                state.optimizer, state.key, t, tuple(i if size == shape[i] else None for size in t.shape), place=i
+            )
+            for i, t in entries
+        ]
+    got = tuple(state.tensor.shape)
+    if kind == ELEMENTWISE:
+        follows, fits = None, got == shape
+    else:
+        follows = _dimensions(kind, got, shape)
+        fits = len(follows) == len(got) and all(
+            d is None or (d < len(shape) and size == shape[d]) for d, size in zip(follows, got, strict=True)
         )
+    if not fits:
+        _refuse(state, f"shape {got}", f"one that fits the parameter's {shape}", name)
+    return [StateTensor(state.optimizer, state.key, state.tensor, follows)]
+
+
+def _dimensions(kind: Layout, got: Shape, shape: Shape) -> Follows:
+    if kind == FACTORED:
+        if len(got) != len(shape):
+            return (None,) * (len(got) + 1)
+        return tuple(None if size == 1 else d for d, size in enumerate(got))
+    if kind in (ROWS, COLUMNS):
+        return (0 if kind == ROWS else 1, *(None for _ in got[1:]))
+    return tuple(kind(shape)) if callable(kind) else tuple(d for d in kind if not isinstance(d, str))
+
+
+def _refuse(state: StateTensor, got: str, expected: str, name: str) -> None:
+    raise SurgeryError(
+        f"{type(state.optimizer).__name__} state {state.key!r} of {name} has {got}, expected {expected}; was the model "
+        "changed behind the optimizer's back?"
+    )
 
 
 def _what(value: object) -> str:

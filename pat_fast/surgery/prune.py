@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.optim import Optimizer
 
 from ..errors import PatError, PlanError, SurgeryError
@@ -21,7 +23,7 @@ from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
 from ..plan.types import Axis, ChannelArray, Kept, TensorMap, groups_left
 from .modules import Change, apply_changes, attribute_changes
-from .optimizer import StateTensor, state_tensors
+from .optimizer import StateTensor, check_state, state_tensors
 from .record import note_prune
 
 Undo = Callable[[], None]
@@ -90,6 +92,7 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
 
 
 def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:
+    check_state(optimizers)
     found = []
     shared: dict[int, ChannelArray] = {}
 
@@ -132,7 +135,7 @@ def _compact(cuts: list[Cut]) -> None:
         for source in cut.sources():
             batch = batches.setdefault((source.device, source.dtype), _Batch())
             cut.new.append(batch.add(cut, source))
-        cut.new += [_factored(cut, s.tensor) for s in cut.states if s.factored]
+        cut.new += [_gathered(cut, s) for s in cut.states if s.factored]
     for batch in batches.values():
         batch.run()
 
@@ -241,19 +244,22 @@ def dense_strides(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _factored(cut: Cut, state: Tensor) -> Tensor:
-    """Row or column statistics: the dimensions that the state has are gathered, those of size 1 stay."""
-    for axis, kept in zip(cut.tensor_map.axes, cut.kept, strict=True):
-        size = cut.tensor_map.shape[axis.dim]
-        if state.shape[axis.dim] != size or size == 1:
+def _gathered(cut: Cut, state: StateTensor) -> Tensor:
+    """Statistics of rows, columns or both: each dimension that follows one of the parameter is gathered."""
+    assert state.follows is not None
+    value = state.tensor
+    by_dim = {axis.dim: (axis, kept) for axis, kept in zip(cut.tensor_map.axes, cut.kept, strict=True)}
+    for dim, followed in enumerate(state.follows):
+        if followed is None or followed not in by_dim:
             continue
-        if len(axis.channels) != size:
+        axis, kept = by_dim[followed]
+        if len(axis.channels) != cut.tensor_map.shape[followed]:
             raise SurgeryError(
                 f"{cut.tensor_map.name}: the factored optimizer state of a grouped convolution's inputs is shared by "
                 "its groups and cannot be pruned; use an optimizer with element-wise state"
             )
-        state = state.index_select(axis.dim, torch.from_numpy(kept).to(state.device))
-    return state
+        value = value.index_select(dim, torch.from_numpy(kept).to(value.device))
+    return value
 
 
 # Swapping them in
@@ -267,9 +273,8 @@ def _swap(cut: Cut, undo: list[Undo]) -> None:
     set_tensor(cut.tensor, data, grad)
     ordered = [s for s in cut.states if not s.factored] + [s for s in cut.states if s.factored]
     for state, value in zip(ordered, new, strict=True):
-        entry = state.optimizer.state[cut.tensor]
-        undo.append(lambda entry=entry, state=state: entry.__setitem__(state.key, state.tensor))  # type: ignore[misc]
-        entry[state.key] = value
+        undo.append(partial(state.put, cut.tensor, state.tensor))
+        state.put(cut.tensor, value)
 
 
 def _restorer(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Undo:
@@ -281,11 +286,21 @@ def set_tensor(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
 
     While an earlier output or loss is alive, autograd keeps the tensor's gradient accumulator, which
     remembers the old shape and would refuse the next backward. Assigning data of another dtype in between
-    makes autograd drop it.
+    makes autograd drop it. A backward of that earlier loss is refused: its graph holds the new data in the place of
+    what it was computed from.
     """
     tensor.grad = None
     if tensor.requires_grad:
+        get_gradient_edge(tensor).node.register_prehook(_refuse_backward)
+        increment_version(tensor)
         other = torch.float64 if data.dtype != torch.float64 else torch.float32
         tensor.data = torch.empty(0, dtype=other, device=data.device)
     tensor.data = data
     tensor.grad = grad
+
+
+def _refuse_backward(grads: tuple[Tensor, ...]) -> None:
+    raise SurgeryError(
+        "backward of a loss that was computed before the model was pruned: expected it before the prune, or a new "
+        "forward after it; call step() of the pruner between the optimizer's step and the next forward"
+    )

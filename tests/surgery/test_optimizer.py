@@ -18,9 +18,10 @@ from pat_fast.plan.types import Kept
 from pat_fast.surgery import optimizer as layouts
 from pat_fast.surgery import prune
 from tests.helpers import Small, random_keep, small_inputs
-from tests.training import same, train_one_epoch, weights
+from tests.training import Twin, masked_equals_pruned, same, train_one_epoch, weights
 
-MAKE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+Make = Callable[[list[nn.Parameter]], Optimizer]
+MAKE: dict[str, Make] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
     "SGD without momentum": lambda p: torch.optim.SGD(p, lr=0.01),
     "SGD fused": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
@@ -90,6 +91,71 @@ def test_train_prune_train(name: str) -> None:
         train_one_epoch(model, optimizer)
         assert all(p.isfinite().all() for p in model.parameters())
         assert all(not torch.equal(now[n], p) for n, p in model.named_parameters())
+
+
+# Of these, what happens to an entry depends on that entry alone: masked equals pruned.
+FOREACH = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "Rprop", "ASGD")
+ALONE: dict[str, Make] = {
+    **{name: make for name, make in MAKE.items() if name != "Adafactor"},
+    **{
+        f"{name} foreach={foreach}, maximize": lambda p, name=name, foreach=foreach: getattr(torch.optim, name)(
+            p, lr=1e-3, foreach=foreach, maximize=True
+        )
+        for name in FOREACH
+        for foreach in (True, False)
+    },
+    "RMSprop foreach": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True, foreach=True, weight_decay=0.1),
+    "NAdam decoupled": lambda p: torch.optim.NAdam(p, weight_decay=0.1, decoupled_weight_decay=True),
+    "SGD maximize, dampening": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, dampening=0.1, maximize=True),
+    "Adam with its rate in a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-3)),
+    "several groups": lambda p: torch.optim.AdamW(
+        [{"params": p[:3], "lr": 1e-2}, {"params": p[3:4], "betas": (0.5, 0.9)}, {"params": p[4:], "amsgrad": True}]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(ALONE))
+def test_masked_equals_pruned(name: str) -> None:
+    def make(mode: str) -> Twin:
+        model = Small().double()
+        optimizer = ALONE[name](list(model.parameters()))
+        return Twin(model, [optimizer], pruner_of(model, mode))
+
+    x = small_inputs(dtype=torch.float64)
+    masked_equals_pruned(make, lambda twin, step: twin.train(x, step))
+
+
+def pruner_of(model: nn.Module, mode: str) -> pat.Pruner:
+    x = small_inputs(dtype=torch.float64)
+    return pat.Pruner(model, 0.5, example_inputs=x, mode=mode, end_epoch=2, reg_strength=1e-3, verify=False)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_masked_equals_pruned_with_several_optimizers_and_state_before_the_first_step(given: bool) -> None:
+    """One begins late; one has state before its first step (Adagrad)."""
+
+    def make(mode: str) -> Twin:
+        model = Small().double()
+        parts = [
+            torch.optim.Adagrad(model.stem.parameters(), lr=0.01),
+            torch.optim.Adam([*model.norm.parameters(), *model.inner.parameters()], lr=0.01),
+            torch.optim.SGD([*model.outer.parameters(), *model.head.parameters()], lr=0.01, momentum=0.9),
+        ]
+        x = small_inputs(dtype=torch.float64)
+        optimizer = parts if given else None
+        options: dict[str, Any] = {"mode": mode, "end_epoch": 3, "verify": False, "regularizer": None}
+        return Twin(model, parts, pat.Pruner(model, 0.5, example_inputs=x, optimizer=optimizer, **options))
+
+    def train(twin: Twin, step: int) -> Tensor:
+        loss = nn.functional.cross_entropy(twin.model(small_inputs(dtype=torch.float64)), torch.arange(4))
+        twin.model.zero_grad()
+        loss.backward()
+        for optimizer in twin.optimizers[: 2 if step < 4 else 3]:
+            optimizer.step()
+        return loss.detach()
+
+    twins = masked_equals_pruned(make, train, prune_after=(0, 2, 5))
+    assert all(len(o.state) == len(o.param_groups[0]["params"]) for t in twins for o in t.optimizers)
 
 
 def taken(plan: pat.Plan, name: str, tensor: Tensor, keep: np.ndarray) -> Tensor:
@@ -223,6 +289,99 @@ def test_unknown_state_is_refused_by_class_and_key_and_can_be_registered(missing
     assert optimizer.state[model.inner.weight]["rows"].shape == (model.inner.out_channels, 1, 1, 1)
     assert optimizer.state[model.inner.weight]["count"] == 2
     train_one_epoch(model, optimizer)
+
+
+class Preconditioning(Optimizer):
+    """Statistics of rows, of columns, of both, as lists and as squares."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state, flat = self.state[p], p.grad.flatten(1) if p.ndim > 1 else p.grad[:, None]
+                state["gram"] = flat @ flat.T
+                wide = p.grad.abs().unsqueeze(-1)
+                state["sums"] = [wide.transpose(0, d).flatten(1).sum(1) for d in range(p.ndim)]
+                state["top"] = flat.topk(1, dim=1).values
+                if p.ndim > 1:
+                    state["means"] = p.grad.transpose(0, 1).flatten(1).mean(1)
+                    state["without_last"] = p.grad.mean(-1)
+                p -= group["lr"] * p.grad / (1 + state["gram"].diagonal().view(-1, *[1] * (p.ndim - 1)))
+
+
+def test_rows_columns_squares_and_lists() -> None:
+    pat.register_state_layout(
+        Preconditioning,
+        {
+            "gram": (0, 0),
+            "sums": "per axis",
+            "top": "rows",
+            "means": "columns",
+            "without_last": lambda shape: tuple(range(len(shape) - 1)),
+        },
+    )
+    model = Small()
+    optimizer = Preconditioning(model.parameters())
+    train_one_epoch(model, optimizer)
+    binding = bind(build_plan(model, small_inputs()), model)
+    keep = random_keep(binding.plan, 0)
+    before = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
+    prune(binding, keep, [optimizer])
+    for name, p in model.named_parameters():
+        old, state = before[name], optimizer.state[p]
+        axes = {a.dim: Kept(keep)(a.channels) for t in binding.plan.tensors if t.name == name for a in t.axes}
+        kept = [torch.from_numpy(axes[d]) if d in axes else torch.arange(n) for d, n in enumerate(old_shape(old))]
+        assert [len(k) for k in kept] == list(p.shape)
+        assert torch.equal(state["gram"], old["gram"][kept[0]][:, kept[0]])
+        assert torch.equal(state["top"], old["top"][kept[0]])
+        assert isinstance(state["sums"], list)
+        assert all(torch.equal(a, b[k]) for a, b, k in zip(state["sums"], old["sums"], kept, strict=True))
+        if p.ndim > 1:
+            assert torch.equal(state["means"], old["means"][kept[1]])
+            assert state["without_last"].shape == p.shape[:-1]
+    train_one_epoch(model, optimizer)
+
+
+def old_shape(state: dict[str, Any]) -> list[int]:
+    return [len(t) for t in state["sums"]]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"gram": (0, 1)}, r"Preconditioning state 'gram' of stem.weight has shape \(12, 12\), expected one that fits"),
+        ({"gram": (0,)}, r"'gram' of stem.weight has shape \(12, 12\)"),
+        ({"gram": "per axis"}, r"Preconditioning keeps state 'gram' .*how it follows .* is not known"),
+        ({"gram": (0, 0), "sums": "elementwise"}, r"keeps state 'sums' for stem.weight \(list\)"),
+        ({"gram": (0, 0), "sums": "per axis", "top": "columns"}, r"'top' of stem.weight has shape \(12, 1\)"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(layout: dict[str, Any], message: str) -> None:
+    pat.register_state_layout(Preconditioning, {"means": "scalar", "without_last": "scalar", "top": "rows", **layout})
+    model = Small()
+    optimizer = Preconditioning(model.parameters())
+    train_one_epoch(model, optimizer)
+    binding = bind(build_plan(model, small_inputs()), model)
+    before = weights(model)
+    with pytest.raises(pat.SurgeryError, match=message):
+        prune(binding, random_keep(binding.plan, 0), [optimizer])
+    assert same(weights(model), before)
+
+
+def test_state_of_all_parameters_together_is_refused() -> None:
+    model = Small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["count"] = {"steps": 3, "norm": torch.tensor(1.0)}
+    binding = bind(build_plan(model, small_inputs()), model)
+    keep = random_keep(binding.plan, 0)
+    optimizer.state["flat"] = {"averages": [torch.zeros(100)]}
+    with pytest.raises(pat.SurgeryError, match="SGD keeps state under 'flat', which is no parameter"):
+        prune(binding, keep, [optimizer])
+    del optimizer.state["flat"]
+    prune(binding, keep, [optimizer])
 
 
 def test_a_subclass_inherits_what_is_known_of_its_base() -> None:

@@ -117,6 +117,35 @@ def test_prune_while_an_old_loss_is_alive() -> None:
     assert other.shape == (4, 5)
 
 
+class Shifted(Small):
+    """Adds a parameter, whose backward needs nothing but the gradient's shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(12, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.stem(x) + self.shift).mean((2, 3)))
+
+
+@pytest.mark.parametrize("make", [Small, Shifted])
+def test_a_loss_from_before_the_prune_cannot_be_backpropagated(make: Callable[[], nn.Module]) -> None:
+    """Its graph would see the weights of now; and a gradient of the old shape would wait for the next step."""
+    model, x = make(), small_inputs()
+    if make is Shifted:
+        for module in (model.stem, model.head):
+            module.requires_grad_(False)
+    old = model(x).sum()
+    some_prune(model, x)
+    expected = pat.SurgeryError if make is Shifted else RuntimeError
+    message = "computed before the model was pruned" if make is Shifted else "modified by an inplace operation"
+    with pytest.raises(expected, match=message):
+        old.backward()
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_hooks_of_tensors_stay() -> None:
     model, x = Small(), small_inputs()
     seen = []
