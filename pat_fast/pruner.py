@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .arguments import check_choice, check_count, check_model, make_regularizer
 from .criteria import Criterion, Watching, make_criterion
 from .criteria.accumulator import Accumulator
 from .discovery import Discovery, InputCatcher, as_list, check_held, held
+from .distributed import Peers, unwrapped
 from .errors import ConfigError, PlanError, check
 from .masks import Mask
 from .plan import Binding, Plan, bind
@@ -51,7 +53,8 @@ class Pruner:
     reached, then ``"finetune"``, in which the regulariser rests.
 
     Args:
-        model: the module to prune, in place. Parameters keep their identity.
+        model: the module to prune, in place. Parameters keep their identity. In a ``DistributedDataParallel``, or put
+            into one later, it is pruned alike on all ranks.
         target_sparsity: fraction of the prunable channels to remove, in ``[0, 1)``.
         target: instead of it, ``{"params": 0.3}`` or ``{"macs": 0.5}``: what is to be left, as a fraction of the dense
             model's or, above 1, as a number. The fewest channels go that reach it; the schedule goes by it.
@@ -129,7 +132,8 @@ class Pruner:
         check_count("start_epoch", start_epoch, 0)
         check_choice("mode", mode, ("prune", "mask"))
         check_choice("ranking", ranking, ("global", "local"))
-        self.model = model
+        self.model = model = unwrapped(model)
+        self.peers = Peers(model)
         self.mode = mode
         self.target_sparsity = target_sparsity
         end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
@@ -232,11 +236,12 @@ class Pruner:
             SurgeryError: the prune was refused or failed; model and optimizers are as they were, and the
                 step is not counted.
         """
-        self._ready()
-        before, changed = self._since or (self._counts(), ())
-        self._since = None
-        if self.unit == "epoch":
-            changed = self._advance()
+        with self._together(self.unit == "epoch"):
+            self._ready()
+            before, changed = self._since or (self._counts(), ())
+            self._since = None
+            if self.unit == "epoch":
+                changed = self._advance()
         if isinstance(self.regularizer, GrowingRegularizer) and self.binding is not None and not self.done:
             self.regularizer.grow(self.binding)
         return self._report(before, changed)
@@ -248,9 +253,15 @@ class Pruner:
         if self._counted is None or self._counted() is None:
             self._counted = weakref.ref(optimizer)
         if self._counted() is optimizer:
-            self._ready()
-            before, changed = self._since or (self._counts(), ())
-            self._since = (before, joined(changed, self._advance()))
+            with self._together():
+                self._ready()
+                before, changed = self._since or (self._counts(), ())
+                self._since = (before, joined(changed, self._advance()))
+
+    def _together(self, counts: bool = True) -> AbstractContextManager[None]:
+        """Around a step that may prune: all ranks of a distributed training make it, or none."""
+        due = counts and not self.done and self.schedule.due(self.epoch + 1)
+        return self.peers.guard(f"prune {self.epoch + 1}") if due else nullcontext()
 
     def _advance(self) -> Changes:
         """Count, and prune or mask if that is due."""
@@ -271,8 +282,10 @@ class Pruner:
         binding = self._ready()
         before = self._counts()
         if self.mask is not None and self.mask.is_active:
-            alive = self.mask.alive
-            self._remove(binding, alive.cpu().numpy())
+            alive = self.mask.alive.cpu().numpy()
+            with self.peers.guard("finalize"):
+                self.peers.agree("the channels to keep", alive.tobytes())
+                self._remove(binding, alive)
             self.mask = Mask(self.binding)  # type: ignore[arg-type]
         self.done = True
         self.close()
@@ -422,10 +435,13 @@ class Pruner:
                 f"the criterion must give one score per channel ({plan.n_channels}) without NaN, got shape "
                 f"{scores.shape} with {int(np.isnan(scores).sum())} NaN; did the training diverge?"
             )
+        eligible = self._eligible.cpu().numpy()
+        scores = self.peers.mean(scores, plan, eligible)
         self._unscored = tuple(g.root for g in plan.groups if np.isposinf(scores[g.start : g.stop]).all())
         scores[~alive] = -np.inf
-
-        return self.goal.select(plan, scores, alive, self._eligible.cpu().numpy(), fraction)
+        keep = self.goal.select(plan, scores, alive, eligible, fraction)
+        self.peers.agree("the channels to keep", keep.tobytes())
+        return keep
 
     def _cut(self, binding: Binding, keep: NDArray[np.bool_]) -> Changes:
         plan, alive = binding.plan, self._keep()
@@ -446,7 +462,7 @@ class Pruner:
     def _remove(self, binding: Binding, keep: NDArray[np.bool_]) -> None:
         """Shrink the model, and all that is kept of it."""
         followers: list[Any] = [*self._optimizers.current(), *self._watching.accumulators]
-        self.binding = prune(binding, keep, followers)
+        self.binding = prune(binding, keep, followers, self.peers.ready)
         self._watching.shrink(binding.plan, keep)
         if isinstance(self.regularizer, GrowingRegularizer):
             self.regularizer.shrink(binding.plan, keep)

@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": PLAN | {"surgery"},
     "checkpoint": PLAN | {"structure", "surgery"},
     "pretrained": {"errors"},
+    "distributed": PLAN,
     "dry_run": PLAN | {"masks", "surgery"},
     "proof": PLAN | {"dry_run", "masks", "surgery"},
     "discovery": PLAN,

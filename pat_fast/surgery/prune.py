@@ -50,13 +50,19 @@ class Cut:
 
 
 @torch.no_grad()
-def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterable[Optimizer] = ()) -> Binding:
+def prune(
+    binding: Binding,
+    keep: Tensor | NDArray[np.bool_],
+    optimizers: Iterable[Optimizer] = (),
+    ready: Callable[[], None] | None = None,
+) -> Binding:
     """Remove the channels ``~keep`` from the model, and from what trains it.
 
     Args:
         binding: the plan, bound to the model.
         keep: bool ``[N]``; whole units, and something left of every axis.
         optimizers: whose state is to shrink along.
+        ready: called when everything new is made and nothing of the model was touched; if it raises, nothing is.
     Returns:
         The binding of the smaller plan to the same model.
     Raises:
@@ -73,6 +79,8 @@ def prune(binding: Binding, keep: Tensor | NDArray[np.bool_], optimizers: Iterab
     attributes: list[Change] = []
     try:
         _compact(cuts)
+        if ready is not None:
+            ready()
         for cut in cuts:
             _swap(cut, undo)
         apply_changes(changes, attributes)
