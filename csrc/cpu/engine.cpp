@@ -94,8 +94,7 @@ struct Reduction {
 
   void block(const Canonical& t, int64_t r, int64_t n, int64_t c, int64_t cols, A* sums, A* acc) const {
     const int64_t bytes = kElementBytes[dtype];
-    Rows rows = rows_of(t, n, cols);
-    rows.after = t.rows.n - r - n;
+    const Rows rows = rows_of(t, n, cols);
     if (sums != nullptr) std::fill(acc, acc + cols * t.k, A(0));
     const void* x = at(xs[t.tensor], offset_of(t, r, c), bytes);
     const void* y = ys.empty() ? nullptr : at(ys[t.tensor], offset_of(t, r, c), bytes);

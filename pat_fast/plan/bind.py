@@ -5,7 +5,7 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -19,17 +19,25 @@ from ..ops.tiles import NONE, Tile, TileTable
 from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
 
 Extent = tuple[int, int]  # size and stride of a dimension
+Side = tuple[Extent, ChannelArray | None]
+ALONE: Side = ((1, 1), None)
 
 
-def collapse(extents: Iterable[Extent]) -> list[Extent]:
-    """Merge dimensions that lie behind one another in memory; largest stride first, size 1 dropped."""
-    merged: list[Extent] = []
-    for size, stride in sorted((e for e in extents if e[0] != 1), key=lambda e: -e[1]):
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
+def collapse(extents: Sequence[Extent], order: Sequence[int] | None = None) -> list[Extent]:
+    """Merge dimensions that lie behind one another in memory; largest stride first, size 1 dropped.
+
+    ``order`` are the strides to go by instead.
+    """
+    by = [stride for _, stride in extents] if order is None else order
+    merged: list[tuple[int, int, int]] = []
+    for (size, stride), own in sorted(zip(extents, by, strict=True), key=lambda e: -e[1]):
+        if size == 1:
+            continue
+        if merged and merged[-1][2] == size * own:
+            merged[-1] = (merged[-1][0] * size, stride, own)
         else:
-            merged.append((size, stride))
-    return merged
+            merged.append((size, stride, own))
+    return [(size, stride) for size, stride, _ in merged]
 
 
 @dataclass(frozen=True)
@@ -47,10 +55,11 @@ class Block:
 
 @lru_cache(maxsize=4096)
 def _rest(
-    shape: tuple[int, ...], strides: tuple[int, ...], dims: tuple[int, ...]
+    shape: tuple[int, ...], strides: tuple[int, ...], order: tuple[int, ...], dims: tuple[int, ...]
 ) -> tuple[list[Extent], list[Extent]]:
     """The dimensions beside rows and columns ``dims``: those to step over, and those that a tile has room for."""
-    rest = collapse((shape[d], strides[d]) for d in range(len(shape)) if d not in dims)
+    others = [d for d in range(len(shape)) if d not in dims]
+    rest = collapse([(shape[d], strides[d]) for d in others], [order[d] for d in others])
     spare = 1 if len(dims) == 2 else 2
     return (rest[:-spare], rest[-spare:]) if len(rest) > spare else ([], rest)
 
@@ -60,14 +69,15 @@ def is_one_block(tensor_map: TensorMap, strides: Sequence[int]) -> bool:
     if any(is_grouped(tensor_map, a) for a in tensor_map.axes):
         return False
     dims = sorted((a.dim for a in tensor_map.axes), key=lambda d: -strides[d])
-    return not _rest(tensor_map.shape, tuple(strides), tuple(dims))[0]
+    return not _rest(tensor_map.shape, tuple(strides), tuple(strides), tuple(dims))[0]
 
 
 def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] | None = None) -> list[Block]:
     """The tiles ``[R, C, K]`` of a tensor with these strides; one per group of a grouped convolution.
 
-    Rows are the axis with the larger stride, so that a row of a dense tensor is one run of memory.
-    ``order`` are the strides to go by instead (those of the tensor that this one is copied from).
+    Rows are the axis with the larger stride, so that a row of a dense tensor is one run of memory. Of one axis
+    alone, the rows are what lies farther apart than it, if there is any. ``order`` are the strides to go by instead
+    (those of the tensor that this one is copied from).
     """
     shape = tensor_map.shape
     if len(shape) == 1 and len(tensor_map.axes) == 1:
@@ -79,8 +89,8 @@ def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] |
     if grouped:
         by_dim.setdefault(0, Axis(0, np.full(shape[0], -1, np.int32), "both"))
     dims = sorted(by_dim, key=lambda d: -order[d])
-    outer, inner = _rest(shape, tuple(strides), tuple(dims))
-    kernel = inner[-1] if inner else (1, 1)
+    outer, inner = _rest(shape, tuple(strides), tuple(order), tuple(dims))
+    farther = any(n > 1 and stride > order[dims[0]] for n, stride in zip(shape, order, strict=True))
     found = []
     for steps in product(*(range(size) for size, _ in outer)):
         offset = sum(step * stride for step, (_, stride) in zip(steps, outer, strict=True))
@@ -92,12 +102,15 @@ def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] |
                 channels[d] = own if n == len(own) else own[group * n : (group + 1) * n]
                 sizes[d] = n
                 base += group * n * strides[d] if grouped and d == 0 else 0
-            row = (sizes[dims[0]], strides[dims[0]])
-            if len(dims) == 2:
-                col, col_channels = (sizes[dims[1]], strides[dims[1]]), _if_any(channels[dims[1]])
-            else:
-                col, col_channels = (inner[0] if len(inner) == 2 else (1, 1)), None
-            found.append(Block(base, row, col, kernel, _if_any(channels[dims[0]]), col_channels, group))
+            sides: list[Side] = [((sizes[d], strides[d]), _if_any(channels[d])) for d in dims]
+            others: list[Side] = [(extent, None) for extent in inner]
+            if len(sides) == 1 and others and not outer and farther:
+                sides = [others.pop(0), *sides]
+            elif len(sides) == 1 and len(others) == 2:
+                sides.append(others.pop(0))
+            (row, row_channels), (col, col_channels) = (*sides, ALONE)[:2]
+            kernel = others[0][0] if others else (1, 1)
+            found.append(Block(base, row, col, kernel, row_channels, col_channels, group))
     return found
 
 

@@ -83,6 +83,19 @@ def test_tiles_hold_every_element_once_and_its_channels(case: Case, layout: torc
         assert torch.equal(got, torch.stack(by_hand).sort(0).values), tensor_map.name
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_rows_are_runs_of_memory_where_only_inputs_can_be_pruned(layout: torch.memory_format) -> None:
+    """A classifier's: a tile whose rows were its neighbouring columns would be read across."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)).to(memory_format=layout)  # type: ignore[call-overload]
+    plan = build_plan(model, (torch.randn(1, 3, 8, 8),))
+    weight = plan.tensor("1.weight")
+    assert [a.dim for a in weight.axes] == [1]
+    (block,) = blocks(weight, model[1].weight.stride())
+    assert block.row_channels is None
+    assert block.col_channels is weight.axes[0].channels
+    assert block.row[1] > max(block.col[1], block.kernel[1])
+
+
 def test_tables_sum_what_a_loop_sums(case: Case) -> None:
     """The slots of all tables lead back to channels: the number of elements per channel and axis."""
     plan = build_plan(case.model, case.inputs)
@@ -114,7 +127,7 @@ def test_collapsed_dimensions_visit_the_same_memory(sizes: list[int], chance, ga
     for dim in order:
         strides[dim] = step
         step = step * sizes[dim] + (chance.randrange(3) if gap else 0)
-    merged = collapse(zip(sizes, strides, strict=True))
+    merged = collapse(list(zip(sizes, strides, strict=True)))
 
     def visited(extents: list[tuple[int, int]]) -> list[int]:
         places = np.zeros(1, dtype=np.int64)

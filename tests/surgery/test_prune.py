@@ -203,6 +203,16 @@ def test_channels_last_stays_and_gives_the_same_values(name: str) -> None:
             assert b.stride() == dense_strides(b.shape, b.stride())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_channel_can_be_left_where_only_inputs_are_pruned(layout: torch.memory_format) -> None:
+    """The other dimensions of what is left then lie behind one another in memory; those of the whole do not."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3)).to(memory_format=layout)  # type: ignore[call-overload]
+    last = model[1].weight.detach().clone()
+    plan = build_plan(model, (torch.randn(1, 3, 8, 8),))
+    prune(bind(plan, model), np.arange(plan.n_channels) == 2)
+    assert torch.equal(model[1].weight, last[:, 2:3])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes_and_empty_state(dtype: torch.dtype) -> None:
     """Before the first optimizer step there is no state; half precision moves bit for bit."""
