@@ -25,13 +25,14 @@ from .criteria.accumulator import Accumulator
 from .discovery import Discovery, InputCatcher, as_list, check_held, held
 from .distributed import Peers, unwrapped
 from .errors import ConfigError, PlanError, check
+from .limits import Ranking, Ratios, RoundTo, Rules
 from .masks import Mask
 from .plan import Binding, Plan, bind
 from .proof import build_plan
 from .regularizers import GrowingRegularizer, Regularizer
 from .report import Changes, Counts, StepReport, joined
 from .schedules import Curve, Schedule
-from .selection import Limits, Scope
+from .selection import Scope
 from .surgery import prune, register_state_layout
 from .targets import Goal, Target
 
@@ -57,7 +58,9 @@ class Pruner:
             into one later, it is pruned alike on all ranks.
         target_sparsity: fraction of the prunable channels to remove, in ``[0, 1)``.
         target: instead of it, ``{"params": 0.3}`` or ``{"macs": 0.5}``: what is to be left, as a fraction of the dense
-            model's or, above 1, as a number. The fewest channels go that reach it; the schedule goes by it.
+            model's or, above 1, as a number; or ``{"latency": 0.5}`` (a fraction) or ``{"latency_ms": 4.0}``, of one
+            forward on this device, ``{"latency_ms": 4.0, "batch": 8}`` of one of 8 examples, from layers that are
+            measured. The fewest channels go that reach it; the schedule goes by it.
         schedule: a name (``"linear"``, ``"cubic"``, ``"cosine"``, ``"one_shot"``, ... see
             :data:`pat_fast.schedules.CURVES`), a dict of a name and options (``{"name": "polynomial", "power": 2}``),
             or a function of the progress ``t`` in 0 .. 1.
@@ -71,7 +74,9 @@ class Pruner:
         unit: ``"epoch"``: the three above count calls of :meth:`step`; ``"step"``: they count optimizer steps, pruning
             comes by itself after the optimizer's step that it is due at, and :meth:`step` reports what happened since
             the last call. With several optimizers, the first that steps is counted.
-        ranking: ``"global"`` ranks all channels together, ``"local"`` takes the same share of each group.
+        ranking: ``"global"`` ranks all channels together, ``"local"`` takes the same share of each group,
+            ``"isomorphic"`` of each set of groups that are made alike; or lists of layer names (or of blocks), each
+            ranked on its own.
         importance: a name (``"group_norm"``, ``"taylor"``, ... see :data:`pat_fast.criteria.CRITERIA`), a dict of a
             name and options (``{"name": "taylor", "decay": 0.5}``), a criterion, or a function from a binding to
             scores ``[N]``. Channels that score ``inf`` stay.
@@ -79,12 +84,16 @@ class Pruner:
         regularizer: ``"group_norm"``, ``"bn_scale"`` (slimming), ``"growing"`` (stronger with each :meth:`step`), a
             dict of a name and options (``{"name": "bn_scale", "group_lasso": True}``), a regulariser, or None.
         reg_strength: strength of a regulariser that is named.
-        round_to: each group keeps a multiple of this many channels.
+        round_to: each group keeps a multiple of this many channels; one for each type of layer
+            (``{"Conv2d": 8, "Linear": 16}``); or ``"auto"``: what the device computes fastest with, as the report says.
         layers_to_prune: names of layers or blocks (a name covers everything under it); all by default. A
             group is pruned if all layers that make its channels are covered.
         ignored_layers: names or modules whose output channels stay.
         mac_target: stop when the model is down to this fraction of its MACs, in ``(0, 1]``.
         min_channels: what every group keeps at least (of its units).
+        layer_ratios: ``{name: fraction to remove}`` for layers that are not to go by ``target_sparsity``; each of their
+            groups is ranked on its own.
+        max_ratio: the largest fraction of its channels that a group may lose, for all or as ``{name: fraction}``.
         verify: let the plan prove itself (see :func:`pat_fast.build_plan`); costs a few forwards, once.
         auto: find inputs and optimizer, and regularise by hooks. If False, pass ``example_inputs`` and call
             :meth:`regularize` after each backward yourself.
@@ -108,17 +117,19 @@ class Pruner:
         end_epoch: int | None = None,
         interval: int = 1,
         unit: str = "epoch",
-        ranking: str = "global",
+        ranking: Ranking = "global",
         importance: str | Mapping[str, Any] | Criterion | Callable[[Binding], torch.Tensor] = "group_norm",
         p: float | None = None,
         regularizer: str | Mapping[str, Any] | Regularizer | None = "group_norm",
         reg_strength: float = 1e-4,
-        round_to: int | None = None,
+        round_to: RoundTo = None,
         layers_to_prune: Sequence[str] | None = None,
         ignored_layers: Sequence[str | nn.Module] | None = None,
         target: Mapping[str, float] | None = None,
         mac_target: float | None = None,
         min_channels: int = 1,
+        layer_ratios: Ratios | None = None,
+        max_ratio: float | Ratios = 1.0,
         verify: bool = True,
         auto: bool = True,
     ) -> None:
@@ -126,12 +137,8 @@ class Pruner:
         check("target_sparsity", target_sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
         if mac_target is not None:
             check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
-        check_count("min_channels", min_channels, 1)
-        if round_to is not None:
-            check_count("round_to", round_to, 1)
         check_count("start_epoch", start_epoch, 0)
         check_choice("mode", mode, ("prune", "mask"))
-        check_choice("ranking", ranking, ("global", "local"))
         self.model = model = unwrapped(model)
         self.peers = Peers(model)
         self.mode = mode
@@ -148,8 +155,9 @@ class Pruner:
         self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
         weakref.finalize(self, self._watching.detach).atexit = False
         self.regularizer = make_regularizer(regularizer, reg_strength, self.criterion)
+        rules = Rules(ranking, round_to, min_channels, layer_ratios, max_ratio)
         goal = Target.of(target, target_sparsity, DEFAULT_SPARSITY)
-        self.goal = Goal(goal, mac_target, Limits(ranking, round_to or 1, min_channels))
+        self.goal = Goal(goal, mac_target, rules.known(model))
         self.epoch = 0
         self.done = False
         self.binding: Binding | None = None
@@ -409,7 +417,7 @@ class Pruner:
         self._example_inputs = example_inputs
         self.binding = binding
         self._skipped = skipped
-        self.goal.start(plan, eligible)
+        self.goal.start(binding, eligible, example_inputs)
         self._eligible = torch.from_numpy(eligible).to(binding.device)
         if self.mode == "mask":
             self.mask = Mask(binding)
@@ -482,13 +490,15 @@ class Pruner:
             dense_channels=self.goal.dense[0],
             dense_params=self.goal.dense[1],
             dense_macs=self.goal.dense[2],
+            latency_ms=None if before[3] is None or after[3] is None else (before[3], after[3]),
+            dense_latency_ms=self.goal.dense[3],
             changed=changed,
             frozen=tuple((f.layer, f.reason) for f in plan.frozen) + self._skipped,
             notes=self._notes(plan),
         )
 
     def _notes(self, plan: Plan) -> tuple[str, ...]:
-        notes = list(plan.notes)
+        notes = [*plan.notes, *self.goal.notes]
         notes += [f"{type(self.criterion).__name__} has no score for {root}: it stays" for root in self._unscored]
         if self.mode == "mask" and any(g.statistic for g in plan.groups):
             notes.append(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 Change = tuple[int, int]  # before and after
 Changes = tuple[tuple[str, int, int], ...]  # group, channels before, channels after
-Counts = tuple[int, int, int]  # channels, parameters, MACs
+Counts = tuple[int, int, int, float | None]  # channels, parameters, MACs, predicted ms where a target asks for them
 
 
 def joined(first: Changes, then: Changes) -> Changes:
@@ -22,7 +22,8 @@ class StepReport:
     """One call of ``Pruner.step()`` or ``Pruner.finalize()``.
 
     ``channels``, ``params`` and ``macs`` are pairs (before, after) of this step; in mask mode they count what
-    the model will have once it is finalised. MACs are per example. ``frozen`` lists what stays and why.
+    the model will have once it is finalised. MACs are per example. ``latency_ms`` is that of one forward as the target
+    predicts it, None without a target in milliseconds. ``frozen`` lists what stays and why.
     """
 
     step: int
@@ -38,6 +39,8 @@ class StepReport:
     changed: Changes = ()
     frozen: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    latency_ms: tuple[float, float] | None = None
+    dense_latency_ms: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -61,5 +64,8 @@ class StepReport:
                 )
             )
         ]
+        if self.latency_ms is not None and self.dense_latency_ms:
+            now = self.latency_ms[1]
+            lines[0] += f", predicted latency {now:.3g} ms ({now / self.dense_latency_ms:.1%} of dense)"
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
