@@ -20,17 +20,22 @@ PACKAGE = Path(pat_fast.__file__).parent
 # What a part may use, directly or through others. config -> Pruner -> Plan -> ops -> surgery -> report.
 OPS = {"errors", "backends", "ops"}
 PLAN = OPS | {"plan"}
+SOLVED = PLAN | {"latency", "limits", "rounding", "selection", "surgery"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "schedules": {"errors"},
-    "config": PLAN
-    | {"arguments", "cost", "criteria", "regularizers", "report", "schedules", "selection", "targets"},
+    "config": SOLVED
+    | {"arguments", "cost", "criteria", "reading", "regularizers", "report", "schedules", "targets"},
+    "reading": {"errors"},
+    "rounding": set(),
     "report": set(),
     "backends": {"errors"},
     "ops": OPS,
     "plan": PLAN,
     "selection": PLAN,
-    "targets": PLAN | {"report", "selection"},
+    "limits": PLAN | {"rounding", "selection"},
+    "latency": PLAN | {"rounding", "surgery"},
+    "targets": SOLVED | {"report"},
     "cost": PLAN,
     "criteria": PLAN | {"cost"},
     "regularizers": PLAN | {"cost", "criteria"},

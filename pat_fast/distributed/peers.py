@@ -109,6 +109,19 @@ class Peers:
         self._talk("the scores", lambda: dist.broadcast(total, first, group=self._control))
         return (total / dist.get_world_size(self._control)).numpy()
 
+    def of_first(self, what: str, value: Any) -> Any:
+        """``value`` as the first rank has it: what is measured comes out a little different on each.
+
+        Raises:
+            SurgeryError: a rank failed.
+        """
+        if not self._active:
+            return value
+        held = [value]
+        first = dist.get_process_group_ranks(self._control)[0]
+        self._talk(what, lambda: dist.broadcast_object_list(held, first, group=self._control))
+        return held[0]
+
     def agree(self, what: str, *content: bytes) -> None:
         """Wait until every rank is here, with the same ``content``.
 
