@@ -445,7 +445,8 @@ class Pruner:
             )
         eligible = self._eligible.cpu().numpy()
         scores = self.peers.mean(scores, plan, eligible)
-        self.goal.share(self.peers.of_first)
+        if self.peers.active:
+            self.goal.share(self.peers.of_first)
         self._unscored = tuple(g.root for g in plan.groups if np.isposinf(scores[g.start : g.stop]).all())
         scores[~alive] = -np.inf
         keep = self.goal.select(plan, scores, alive, eligible, fraction)

@@ -129,6 +129,7 @@ class Goal:
         self.roots: dict[str, int] = {}
         self.dense: Counts = (0, 0, 0, None)
         self.latency: LatencyModel | None = None
+        self._shared = False
         self._model: Callable[[], nn.Module | None] = lambda: None
         self.notes: tuple[str, ...] = ()
         self._checked = False
@@ -186,7 +187,8 @@ class Goal:
     def share(self, of_first: Callable[[str, Any], Any]) -> None:
         """Go by what the first of several ranks measured: ``of_first(what, value)`` gives its value."""
         model = self._model()
-        if self.latency is not None and model is not None:
+        if self.latency is not None and model is not None and not self._shared:
+            self._shared = True
             shared = of_first("the latency", self.latency.state_dict())
             self.latency = LatencyModel.from_state(shared, model)
             self.dense = (*self.dense[:3], self.latency.dense)

@@ -109,6 +109,11 @@ class Peers:
         self._talk("the scores", lambda: dist.broadcast(total, first, group=self._control))
         return (total / dist.get_world_size(self._control)).numpy()
 
+    @property
+    def active(self) -> bool:
+        """Whether there are others, in a prune that all make."""
+        return self._active
+
     def of_first(self, what: str, value: Any) -> Any:
         """``value`` as the first rank has it: what is measured comes out a little different on each.
 
