@@ -39,15 +39,19 @@ __all__ = [
     "SurgeryError",
     "build_plan",
     "load",
+    "load_training",
     "register_layer",
     "register_state_layout",
     "save",
     "save_pretrained",
+    "save_training",
 ]
 
 
 # What these import (safetensors, ONNX, ...) a training step does not need.
-_LATER = {"load": "checkpoint", "save": "checkpoint", "save_pretrained": "pretrained"}
+_LATER = {
+    "load": "checkpoint", "load_training": "resume", "save": "checkpoint", "save_training": "resume",
+    "save_pretrained": "pretrained"}
 
 
 def __getattr__(name: str) -> Any:

@@ -42,7 +42,7 @@ def save(
         CheckpointError: the file cannot be written, or a tensor or a value cannot be kept without pickle.
     """
     path = Path(path)
-    named = _tensors(model)
+    named = tensors_of(model)
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in named.items():
@@ -71,25 +71,12 @@ def load(path: str | Path, model: nn.Module, *, device: torch.device | str | Non
             then as it was.
     """
     path = Path(path)
-    named = _tensors(model)
+    named = tensors_of(model)
     changes: list[Change] = []
 
     def check(structure: Structure, shapes: dict[str, tuple[int, ...]]) -> None:
         """Before a value is read: what does not fit must not cost memory."""
-        _check_names(path, named, shapes, structure.aliases)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name in {n for n, m in model.named_modules() if sizes(m)} | set(structure.modules):
-            changes.extend(_sizes(path, modules, name, structure.modules.get(name)))
-        _check_agree(path, changes)
-        wanted = {(id(module), attribute): value for module, attribute, value in changes}
-        for name, shape in shapes.items():
-            _check_shape(path, name, shape, named[name])
-        for name, own in named.items():
-            shape = shapes[structure.aliases.get(name, name)]
-            owner, _, local = as_published(name).rpartition(".")
-            # A parametrization may make a weight of another shape than it keeps.
-            if as_published(name) == name or _shape(modules[owner], local) == tuple(own.shape):
-                _check_layer(path, owner, modules[owner], local, shape, wanted)
+        changes.extend(changes_to(str(path), model, structure, shapes))
 
     structure, tensors = _read(path, check)
     for name, tensor in tensors.items():
@@ -107,6 +94,33 @@ def load(path: str | Path, model: nn.Module, *, device: torch.device | str | Non
         setattr(module, attribute, value)
     remember(model, structure)
     return model
+
+
+def changes_to(
+    where: str, model: nn.Module, structure: Structure, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Change]:
+    """The attributes to set so that ``model`` says of itself what ``structure`` does, with tensors of ``shapes``.
+
+    Raises:
+        CheckpointError: they are of another model, or contradict each other; ``where`` is the source to name.
+    """
+    named = tensors_of(model)
+    _check_names(where, named, shapes, structure.aliases)
+    changes: list[Change] = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in {n for n, m in model.named_modules() if sizes(m)} | set(structure.modules):
+        changes.extend(_sizes(where, modules, name, structure.modules.get(name)))
+    _check_agree(where, changes)
+    wanted = {(id(module), attribute): value for module, attribute, value in changes}
+    for name, shape in shapes.items():
+        _check_shape(where, name, shape, named[name])
+    for name, own in named.items():
+        shape = shapes[structure.aliases.get(name, name)]
+        owner, _, local = as_published(name).rpartition(".")
+        # A parametrization may make a weight of another shape than it keeps.
+        if as_published(name) == name or _shape(modules[owner], local) == tuple(own.shape):
+            _check_layer(where, owner, modules[owner], local, shape, wanted)
+    return changes
 
 
 def read_structure(path: str | Path) -> Structure:
@@ -136,7 +150,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of ``model``, under every name."""
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     return named
@@ -203,7 +218,7 @@ def _read(
     return _open(path, read)
 
 
-def _check_names(path: Path, named: dict[str, Tensor], stored: Mapping[str, Any], aliases: dict[str, Any]) -> None:
+def _check_names(path: str, named: dict[str, Tensor], stored: Mapping[str, Any], aliases: dict[str, Any]) -> None:
     missing = sorted(set(named) - set(stored) - set(aliases))
     extra = sorted((set(stored) | set(aliases)) - set(named))
     if missing or extra:
@@ -222,7 +237,7 @@ def _check_names(path: Path, named: dict[str, Tensor], stored: Mapping[str, Any]
             raise CheckpointError(f"{path}: {other!r} and {name!r} are one tensor in the model, but not in the file")
 
 
-def _check_shape(path: Path, name: str, shape: tuple[int, ...], own: Tensor) -> None:
+def _check_shape(path: str, name: str, shape: tuple[int, ...], own: Tensor) -> None:
     if len(shape) != own.ndim or any(not (0 < a <= b or a == b) for a, b in zip(shape, own.shape, strict=True)):
         raise CheckpointError(
             f"{path}: {name} has shape {shape}, which cannot be a pruned {tuple(own.shape)}; it belongs to another "
@@ -238,7 +253,7 @@ def _check_dtype(path: Path, name: str, saved: Tensor, own: Tensor) -> None:
         )
 
 
-def _sizes(path: Path, modules: dict[str, nn.Module], name: str, found: Any) -> list[Change]:
+def _sizes(path: str, modules: dict[str, nn.Module], name: str, found: Any) -> list[Change]:
     """The attributes to set on module ``name``, checked against what such a module has."""
     module = modules.get(name)
     if module is None or not isinstance(found, dict) or not set(found) >= set(sizes(module)):
@@ -255,7 +270,7 @@ def _sizes(path: Path, modules: dict[str, nn.Module], name: str, found: Any) -> 
     return changes
 
 
-def _check_agree(path: Path, changes: list[Change]) -> None:
+def _check_agree(path: str, changes: list[Change]) -> None:
     """Modules that share an object must say the same of it."""
     said: dict[tuple[int, str], Any] = {}
     for place, attribute, value in changes:
@@ -269,7 +284,7 @@ def _shape(module: nn.Module, local: str) -> tuple[int, ...] | None:
 
 
 def _check_layer(
-    path: Path,
+    path: str,
     name: str,
     module: nn.Module,
     local: str,

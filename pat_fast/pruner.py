@@ -168,6 +168,7 @@ class Pruner:
         self._verify = verify
         self._example_inputs = example_inputs
         self._graph: Any = None
+        self._pending: dict[str, Any] | None = None  # a state that waits for the first forward
         self._regularized = True  # since the last step
         if optimizer is not None:
             check_held(model, as_list(optimizer))
@@ -210,7 +211,8 @@ class Pruner:
     @property
     def is_ready(self) -> bool:
         """Whether there is a plan, or example inputs to make it from."""
-        return self.binding is not None or (self._catcher is not None and self._catcher.has_inputs)
+        found = self.binding is not None or self._example_inputs is not None
+        return found or (self._catcher is not None and self._catcher.has_inputs)
 
     @property
     def stage(self) -> str:
@@ -341,9 +343,14 @@ class Pruner:
         Raises:
             PlanError: no forward of the model was seen yet.
         """
+        if self._pending is not None:
+            return dict(self._pending)
+        from .resume import structure_of
+
         binding = self._ready()
         return {
             "version": STATE_VERSION,
+            "structure": structure_of(self.model),
             "epoch": self.epoch,
             "done": self.done,
             "channels": binding.plan.n_channels,
@@ -354,17 +361,29 @@ class Pruner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called. The model must have the shapes that it had then.
+        """Go on where :meth:`state_dict` was called.
 
-        Give the new pruner ``example_inputs``, or run a forward first.
+        A dense model gets the shapes that it had then; load its values, and those of the optimizer, after this. Without
+        ``example_inputs`` the rest waits for the first forward (which a criterion of activations does not see then).
 
         Raises:
-            PlanError: the model has other channels than the one that was saved, or no forward was seen yet.
+            PlanError: the model has other channels than the one that was saved.
+            CheckpointError: the state is of another model.
             ConfigError: the state is of another version or mode.
         """
-        binding = self._ready()
+        from .resume import fit
+
         if state.get("version") != STATE_VERSION:
             raise ConfigError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
+        if "structure" in state:
+            fit(self.model, state["structure"])
+        if self.binding is not None and not self.binding.is_true:
+            self.binding = None  # it was of the dense model
+        if self.binding is None and not self.is_ready:
+            self._pending = dict(state)
+            self.epoch, self.done = state["epoch"], state["done"]
+            return
+        binding = self._ready()
         if state["channels"] != binding.plan.n_channels:
             raise PlanError(
                 f"the state is of a model with {state['channels']} prunable channels, this one has "
@@ -386,7 +405,9 @@ class Pruner:
 
     def _ready(self) -> Binding:
         """The binding, built from the first forward's inputs if need be, and true to the model."""
-        if self.binding is None:
+        if self.binding is None and self._example_inputs is not None:
+            self._build(self._example_inputs)
+        elif self.binding is None:
             if self._catcher is None or not self.is_ready:
                 raise PlanError(
                     "no forward of the model was seen yet, so there are no example inputs; run one batch first, "
@@ -394,6 +415,9 @@ class Pruner:
                 )
             self._build_from_any(self._catcher.take())
             self._catcher.close()
+        if self._pending is not None:
+            state, self._pending = self._pending, None
+            self.load_state_dict(state)
         assert self.binding is not None
         return self.binding
 

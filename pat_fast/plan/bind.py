@@ -167,6 +167,11 @@ class Binding:
         self._members: dict[str, Tensor] = {}
         self._cache: dict[str, tuple[tuple[Tiles, ...], tuple[tuple[int, ...], ...]]] = {}
 
+    @property
+    def is_true(self) -> bool:
+        """Whether the tensors still have the shapes that the plan knows."""
+        return all(self.tensors[m.name].shape == m.shape for m in self.plan.tensors)
+
     def module(self, path: str) -> nn.Module:
         """The module of this name in the model."""
         return self._modules[path]
