@@ -7,28 +7,38 @@ gradient accumulators. After a prune the wrapper, which the user holds, gets a n
 from __future__ import annotations
 
 import gc
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
 
 NEEDED = ("_build_params_for_reducer", "_build_debug_param_to_name_mapping", "_ddp_init_helper")
 
 
 def unwrapped(model: Any) -> Any:
     """The module inside a ``DistributedDataParallel``; anything else as it is."""
-    while isinstance(model, DistributedDataParallel):
+    kinds = _kinds()
+    while isinstance(model, kinds):
         model = model.module
     return model
+
+
+def _kinds() -> tuple[type[Any], ...]:
+    """The class of wrappers, if any can be: importing it takes longer than the rest of this package."""
+    module = sys.modules.get("torch.nn.parallel.distributed")
+    return () if module is None else (module.DistributedDataParallel,)
 
 
 def wrappers(model: nn.Module) -> list[DistributedDataParallel]:
     """The live wrappers that train parameters of ``model``, the outermost first."""
     own = {id(p) for p in model.parameters()}
-    kinds = _subclasses(DistributedDataParallel)
+    kinds = {sub for kind in _kinds() for sub in _subclasses(kind)}
     found = [thing for thing in gc.get_objects() if type(thing) in kinds and "module" in thing._modules]
     found = [ddp for ddp in found if not own.isdisjoint(id(p) for p in ddp.parameters())]
     return sorted(found, key=lambda ddp: -len(list(ddp.modules())))
