@@ -15,6 +15,7 @@ from .plan import Plan
 from .plan import build_plan as lower
 from .plan.running import call, undisturbed
 from .plan.verify import verify as permutation_test
+from .rehearsal import rehearse
 
 SIDES = {4: 64, 5: 16}  # pixels of images and volumes, by the dimensions of their tensors
 TOKENS = 16
@@ -23,10 +24,11 @@ TOKENS = 16
 def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Plan:
     """Trace ``model``, lower it to a plan, and let the plan prove itself.
 
-    Two tests are made: the permutation test (channels that change places consistently must not move the output)
-    and the dry run (a copy that is a little smaller in every group must run). They take images and sequences
-    cropped to a few pixels or steps where the model accepts that: maps do not depend on it. Groups that fail are
-    frozen with the reason; a note of the plan says what the tests cost.
+    Two things are tested: channels that change places consistently must not move the output, and a copy that is
+    smaller in every group must run, and compute what the model does with these channels at zero. All groups are
+    tested at once (:func:`~pat_fast.rehearsal.rehearse`); if that fails, the permutation test and the dry run find the
+    groups at fault, which are frozen with the reason. The tests take images and sequences cropped to a few pixels or
+    steps where the model accepts that: maps do not depend on it. A note of the plan says what they cost.
 
     Args:
         model: any module; it is left as it was.
@@ -42,22 +44,36 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         return plan
     lowered = time.perf_counter()
     try:
-        example_inputs = cropped(model, example_inputs)
-        found = permutation_test(plan, model, example_inputs)
-        plan = plan.freeze(found.wrong, "its map does not hold: the output moves when its channels change places")
-        for group, error in sorted(dry_run(plan, model, example_inputs, found.shapes).items(), reverse=True):
-            plan = plan.freeze([group], f"the model does not run when it is smaller ({error})")
+        smaller = _smaller(example_inputs)
+        at_once = rehearse(plan, model, example_inputs, smaller)
+        if not at_once:
+            plan = _found_out(plan, model, _taken(model, example_inputs, smaller))
     except Exception as error:  # a model that cannot be copied, or not be run twice
         return _note(plan, f"the plan could not be verified ({type(error).__name__}: {error})")
     done = time.perf_counter()
-    return _note(plan, f"traced in {lowered - start:.2f} s, verified in {done - lowered:.2f} s")
+    how = "" if at_once else ", group by group"
+    return _note(plan, f"traced in {lowered - start:.2f} s, verified in {done - lowered:.2f} s{how}")
 
 
-def cropped(model: nn.Module, example_inputs: Any) -> Any:
-    """``example_inputs`` with at most two examples and short sides, if ``model`` takes them; else as they are."""
+def _found_out(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
+    """``plan`` with the groups frozen that fail one of the two tests."""
+    found = permutation_test(plan, model, example_inputs)
+    plan = plan.freeze(found.wrong, "its map does not hold: the output moves when its channels change places")
+    for group, error in sorted(dry_run(plan, model, example_inputs, found.shapes).items(), reverse=True):
+        plan = plan.freeze([group], f"the model does not run when it is smaller ({error})")
+    return plan
+
+
+def _smaller(example_inputs: Any) -> Any:
+    """``example_inputs`` with at most two examples and short sides; None if they are no larger than that."""
     smaller = tree_map(_crop, example_inputs)
-    shapes = [tuple(t.shape) for t in tree_leaves(smaller) if isinstance(t, Tensor)]
-    if shapes == [tuple(t.shape) for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]:
+    shapes = [[tuple(t.shape) for t in tree_leaves(x) if isinstance(t, Tensor)] for x in (smaller, example_inputs)]
+    return None if shapes[0] == shapes[1] else smaller
+
+
+def _taken(model: nn.Module, example_inputs: Any, smaller: Any) -> Any:
+    """``smaller`` if ``model`` takes it, else ``example_inputs``."""
+    if smaller is None:
         return example_inputs
     try:
         with undisturbed(model), torch.no_grad():

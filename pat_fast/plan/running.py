@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -36,54 +37,62 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Restored: the train/eval flag and the attributes of every module (also what its lists and dicts hold), buffers,
     ``requires_grad``, and the random state.
     """
-    attributes = [(m, _snapshot(m)) for m in model.modules()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    modules = list(model.modules())
+    attributes = [_Snapshot(m) for m in modules]
+    own = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
+    buffers = [(b, b._version, b.detach().clone()) for b in own.values()]
+    parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
+    loose = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
+    devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one fused op for a whole layer would hide its structure
-        model.eval()
-        for p, _ in flags:
-            if p.is_floating_point():
-                p.requires_grad_(True)  # a frozen layer has channels like any other
+        if any(m.training for m in modules):
+            model.eval()
+        for p in loose:
+            p.requires_grad_(True)  # a frozen layer has channels like any other
         eager = torch.compiler.set_stance("force_eager")  # a compiled model runs as it was written
         with torch.random.fork_rng(devices), torch.enable_grad(), eager:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, attributes_before in attributes:
-            _restore(module, attributes_before)
-        for p, flag in flags:
-            p.requires_grad_(flag)
+        for snapshot in attributes:
+            snapshot.restore()
+        for p in loose:
+            p.requires_grad_(False)
         with torch.no_grad():
             for b, version, before in buffers:
                 if b._version != version:
                     b.copy_(before)
 
 
-def _snapshot(module: nn.Module) -> dict[str, Any]:
-    """The attributes of ``module`` (its hooks, parameters and children among them), with copies of lists and dicts."""
-    held = (dict, OrderedDict, list, set)
-    return {k: (v, v.copy()) if type(v) in held else (v, None) for k, v in vars(module).items()}
+class _Snapshot:
+    """The attributes of a module (its hooks, parameters and children among them), with copies of lists and dicts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._now = vars(module)
+        self._before = self._now.copy()
+        self._held = [(v, v.copy() if v else ()) for v in self._before.values() if type(v) in _HELD]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        now, before = self._now, self._before
+        if not _same(now, before):
+            now.clear()
+            now.update(before)
+        for value, content in self._held:
+            if (value or content) and not _same(value, content):
+                if isinstance(value, list):
+                    value[:] = content
+                else:
+                    value.clear()
+                    value.update(content)
 
 
-def _restore(module: nn.Module, before: dict[str, Any]) -> None:
-    for name in vars(module).keys() - before.keys():
-        del vars(module)[name]
-    for name, (value, content) in before.items():
-        vars(module)[name] = value
-        if content is not None and not _same(value, content):
-            if isinstance(value, list):
-                value[:] = content
-            else:
-                value.clear()
-                value.update(content)
+_HELD = (dict, OrderedDict, list, set)
 
 
 def _same(one: Any, two: Any) -> bool:
-    if not one and not two:
-        return True
-    if isinstance(one, dict):
-        return _same([*one.keys(), *one.values()], [*two.keys(), *two.values()])
-    return len(one) == len(two) and all(a is b for a, b in zip(one, two, strict=True))
+    if len(one) != len(two) or not all(map(is_, one, two)):
+        return False
+    return not isinstance(one, dict) or all(map(is_, one.values(), two.values()))

@@ -200,10 +200,10 @@ class Plan:
         home = np.empty(self.n_units, dtype=np.int64)
         home[self.unit] = self.group_of
         stay = np.bincount(home[left > 0], minlength=len(self.groups))
-        for number in np.flatnonzero(stay < self._least_units):
+        for number in np.flatnonzero(stay < self.least_units_of_groups):
             raise PlanError(
                 f"group {self.groups[number].root}: keep leaves {stay[number]} of {(home == number).sum()} units; at "
-                f"least {self._least_units[number]} must stay"
+                f"least {self.least_units_of_groups[number]} must stay"
             )
         for group in self.groups:
             left_over = int(keep[group.start : group.stop].sum()) if group.multiple > 1 else 0
@@ -227,10 +227,11 @@ class Plan:
 
         With one head left, or one channel in each block, a network obeys the rules of another plan.
         """
-        return int(self._least_units[self.groups.index(group)])
+        return int(self.least_units_of_groups[self.groups.index(group)])
 
     @cached_property
-    def _least_units(self) -> IndexArray:
+    def least_units_of_groups(self) -> IndexArray:
+        """:meth:`least_units` of each group."""
         units = np.array([len(np.unique(self.unit[g.start : g.stop])) for g in self.groups], dtype=np.int64)
         channels = np.array([g.channels for g in self.groups], dtype=np.int64)
         multiple = np.array([g.multiple for g in self.groups], dtype=np.int64)
@@ -342,24 +343,36 @@ class Plan:
         Such units hold as many indices of every axis, in the same order. A group has several kinds where its
         channels have different members (parts of a concatenation, say).
         """
+        order, starts = self.by_unit
+        found: dict[int, tuple[int, list[list[int]]]] = {}
+        for kind, channels in zip(self.kind_of_unit.tolist(), np.split(order, starts[1:]), strict=True):
+            group = int(self.group_of[channels[0]])
+            found.setdefault(kind, (group, []))[1].append(channels.tolist())
+        return list(found.values())
+
+    @cached_property
+    def by_unit(self) -> tuple[IndexArray, IndexArray]:
+        """The channels ``[N]`` with those of a unit side by side, in their order, and where each unit starts: ``[U]``.
+        """
+        order = np.argsort(self.unit, kind="stable")
+        return order, np.flatnonzero(np.diff(self.unit[order], prepend=-1))
+
+    @cached_property
+    def kind_of_unit(self) -> IndexArray:
+        """A number for each unit that is the same for those that may change places (see :attr:`kinds`): ``[U]``."""
         # Random weights tell sets of (axis, count) apart, as a hash does: no Python loop over channels.
         weights = np.random.default_rng(0)
         signature = np.zeros(self.n_channels, dtype=np.uint64)
         for _, axis in self.axes():
             held, count = self.counts(axis)
             signature[held] += stirred(count.astype(np.uint64) + weights.integers(2**63, dtype=np.uint64))
-        order = np.argsort(self.unit, kind="stable")  # channels of a unit side by side, in their order
+        order, starts = self.by_unit
         unit = self.unit[order]
-        starts = np.flatnonzero(np.diff(unit, prepend=-1))
         place = np.arange(len(order)) - starts[unit]
         of_unit = np.zeros(self.n_units, dtype=np.uint64)
         np.add.at(of_unit, unit, stirred(signature[order] + stirred(place.astype(np.uint64))))
         of_unit = stirred(of_unit + self.group_of[order[starts]].astype(np.uint64))
-        found: dict[int, tuple[int, list[list[int]]]] = {}
-        for kind, channels in zip(of_unit.tolist(), np.split(order, starts[1:]), strict=True):
-            group = int(self.group_of[channels[0]])
-            found.setdefault(kind, (group, []))[1].append(channels.tolist())
-        return list(found.values())
+        return np.unique(of_unit, return_inverse=True)[1].astype(np.int64)
 
     def describe(self) -> str:
         """A few lines for people: groups, members, what is frozen and why."""

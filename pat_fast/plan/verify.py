@@ -99,7 +99,7 @@ class _Test:
         for i, (tensor, tensor_map) in enumerate(zip(self._tensors, self.plan.tensors, strict=True)):
             orders = None
             if permutation is not None:
-                orders = [_order(axis, permutation, cache) for axis in tensor_map.axes]
+                orders = [channel_order(axis, permutation, cache) for axis in tensor_map.axes]
                 if i not in self._kept and not all(_is_permutation(o, tensor_map, a) for o, a in
                                                    zip(orders, tensor_map.axes, strict=True)):
                     self._place_one(i, None)
@@ -188,7 +188,7 @@ def permuted(tensor: Tensor, tensor_map: TensorMap, orders: Sequence[IntArray]) 
     return tensor
 
 
-def _order(axis: Axis, permutation: IntArray, cache: dict[int, IntArray]) -> IntArray:
+def channel_order(axis: Axis, permutation: IntArray, cache: dict[int, IntArray]) -> IntArray:
     """For each index of an axis, the index whose content it gets: the r-th place of a channel gets the r-th
     place of the channel it takes over. Axes share their vectors of channels, and so ``cache``."""
     found = cache.get(id(axis.channels))

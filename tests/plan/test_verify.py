@@ -1,4 +1,4 @@
-"""The permutation test catches lying maps and names the group; the dry run catches hard-coded shapes."""
+"""Lying maps are caught, by the rehearsal and the permutation test, which names the group; hard-coded shapes, too."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pat_fast as pat
 from pat_fast.dry_run import dry_run
 from pat_fast.plan import Plan, TensorMap, build_plan
 from pat_fast.plan.verify import bisect, draw, verify
+from pat_fast.rehearsal import rehearse
 from tests.helpers import Case, small_inputs
 
 
@@ -25,6 +26,7 @@ def test_plans_of_the_zoo_prove_themselves(case: Case) -> None:
     assert found.error < 1e-10
     assert found.forwards == 3
     assert dry_run(plan, case.model, case.inputs, found.shapes) == {}
+    assert rehearse(plan, case.model, case.inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, case.model.parameters(), strict=True))
 
 
@@ -62,21 +64,29 @@ def repeated(channels: np.ndarray) -> np.ndarray:
     return wrong
 
 
-@pytest.mark.parametrize("lie", [shifted, swapped, missing, repeated])
-def test_a_lying_map_is_caught_and_its_group_named(case: Case, lie: Callable[[np.ndarray], np.ndarray]) -> None:
-    plan = build_plan(case.model, case.inputs)
-    rng = np.random.default_rng(len(case.name))
+LIES = [shifted, swapped, missing, repeated]
+
+
+def spots(plan: Plan) -> list[tuple[int, int]]:
+    """Axes that can be lied about: (tensor, axis)."""
     whole = np.bincount(plan.unit)  # only groups of single-channel units: elsewhere a lie may be a harmless one
-    spots = [
+    return [
         (i, j)
         for i, tensor in enumerate(plan.tensors)
         for j, axis in enumerate(tensor.axes)
         if tensor.is_parameter and tensor.groups == 1 and free(tensor, j)
         if (whole[plan.unit[axis.channels]] == 1).all()
     ]
-    if not spots:
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lying_map_is_caught_and_its_group_named(case: Case, lie: Callable[[np.ndarray], np.ndarray]) -> None:
+    plan = build_plan(case.model, case.inputs)
+    rng = np.random.default_rng(len(case.name))
+    places = spots(plan)
+    if not places:
         pytest.skip("every axis of this model belongs to units of several channels")
-    i, j = spots[rng.integers(len(spots))]
+    i, j = places[rng.integers(len(places))]
     channels = plan.tensors[i].axes[j].channels
     lying = change(plan, i, j, lie(channels))
     proof = verify(lying, case.model, case.inputs)
@@ -86,6 +96,62 @@ def test_a_lying_map_is_caught_and_its_group_named(case: Case, lie: Callable[[np
     where = f"{lie.__name__} {plan.tensors[i].name} dim {plan.tensors[i].axes[j].dim}"
     assert found, where
     assert found <= set(plan.group_of[channels].tolist()), where
+    assert not rehearse(lying, case.model, case.inputs), where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lie", LIES)
+def test_no_lie_about_any_axis_passes_the_rehearsal(case: Case, lie: Callable[[np.ndarray], np.ndarray]) -> None:
+    plan = build_plan(case.model, case.inputs)
+    for i, j in spots(plan):
+        lying = change(plan, i, j, lie(plan.tensors[i].axes[j].channels))
+        assert not rehearse(lying, case.model, case.inputs), (plan.tensors[i].name, j)
+
+
+def test_lone_channels_are_told_apart() -> None:
+    """Three channels that are each of their own kind: wrong repeats that no permutation moves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 3))
+    x = torch.randn(5, 4)
+    honest = build_plan(model, x)
+    assert rehearse(honest, model, x)
+    number = next(i for i, t in enumerate(honest.tensors) if t.name == "2.weight")
+    for wrong in ([0, 1, 2, 3, 4, 4, 6], [0, 0, 1, 1, 4, 5, 6], [-1, 1, 2, 3, 4, 5, 6], [0, 1, 0, 3, 0, 5, 6]):
+        assert not rehearse(change(honest, number, 0, np.array(wrong)), model, x), wrong
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_rehearsal_writes_nothing_and_says_no_to_what_it_cannot_see() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = small_inputs()
+    plan = build_plan(model, x)
+    state = {n: (t, t._version, t.clone()) for n, t in model.state_dict(keep_vars=True).items()}
+    assert rehearse(plan, model, x)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        same, version, before = state[name]
+        assert (tensor is same, tensor._version) == (True, version), name
+        assert torch.equal(tensor, before), name
+    assert (model[0].out_channels, model.training) == (8, True)
+    assert not rehearse(plan, torch.jit.script(model), x)
+
+
+def test_smaller_inputs_are_tried_first() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 6, 1), nn.Linear(6 * 64, 2)
+            self.sides: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            SIDES.append(x.shape[-1])
+            return self.fc(self.conv(x).flatten(1))
+
+    SIDES: list[int] = []
+    model, x = Fixed(), small_inputs()
+    plan = build_plan(model, x)
+    SIDES.clear()
+    assert rehearse(plan, model, x, x[..., :4, :4])
+    assert SIDES == [4, 8, 8]
 
 
 def test_lying_groups_are_frozen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

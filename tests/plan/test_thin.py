@@ -1,0 +1,97 @@
+"""Layers with thin tensors standing in compute what they compute with the large ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pat_fast.plan.thin import POOL, Standing, Thin, Values
+
+ROWS, COLUMNS = torch.tensor([70, 3, 41]), torch.tensor([5, 0, 77, 30])
+
+
+def thin(shape: tuple[int, ...], small: tuple[int, ...], places: dict[int, Tensor], fill: float = 0.0) -> Thin:
+    values = torch.randn(small, generator=torch.Generator().manual_seed(len(shape)), dtype=torch.float64)
+    return Thin(values, shape, places, None, fill)
+
+
+def test_the_large_tensor_has_the_small_one_at_its_places() -> None:
+    one = thin((80, 90), (3, 4), {0: ROWS, 1: COLUMNS})
+    full = one.full()
+    assert full.shape == (80, 90)
+    assert torch.equal(full[ROWS][:, COLUMNS], one.small)
+    assert full.count_nonzero() == 12
+    assert thin((9,), (2,), {0: torch.tensor([4, 1])}, fill=1.0).full().eq(1).sum() == 7
+
+
+def test_blocks_of_a_grouped_convolution_have_their_own_columns() -> None:
+    columns = torch.tensor([[1, 0], [2, 1]])
+    one = Thin(torch.randn(4, 2, 1), (6, 3, 1), {0: torch.tensor([2, 0, 3, 5])}, columns, 0.0)
+    full = one.full()
+    for i, row in enumerate([2, 0, 3, 5]):
+        assert torch.equal(full[row, columns[i // 2], 0], one.small[i, :, 0])
+    assert full.count_nonzero() == 8
+
+
+CASES: dict[str, Any] = {
+    "linear": lambda w, b, x: F.linear(x, w, b),
+    "linear by keyword": lambda w, b, x: F.linear(x, weight=w, bias=b),
+    "linear without bias": lambda w, b, x: F.linear(x, w),
+    "product": lambda w, b, x: x @ w.t() + b,
+    "nested": lambda w, b, x: torch.cat([x @ w.T, torch.stack([b, b])]),
+    "conv": lambda w, b, x: F.conv1d(x[..., None], w[..., None], b),
+    "shape": lambda w, b, x: x.new_ones(w.shape) * w.size(0) + w,
+}
+
+
+@pytest.mark.parametrize("places", [{0: ROWS, 1: COLUMNS}, {0: ROWS}, {1: COLUMNS}, {}], ids=["both", "0", "1", "none"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_functions_compute_with_what_stands_in(name: str, places: dict[int, Tensor]) -> None:
+    weight, bias = nn.Parameter(torch.randn(80, 90)), nn.Parameter(torch.randn(80))
+    small = (3 if 0 in places else 80, 4 if 1 in places else 90)
+    w = thin((80, 90), small, places)
+    b = thin((80,), small[:1], {0: ROWS} if 0 in places else {})
+    x = torch.randn(2, 90, dtype=torch.float64)
+    if name == "shape":
+        x = torch.randn(1, 1, dtype=torch.float64)
+    with Standing({id(weight): w, id(bias): b}), torch.no_grad():
+        found = CASES[name](weight, bias, x)
+    torch.testing.assert_close(found, CASES[name](w.full(), b.full(), x))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_compute_with_what_stands_in(kind: Any, groups: int) -> None:
+    layer = kind(90 * groups, 80, 1, groups=groups).double()
+    w = thin(tuple(layer.weight.shape), (3, 4, *layer.kernel_size), {0: ROWS, 1: COLUMNS})
+    x = torch.randn(2, 90 * groups, *[3] * len(layer.kernel_size), dtype=torch.float64)
+    with Standing({id(layer.weight): w}), torch.no_grad():
+        found = layer(x)
+    layer.weight.data = w.full()
+    torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.parametrize("places", [{1: COLUMNS}, {0: ROWS}, {}], ids=["1", "0", "none"])
+def test_embeddings_compute_with_what_stands_in(places: dict[int, Tensor]) -> None:
+    layer = nn.Embedding(80, 90)
+    w = thin((80, 90), (3 if 0 in places else 80, 4 if 1 in places else 90), places)
+    ids = torch.tensor([[1, 70], [3, 79]])
+    with Standing({id(layer.weight): w}), torch.no_grad():
+        found = layer(ids)
+    torch.testing.assert_close(found, w.full()[ids])
+
+
+def test_values_differ_from_one_another() -> None:
+    values = Values(0)
+    like = torch.zeros(0)
+    matrix = values.like(like, (40, 5000), "a.weight", 5000)  # longer than the pool
+    assert matrix.numel() > POOL
+    assert len(torch.unique(matrix, dim=0)) == 40
+    assert matrix.std().item() == pytest.approx(5000**-0.5, rel=0.01)
+    scale, variance = values.like(like, (50,), "a.weight", 50), values.like(like, (50,), "a.running_var", 50)
+    assert min(scale.min(), variance.min()) >= 0.5
+    assert not torch.equal(scale, variance)
