@@ -11,12 +11,19 @@ from torch import nn
 
 from .criteria import Criterion, GroupNorm, Magnitude
 from .errors import ConfigError, check, did_you_mean
-from .regularizers import BNScaleRegularizer, GroupNormRegularizer, GrowingRegularizer, Regularizer
+from .regularizers import (
+    BNScaleRegularizer,
+    GroupNormRegularizer,
+    GrowingRegularizer,
+    ProximalGroupLasso,
+    Regularizer,
+)
 
 REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     "group_norm": GroupNormRegularizer,
     "bn_scale": BNScaleRegularizer,
     "growing": GrowingRegularizer,
+    "proximal": ProximalGroupLasso,
 }
 
 

@@ -97,7 +97,7 @@ class PruneConfig(Section):
     )
     regularizer: str | dict[str, Any] | None = Field(
         default="group_norm",
-        description="'group_norm', 'bn_scale', 'growing', an object with 'name' and options, or null",
+        description="'group_norm', 'bn_scale', 'growing', 'proximal', an object with 'name' and options, or null",
     )
     reg_strength: float = Field(default=1e-4, ge=0, description="a number >= 0: the strength of the regulariser")
 

@@ -159,16 +159,22 @@ class Discovery:
         pruner = self._pruner()
         if pruner is not None and pruner.is_ready:
             scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
-            overflow = getattr(optimizer, "found_inf", None)  # ... and skips it if a gradient overflowed
-            if overflow is None or not bool(overflow):
+            if not _overflowed(optimizer):
                 pruner.regularize(1.0 if scale is None else float(scale), optimizer)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._stepping = [ref for ref in self._stepping if ref() is not None and ref() is not optimizer]
         pruner = self._pruner()
         if pruner is not None and self._is_ours(optimizer):
-            pruner.hold()
+            if not _overflowed(optimizer):
+                pruner.hold(optimizer)
             pruner.count(optimizer)
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer skips its step because a gradient overflowed."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _remove(handles: list[Any]) -> None:

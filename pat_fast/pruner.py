@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .arguments import check_choice, check_count, check_model, make_regularizer
@@ -29,7 +30,8 @@ from .limits import Ranking, Ratios, RoundTo, Rules
 from .masks import Mask
 from .plan import Binding, Plan, bind
 from .proof import build_plan
-from .regularizers import GrowingRegularizer, Regularizer
+from .regularizers import GrowingRegularizer, Penalty, Regularizer
+from .regularizers.stepping import at_weights, loss_scale
 from .report import Changes, Counts, StepReport, joined
 from .schedules import Curve, Schedule
 from .selection import Scope
@@ -81,8 +83,9 @@ class Pruner:
             name and options (``{"name": "taylor", "decay": 0.5}``), a criterion, or a function from a binding to
             scores ``[N]``. Channels that score ``inf`` stay.
         p: exponent of criteria that are a magnitude; 2 by default.
-        regularizer: ``"group_norm"``, ``"bn_scale"`` (slimming), ``"growing"`` (stronger with each :meth:`step`), a
-            dict of a name and options (``{"name": "bn_scale", "group_lasso": True}``), a regulariser, or None.
+        regularizer: ``"group_norm"``, ``"bn_scale"`` (slimming), ``"growing"`` (stronger with each :meth:`step`),
+            ``"proximal"`` (group lasso, exact zeros), a dict of a name and options (``{"name": "group_norm",
+            "decoupled": True, "warmup": 500}``), a regulariser, or None.
         reg_strength: strength of a regulariser that is named.
         round_to: each group keeps a multiple of this many channels; one for each type of layer
             (``{"Conv2d": 8, "Linear": 16}``); or ``"auto"``: what the device computes fastest with, as the report says.
@@ -302,16 +305,24 @@ class Pruner:
         return self._report(before, ())
 
     @torch.no_grad()
-    def regularize(self, scale: float = 1.0, optimizer: Optimizer | None = None) -> None:
+    def regularize(self, scale: float | GradScaler = 1.0, optimizer: Optimizer | None = None) -> None:
         """Let the criterion see the gradients, add the regulariser to them, clear those of masked channels.
 
-        Done by the optimizer's hook when ``auto`` is on; else call it after backward (after ``unscale_``
-        under a ``GradScaler``), before the optimizer's step.
+        Done by the optimizer's hook when ``auto`` is on; else call it once per step of the optimizer, before it, when
+        all gradients of the step are there (after the last backward, where several add up).
 
         Args:
-            scale: a loss scale that is still in the gradients.
+            scale: a loss scale that is still in the gradients, or the ``GradScaler``, which knows whether ``unscale_``
+                was called, and whether the step will be skipped.
             optimizer: leave alone what this one does not hold; another will step it.
+        Raises:
+            ConfigError: a decoupled regulariser without a learning rate to go by, or before ``unscale_``.
         """
+        if isinstance(scale, GradScaler):
+            found = loss_scale(scale, optimizer, getattr(self.regularizer, "decoupled", False))
+            if found is None:
+                return
+            scale = found
         binding = self._ready()
         self._regularized = True
         only = None if optimizer is None else held([optimizer])
@@ -319,16 +330,26 @@ class Pruner:
         if not self.done:
             self._watching.observe(binding, scale, only)
         if self.regularizer is not None and self.stage != "finetune":
-            alive = self.mask.alive if self.mask is not None else None
-            where = self._eligible if alive is None else self._eligible & alive
-            self.regularizer.apply(binding, scale, where, only)
+            self.regularizer.apply(binding, scale, self._pushed, only)
+            at_weights(self.regularizer, "before_step", binding, optimizer, self._optimizers.current, self._pushed)
         if self.mask is not None and self.mask.is_active:
             self.mask.hold_gradients()
 
-    def hold(self) -> None:
-        """Clear the weights of masked channels; done by the optimizer's hook when ``auto`` is on."""
+    def hold(self, optimizer: Optimizer | None = None) -> None:
+        """Take a proximal regulariser's step, clear the weights of masked channels.
+
+        Done by the optimizer's hook when ``auto`` is on; else call it after each step of the optimizer.
+        """
+        if self.binding is not None and self.stage != "finetune":
+            known = self._optimizers.current
+            at_weights(self.regularizer, "after_step", self.binding, optimizer, known, self._pushed)
         if self.mask is not None and self.mask.is_active:
             self.mask.hold_weights()
+
+    @property
+    def _pushed(self) -> torch.Tensor:
+        """The channels that are regularised: bool ``[N]``."""
+        return self._eligible if self.mask is None else self._eligible & self.mask.alive
 
     def close(self) -> None:
         """Take all hooks off."""
@@ -357,7 +378,7 @@ class Pruner:
             "goal": self.goal.state_dict(),
             "alive": None if self.mask is None else self.mask.alive.clone(),
             "criterion": self._watching.state_dict(binding),
-            "growing": self.regularizer.state_dict() if isinstance(self.regularizer, GrowingRegularizer) else None,
+            "regularizer": self.regularizer.state_dict() if isinstance(self.regularizer, Penalty) else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -392,8 +413,8 @@ class Pruner:
         if (state["alive"] is None) != (self.mask is None):
             raise ConfigError(f"mode: the state was saved with masks {'off' if state['alive'] is None else 'on'}")
         self._watching.load_state_dict(state["criterion"], binding)
-        if isinstance(self.regularizer, GrowingRegularizer) and state["growing"] is not None:
-            self.regularizer.load_state_dict(state["growing"])
+        if isinstance(self.regularizer, Penalty) and state["regularizer"] is not None:
+            self.regularizer.load_state_dict(state["regularizer"])
         self.epoch, self.done = state["epoch"], state["done"]
         self.goal.load_state_dict(state["goal"])
         if self.mask is not None:

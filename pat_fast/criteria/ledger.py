@@ -204,6 +204,11 @@ class Book:
         self.ledger = Ledger(binding.plan, maps, binding.device, **how)
         self._slots = [self.ledger.slots(bucket) for bucket in tiles]
 
+    @cached_property
+    def named(self) -> list[Tensor]:
+        """For each table, the slots that have an id: bool ``[slots]``."""
+        return [ids < self.ledger.indices for ids in self._slots]
+
     def collect(self, slots: Sequence[Tensor]) -> Tensor:
         """Sum the slots of each table, ``slots[i] [slots]``, onto the ledger's indices: ``[indices]``."""
         found: Tensor | None = None

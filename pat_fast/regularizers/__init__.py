@@ -1,6 +1,7 @@
 """Sparsity regularisers: gradients that push unimportant channels towards zero before they are pruned.
 
-Each has ``apply(binding, scale, where, only)``, which adds to the gradients that are there.
+Each has ``apply(binding, scale, where, only)``, which adds to the gradients that are there; decoupled ones shrink the
+weights before the optimizer's step (``before_step``), proximal ones after it (``after_step``).
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from .bn_scale import BNScaleRegularizer
 from .group_norm import GroupNormRegularizer
 from .growing import GrowingRegularizer
+from .penalty import Penalty
+from .proximal import ProximalGroupLasso
 from .push import REGULARIZED, Regularizer, gradients, is_regularized
 
 __all__ = [
@@ -15,6 +18,8 @@ __all__ = [
     "BNScaleRegularizer",
     "GroupNormRegularizer",
     "GrowingRegularizer",
+    "Penalty",
+    "ProximalGroupLasso",
     "Regularizer",
     "gradients",
     "is_regularized",

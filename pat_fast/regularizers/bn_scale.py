@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..criteria.ledger import book
 from ..criteria.reductions import reduce_members
-from ..errors import check
 from ..ops import channel_reduce
 from ..plan.bind import Binding
-from .push import NORMS, is_norm_weight, push
+from .penalty import Penalty
+from .push import NORMS, is_norm_weight, push, shrink
 
 EPSILON = 1e-9  # Torch-Pruning's, below the root
 
 
-class BNScaleRegularizer:
+class BNScaleRegularizer(Penalty):
     """Network slimming, added to the gradients of the scales of all batch norms: ``g += strength * sign(w)``.
 
     Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017,
@@ -29,13 +28,15 @@ class BNScaleRegularizer:
     Args:
         strength: at least 0; 1e-5 to 1e-3 are usual.
         group_lasso: push the scales of a group together.
+        warmup, decoupled: see :class:`Penalty`; decoupled ``w -= lr * strength * sign(w)``.
     Raises:
         ConfigError: the strength is out of range.
     """
 
-    def __init__(self, strength: float = 1e-5, group_lasso: bool = False) -> None:
-        check("strength", strength, lambda v: 0 <= v < math.inf, "a number, at least 0")
-        self.strength = strength
+    def __init__(
+        self, strength: float = 1e-5, group_lasso: bool = False, warmup: int = 0, decoupled: bool = False
+    ) -> None:
+        super().__init__(strength, warmup, decoupled)
         self.group_lasso = group_lasso
 
     @torch.no_grad()
@@ -45,33 +46,35 @@ class BNScaleRegularizer:
         squares = tally.collect([channel_reduce(t.tensors, t.table, f="pow", p=2.0) for t in tally.tiles])
         return (reduce_members(squares, tally.ledger, "mean") + EPSILON).rsqrt()
 
-    @torch.no_grad()
-    def apply(
-        self,
-        binding: Binding,
-        scale: float = 1.0,
-        where: Tensor | None = None,
-        only: Collection[int] | None = None,
-    ) -> None:
-        """Add to the gradients of the scales; scales without a gradient are left alone.
-
-        Args:
-            scale: multiplies the strength (a loss scale that is still in the gradients).
-            where: bool ``[N]``, the channels to push; all by default, and of ``sign(w)`` those of no group, too.
-            only: ``id`` of the scales to push; all by default.
-        """
+    def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
         if self.group_lasso:
-            gamma = self.gamma(binding) * (self.strength * scale)
-            push(binding, "norm scales", is_norm_weight, gamma if where is None else gamma * where, only)
+            push(binding, "norm scales", is_norm_weight, self._rates(binding, factor, where), only)
             return
+        for weight, step in self._signs(binding, where):
+            if only is None or id(weight) in only:
+                weight.grad.add_(step, alpha=self.strength * factor)  # type: ignore[union-attr]
+
+    def _shrink(self, binding: Binding, factor: float, lr: Mapping[int, float], where: Tensor | None) -> None:
+        if self.group_lasso:
+            shrink(binding, "norm scales", is_norm_weight, self._rates(binding, factor, where), lr)
+            return
+        for weight, step in self._signs(binding, where):
+            weight.sub_(step, alpha=self.strength * factor * lr.get(id(weight), 0.0))
+
+    def _rates(self, binding: Binding, factor: float, where: Tensor | None) -> Tensor:
+        gamma = self.gamma(binding) * (self.strength * factor)
+        return gamma if where is None else gamma * where
+
+    def _signs(self, binding: Binding, where: Tensor | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """The scales of batch norms that have a gradient, and the signs of those to push."""
         held = {} if where is None else {m.name: m.axes[0].channels for m in binding.plan.tensors}
         for name, module in binding.model.named_modules():
             weight = module.weight if isinstance(module, NORMS) else None
-            if weight is None or weight.grad is None or (only is not None and id(weight) not in only):
+            if weight is None or weight.grad is None:
                 continue
-            step = weight.sign() * (self.strength * scale)
+            step = weight.sign()
             channels = held.get(f"{name}.weight")
             if where is not None and channels is not None:
                 index = torch.from_numpy(channels).long().to(step.device)
                 step *= where.to(step.device)[index.clamp_min(0)] | (index < 0)
-            weight.grad.add_(step)
+            yield weight, step

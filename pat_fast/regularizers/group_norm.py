@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from ..criteria import Criterion, GroupNorm
 from ..errors import check
 from ..plan.bind import Binding
-from .push import push_layers, without_nan_groups
+from .penalty import Penalty
+from .push import push_layers, shrink_layers, without_nan_groups
 
 
-class GroupNormRegularizer:
+class GroupNormRegularizer(Penalty):
     """DepGraph's group-norm regulariser, added to the gradients: ``g += strength * gamma_c * w``.
 
     With ``n_c`` the square root of the channel's score and its extremes taken over the group,
@@ -28,16 +29,22 @@ class GroupNormRegularizer:
         alpha: at least 1; DepGraph uses 16.
         criterion: what scores the channels; group magnitude (p = 2) by default.
         bias: push the biases of the same layers, too.
+        warmup, decoupled: see :class:`Penalty`.
     Raises:
         ConfigError: a value is out of range.
     """
 
     def __init__(
-        self, strength: float = 1e-4, alpha: float = 16.0, criterion: Criterion | None = None, bias: bool = False
+        self,
+        strength: float = 1e-4,
+        alpha: float = 16.0,
+        criterion: Criterion | None = None,
+        bias: bool = False,
+        warmup: int = 0,
+        decoupled: bool = False,
     ) -> None:
-        check("strength", strength, lambda v: 0 <= v < math.inf, "a number, at least 0")
+        super().__init__(strength, warmup, decoupled)
         check("alpha", alpha, lambda v: 1 <= v < math.inf, "a number, at least 1")
-        self.strength = strength
         self.alpha = alpha
         self.criterion = criterion or GroupNorm(2.0)
         self.bias = bias
@@ -52,20 +59,12 @@ class GroupNormRegularizer:
         gamma = torch.where(torch.isnan(norm), norm, self.alpha ** place.clamp(0.0, 1.0))
         return without_nan_groups(binding, gamma)
 
-    @torch.no_grad()
-    def apply(
-        self,
-        binding: Binding,
-        scale: float = 1.0,
-        where: Tensor | None = None,
-        only: Collection[int] | None = None,
-    ) -> None:
-        """Add to the gradients of the regularised weights; weights without a gradient are left alone.
+    def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
+        push_layers(binding, self._rates(binding, factor, where), self.bias, only)
 
-        Args:
-            scale: multiplies the strength (a loss scale that is still in the gradients).
-            where: bool ``[N]``, the channels to push; all by default.
-            only: ``id`` of the parameters to push; all by default.
-        """
-        gamma = self.gamma(binding) * (self.strength * scale)
-        push_layers(binding, gamma if where is None else gamma * where, self.bias, only)
+    def _shrink(self, binding: Binding, factor: float, lr: Mapping[int, float], where: Tensor | None) -> None:
+        shrink_layers(binding, self._rates(binding, factor, where), self.bias, lr)
+
+    def _rates(self, binding: Binding, factor: float, where: Tensor | None) -> Tensor:
+        gamma = self.gamma(binding) * (self.strength * factor)
+        return gamma if where is None else gamma * where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ from ..criteria import Criterion, GroupNorm
 from ..errors import PlanError, check
 from ..plan.bind import Binding
 from ..plan.types import Plan
-from .push import push_layers, without_nan_groups
+from .penalty import Penalty
+from .push import push_layers, shrink_layers, without_nan_groups
 
 EPSILON = 1e-8  # Torch-Pruning's
 
 
-class GrowingRegularizer:
+class GrowingRegularizer(Penalty):
     """A decay that grows, fastest for the least important: ``g += lambda_c * w``.
 
     ``lambda`` starts at ``strength`` for every channel, and each :meth:`grow` adds
@@ -36,6 +37,7 @@ class GrowingRegularizer:
         delta: at least 0, what one :meth:`grow` adds for the least important channel of a group.
         criterion: what scores the channels; group magnitude (p = 2) by default.
         bias: push the biases of the same layers, too.
+        warmup, decoupled: see :class:`Penalty`.
     Raises:
         ConfigError: a value is out of range.
     """
@@ -46,10 +48,11 @@ class GrowingRegularizer:
         delta: float = 1e-5,
         criterion: Criterion | None = None,
         bias: bool = False,
+        warmup: int = 0,
+        decoupled: bool = False,
     ) -> None:
-        check("strength", strength, lambda v: 0 <= v < math.inf, "a number, at least 0")
+        super().__init__(strength, warmup, decoupled)
         check("delta", delta, lambda v: 0 <= v < math.inf, "a number, at least 0")
-        self.strength = strength
         self.delta = delta
         self.criterion = criterion or GroupNorm(2.0)
         self.bias = bias
@@ -96,28 +99,19 @@ class GrowingRegularizer:
             movable = plan.movable(plan.check_keep(kept))
             self._grown = self._grown[torch.from_numpy(movable).to(self._grown.device)]
 
-    @torch.no_grad()
-    def apply(
-        self,
-        binding: Binding,
-        scale: float = 1.0,
-        where: Tensor | None = None,
-        only: Collection[int] | None = None,
-    ) -> None:
-        """Add to the gradients of the regularised weights; weights without a gradient are left alone.
-
-        Args:
-            scale: multiplies the strengths (a loss scale that is still in the gradients).
-            where: bool ``[N]``, the channels to push; all by default.
-            only: ``id`` of the parameters to push; all by default.
-        """
-        gamma = self.strengths(binding) * scale
+    def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
+        gamma = self.strengths(binding) * factor
         push_layers(binding, gamma if where is None else gamma * where, self.bias, only)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The grown strengths: ``{"grown": [N] or None}``."""
-        return {"grown": None if self._grown is None else self._grown.clone()}
+    def _shrink(self, binding: Binding, factor: float, lr: Mapping[int, float], where: Tensor | None) -> None:
+        gamma = self.strengths(binding) * factor
+        shrink_layers(binding, gamma if where is None else gamma * where, self.bias, lr)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The grown strengths and the steps: ``{"grown": [N] or None, "steps": int}``."""
+        return {"grown": None if self._grown is None else self._grown.clone(), **super().state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` gave."""
         self._grown = None if state["grown"] is None else state["grown"].clone()
+        super().load_state_dict(state)

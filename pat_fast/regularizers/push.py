@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import channel_axpy_
+from ..ops import channel_axpy_, channel_scale_
+from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
 from ..plan.bind import Binding, Tiles
 from ..plan.types import TensorMap
 
 
 class Regularizer(Protocol):
-    """Anything that adds to gradients."""
+    """Anything that adds to gradients.
+
+    Where it has them, ``before_step(binding, lr, where)`` is called when an optimizer is about to step, and
+    ``after_step(binding, lr, where)`` when it has; ``lr`` has the learning rate of each of its parameters by ``id``.
+    """
 
     def apply(
         self,
@@ -81,6 +87,51 @@ def push_layers(binding: Binding, gamma: Tensor, bias: bool, only: Collection[in
     push(binding, "regularized", is_regularized, gamma, only)
     if bias:
         push(binding, "regularized biases", is_regularized_bias, gamma, only)
+
+
+@torch.no_grad()
+def shrink(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, lr: Mapping[int, float]) -> None:
+    """``w *= max(0, 1 - lr * gamma[c])`` for what belongs to channel c, by row and by column.
+
+    For a weight that both a row and a column shrink this is ``1 - lr * (gamma[r] + gamma[c])`` up to the product of the
+    two, which is far below the rounding of single precision for usual strengths, and never changes its sign.
+
+    Args:
+        key: under which the tables of the tensors that ``wanted`` names are kept.
+        gamma: ``[N]``.
+        lr: learning rates by the ``id`` of tensors; what has none, or no gradient, is left alone.
+    """
+    for tiles in binding.tiles(key, wanted):
+        rates = [0.0 if t.grad is None else lr.get(id(t), 0.0) for t in tiles.tensors]
+        if any(rates):
+            slots = binding.to_slots(tiles, gamma, fill=0.0) * by_slot(binding, tiles, rates)
+            channel_scale_(tiles.tensors, tiles.table, (1 - slots).clamp_min_(0.0))
+
+
+def shrink_layers(binding: Binding, gamma: Tensor, bias: bool, lr: Mapping[int, float]) -> None:
+    """:func:`shrink` what :func:`push_layers` pushes."""
+    shrink(binding, "regularized", is_regularized, gamma, lr)
+    if bias:
+        shrink(binding, "regularized biases", is_regularized_bias, gamma, lr)
+
+
+_owners: WeakKeyDictionary[Binding, dict[int, tuple[TileTable, Tensor]]] = WeakKeyDictionary()
+
+
+def by_slot(binding: Binding, tiles: Tiles, values: Sequence[float]) -> Tensor:
+    """``values``, one for each tensor, at the slots of its tiles: ``[slots]``, or one where all are the same."""
+    device = tiles.slot_channel.device
+    if len(set(values)) == 1:
+        return torch.full((), values[0], device=device)
+    known = _owners.setdefault(binding, {})
+    if id(tiles.table) not in known or known[id(tiles.table)][0] is not tiles.table:
+        owner = torch.zeros(tiles.table.slots, dtype=torch.int64)
+        for row in tiles.table.rows:
+            for start, size in ((row[ROW], row[R]), (row[COL], row[C])):
+                if start >= 0:
+                    owner[start : start + size] = row[TENSOR]
+        known[id(tiles.table)] = (tiles.table, owner.to(device))
+    return torch.tensor(values, device=device)[known[id(tiles.table)][1]]
 
 
 def _add(binding: Binding, tiles: Tiles, gamma: Tensor) -> None:
