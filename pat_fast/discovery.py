@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -105,7 +106,7 @@ class Discovery:
         if self._searches and model is not None:
             known = held(self._ours)
             if any(id(p) not in known for p in model.parameters() if p.requires_grad):
-                kinds = _subclasses(Optimizer)
+                kinds = subclasses(Optimizer)
                 for thing in [o for o in gc.get_objects() if type(o) in kinds]:
                     self._is_ours(thing)
         return list(self._ours)
@@ -183,19 +184,20 @@ def _remove(handles: list[Any]) -> None:
     handles.clear()
 
 
-def _subclasses(cls: type[Any]) -> set[type]:
+def subclasses(cls: type[Any]) -> set[type]:
+    """``cls`` and everything that is derived from it."""
     found: set[type] = {cls}
-    return found.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+    return found.union(*(subclasses(sub) for sub in cls.__subclasses__()))
 
 
 def _through(method: weakref.WeakMethod[Any]) -> Any:
-    """A hook that does not keep its owner alive."""
+    """A hook that does not keep its owner alive, and that a compiled optimizer step calls instead of compiling it."""
 
     def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         bound = method()
         return None if bound is None else bound(optimizer, args, kwargs)
 
-    return hook
+    return torch.compiler.disable(hook)
 
 
 def as_list(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

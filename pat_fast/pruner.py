@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from .arguments import check_choice, check_count, check_model, make_regularizer
+from .averages import Averages
 from .criteria import Criterion, Watching, make_criterion
 from .criteria.accumulator import Accumulator
 from .discovery import Discovery, InputCatcher, as_list, check_held, held
@@ -68,6 +69,8 @@ class Pruner:
             or a function of the progress ``t`` in 0 .. 1.
         example_inputs: a tensor, tuple or dict for one forward; by default the inputs of the first forward.
         optimizer: the optimizer or optimizers whose state shrinks along; found by themselves by default.
+        averaged: copies of the model whose weights are averages of its own (EMA, SWA), or modules that hold one; they
+            lose the same channels. By default every ``AveragedModel`` of this model is found by itself.
         mode: ``"prune"`` removes channels at each step; ``"mask"`` holds them at zero until
             :meth:`finalize`.
         start_epoch: pruning begins after this many steps.
@@ -115,6 +118,7 @@ class Pruner:
         *,
         example_inputs: Any = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        averaged: nn.Module | Sequence[nn.Module] | None = None,
         mode: str = "prune",
         start_epoch: int = 0,
         end_epoch: int | None = None,
@@ -184,6 +188,7 @@ class Pruner:
         else:
             raise ConfigError("auto=False needs example_inputs: there is no hook to take them from a forward")
         self._optimizers = Discovery(self, model, optimizer, auto)
+        self._averages = Averages(self, model, averaged, auto)
         if end_epoch is None and self.schedule.end == end:
             log.warning(
                 "pat_fast: end_epoch was not given; the whole target is reached at the %dth %s",
@@ -354,6 +359,7 @@ class Pruner:
     def close(self) -> None:
         """Take all hooks off."""
         self._optimizers.close()
+        self._averages.close()
         self._watching.detach()
         if self._catcher is not None:
             self._catcher.close()
@@ -517,7 +523,7 @@ class Pruner:
     def _remove(self, binding: Binding, keep: NDArray[np.bool_]) -> None:
         """Shrink the model, and all that is kept of it."""
         followers: list[Any] = [*self._optimizers.current(), *self._watching.accumulators]
-        self.binding = prune(binding, keep, followers, self.peers.ready)
+        self.binding = prune(binding, keep, followers, self.peers.ready, self._averages.current())
         self._watching.shrink(binding.plan, keep)
         if isinstance(self.regularizer, GrowingRegularizer):
             self.regularizer.shrink(binding.plan, keep)

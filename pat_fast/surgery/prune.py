@@ -22,6 +22,7 @@ from ..errors import PatError, PlanError, SurgeryError
 from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
 from ..plan.types import Axis, ChannelArray, Kept, TensorMap, groups_left
+from .compiled import forget_compiled
 from .modules import Change, apply_changes, attribute_changes
 from .optimizer import StateTensor, check_state, state_tensors
 from .record import note_prune
@@ -55,6 +56,7 @@ def prune(
     keep: Tensor | NDArray[np.bool_],
     optimizers: Iterable[Optimizer] = (),
     ready: Callable[[], None] | None = None,
+    copies: Iterable[nn.Module] = (),
 ) -> Binding:
     """Remove the channels ``~keep`` from the model, and from what trains it.
 
@@ -63,6 +65,7 @@ def prune(
         keep: bool ``[N]``; whole units, and something left of every axis.
         optimizers: whose state is to shrink along.
         ready: called when everything new is made and nothing of the model was touched; if it raises, nothing is.
+        copies: of the model (averages of its weights), which are to lose the same channels.
     Returns:
         The binding of the smaller plan to the same model.
     Raises:
@@ -73,8 +76,9 @@ def prune(
     keep = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
     kept = binding.plan.check_keep(keep)
     plan = binding.plan.shrink(kept)
-    cuts = _cuts(binding, kept, list(optimizers))
-    changes = attribute_changes(binding, kept, binding.model)
+    bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
+    cuts = _cuts(bindings, kept, list(optimizers))
+    changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)]
     undo: list[Undo] = []
     attributes: list[Change] = []
     try:
@@ -84,7 +88,7 @@ def prune(
         for cut in cuts:
             _swap(cut, undo)
         apply_changes(changes, attributes)
-        smaller = Binding(plan, binding.model)
+        smaller = [Binding(plan, b.model) for b in bindings]
     except BaseException as error:
         apply_changes(list(reversed(attributes)), [])
         for step in reversed(undo):
@@ -95,13 +99,15 @@ def prune(
             f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
             "as they were"
         ) from error
-    note_prune(binding, kept)
-    return smaller
+    for bound in bindings:
+        note_prune(bound, kept)
+    forget_compiled()
+    return smaller[0]
 
 
-def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:
+def _cuts(bindings: list[Binding], keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:
     check_state(optimizers)
-    found = []
+    found: list[Cut] = []
     shared: dict[int, ChannelArray] = {}
 
     def left(channels: ChannelArray) -> ChannelArray:
@@ -109,28 +115,41 @@ def _cuts(binding: Binding, keep: Kept, optimizers: list[Optimizer]) -> list[Cut
             shared[id(channels)] = channels[keep(channels)]
         return shared[id(channels)]
 
-    for tensor_map in binding.plan.tensors:
+    seen: set[int] = set()
+    for tensor_map in bindings[0].plan.tensors:
         kept, shape = keep.of(tensor_map)
         if shape == tensor_map.shape:
             continue
-        tensor = binding.tensors[tensor_map.name]
-        if tuple(tensor.shape) != tensor_map.shape:
-            raise PlanError(
-                f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the model "
-                "was changed since the plan was bound; build a new plan"
-            )
         axes = tuple(Axis(a.dim, left(a.channels), a.role) for a in tensor_map.axes)
         groups = groups_left(tensor_map, kept)
         smaller = TensorMap(
             tensor_map.name, tensor_map.is_parameter, shape, groups, tensor_map.whole_groups, axes
         )
-        cut = Cut(tensor_map, smaller, kept, tensor)
-        if isinstance(tensor, nn.Parameter):
-            cut.states = state_tensors(optimizers, tensor, tensor_map.name)
-        if tensor.grad is not None and tensor.grad.layout != torch.strided:
-            raise SurgeryError(f"{tensor_map.name} has a sparse gradient; call zero_grad() before pruning")
-        found.append(cut)
+        for tensor in (b.tensors[tensor_map.name] for b in bindings):
+            if id(tensor) not in seen:  # a copy may share some
+                seen.add(id(tensor))
+                found.append(_cut(tensor_map, smaller, kept, tensor, optimizers))
     return found
+
+
+def _cut(
+    tensor_map: TensorMap,
+    smaller: TensorMap,
+    kept: list[NDArray[np.int64]],
+    tensor: Tensor,
+    optimizers: list[Optimizer],
+) -> Cut:
+    if tuple(tensor.shape) != tensor_map.shape:
+        raise PlanError(
+            f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the model "
+            "was changed since the plan was bound; build a new plan"
+        )
+    cut = Cut(tensor_map, smaller, kept, tensor)
+    if isinstance(tensor, nn.Parameter):
+        cut.states = state_tensors(optimizers, tensor, tensor_map.name)
+    if tensor.grad is not None and tensor.grad.layout != torch.strided:
+        raise SurgeryError(f"{tensor_map.name} has a sparse gradient; call zero_grad() before pruning")
+    return cut
 
 
 # Making the new tensors
