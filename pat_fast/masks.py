@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ops import channel_scale_
+from .ops.tiles import COL, ROW, TENSOR, C, R
 from .plan.bind import Binding, Tiles
 from .plan.types import TensorMap
 from .surgery.optimizer import check_state, state_tensors
@@ -80,7 +81,28 @@ class Mask:
                         self._zero(name, grad)
 
     def _scale(self, tiles: Tiles) -> Tensor:
-        return self.binding.to_slots(tiles, self.alive.float(), fill=1.0)
+        scale = self.binding.to_slots(tiles, self.alive.float(), fill=1.0)
+        for number, name in enumerate(tiles.names):
+            dim = self._direction(name)
+            if dim is None:
+                continue
+            stride = tiles.tensors[number].stride()
+            side, size = (ROW, R) if stride[dim] == max(stride) else (COL, C)
+            for entry in tiles.table.rows:
+                if entry[TENSOR] == number and entry[side] >= 0:
+                    scale[entry[side] : entry[side] + entry[size]] = 1
+        return scale
+
+    def _direction(self, name: str) -> int | None:
+        """The dimension along which tensor ``name`` holds directions, whose lengths stand apart (weight norm).
+
+        A direction of length zero is none: where the length is zero, so is the weight. None for other tensors.
+        """
+        module, local = self.binding.owner(name)
+        lengths = module._parameters.get({"weight_v": "weight_g", "original1": "original0"}.get(local, ""))
+        if lengths is None or lengths.ndim != self.binding.tensors[name].ndim:
+            return None
+        return next((d for d, size in enumerate(lengths.shape) if size != 1), None)
 
     def _zero(self, name: str, tensor: Tensor) -> None:
         """Zero the masked channels of one tensor with the shape of parameter ``name``."""
