@@ -37,6 +37,7 @@ from .report import Changes, Counts, StepReport, joined
 from .schedules import Curve, Schedule
 from .selection import Scope
 from .surgery import prune, register_state_layout
+from .surgery.undo import remember
 from .targets import Goal, Target
 
 log = logging.getLogger("pat_fast")
@@ -523,11 +524,21 @@ class Pruner:
     def _remove(self, binding: Binding, keep: NDArray[np.bool_]) -> None:
         """Shrink the model, and all that is kept of it."""
         followers: list[Any] = [*self._optimizers.current(), *self._watching.accumulators]
-        self.binding = prune(binding, keep, followers, self.peers.ready, self._averages.current())
-        self._watching.shrink(binding.plan, keep)
-        if isinstance(self.regularizer, GrowingRegularizer):
-            self.regularizer.shrink(binding.plan, keep)
-        self._eligible = torch.from_numpy(self._scope.apply(self.binding.plan)[0]).to(self.binding.device)
+        growing = [self.regularizer] if isinstance(self.regularizer, GrowingRegularizer) else []
+        forget = remember([*self._watching.histories, *growing])
+
+        def follow(smaller: Binding) -> None:
+            try:
+                self._watching.shrink(binding.plan, keep)
+                for regularizer in growing:
+                    regularizer.shrink(binding.plan, keep)
+                eligible = torch.from_numpy(self._scope.apply(smaller.plan)[0]).to(smaller.device)
+            except BaseException:
+                forget()
+                raise
+            self.binding, self._eligible = smaller, eligible
+
+        prune(binding, keep, followers, self.peers.ready, self._averages.current(), follow)
 
     def _report(self, before: Counts, changed: Changes) -> StepReport:
         assert self.binding is not None

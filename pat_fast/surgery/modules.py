@@ -180,5 +180,7 @@ def attributes_from_widths(widths: Iterable[tuple[nn.Module, Width, int]]) -> li
 def apply_changes(changes: list[Change], undo: list[Change]) -> None:
     """Set the attributes; what they were is appended to ``undo`` first."""
     for module, name, value in changes:
-        undo.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
+        now = getattr(module, name)
+        undo.append((module, name, now))
+        if now != value:  # an attribute that refused its new value need not take its old one
+            setattr(module, name, value)

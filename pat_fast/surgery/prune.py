@@ -8,6 +8,7 @@ user's own references stay valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,13 +22,12 @@ from torch.optim import Optimizer
 from ..errors import PatError, PlanError, SurgeryError
 from ..ops import NONE, Tile, TileTable, channel_compact
 from ..plan.bind import Binding, Block, blocks
-from ..plan.types import Axis, ChannelArray, Kept, TensorMap, groups_left
+from ..plan.types import Axis, ChannelArray, Kept, Plan, TensorMap, groups_left
 from .compiled import forget_compiled
 from .modules import Change, apply_changes, attribute_changes
 from .optimizer import StateTensor, check_state, state_tensors
-from .record import note_prune
-
-Undo = Callable[[], None]
+from .record import note_prune, restorer
+from .undo import Undo, uninterrupted
 
 
 @dataclass
@@ -57,6 +57,7 @@ def prune(
     optimizers: Iterable[Optimizer] = (),
     ready: Callable[[], None] | None = None,
     copies: Iterable[nn.Module] = (),
+    then: Callable[[Binding], None] | None = None,
 ) -> Binding:
     """Remove the channels ``~keep`` from the model, and from what trains it.
 
@@ -66,12 +67,14 @@ def prune(
         optimizers: whose state is to shrink along.
         ready: called when everything new is made and nothing of the model was touched; if it raises, nothing is.
         copies: of the model (averages of its weights), which are to lose the same channels.
+        then: called with the new binding when all is done; if it raises, all is undone.
     Returns:
         The binding of the smaller plan to the same model.
     Raises:
         PlanError: ``keep`` is not possible, or the model is not the one that the plan was made for.
         SurgeryError: an optimizer's state cannot be shrunk, or an error came up while the new tensors
-            were made; model and optimizers are as they were.
+            were made; model and optimizers are as they were. Other errors are raised as they are, with the model
+            as it was. An interrupt from the keyboard comes before the first change or after the last.
     """
     keep = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
     kept = binding.plan.check_keep(keep)
@@ -80,29 +83,42 @@ def prune(
     cuts = _cuts(bindings, kept, list(optimizers))
     changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)]
     undo: list[Undo] = []
-    attributes: list[Change] = []
     try:
         _compact(cuts)
         if ready is not None:
             ready()
-        for cut in cuts:
-            _swap(cut, undo)
-        apply_changes(changes, attributes)
-        smaller = [Binding(plan, b.model) for b in bindings]
+        with uninterrupted():
+            smaller = _change(cuts, changes, bindings, kept, plan, undo)
+            forget_compiled()
+            if then is not None:
+                then(smaller)
     except BaseException as error:
-        apply_changes(list(reversed(attributes)), [])
-        for step in reversed(undo):
-            step()
+        with uninterrupted(), ExitStack() as steps:  # which takes all of them, the last first, even if one fails
+            for step in undo:
+                steps.callback(step)
         if isinstance(error, PatError) or not isinstance(error, Exception):
             raise
         raise SurgeryError(
             f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
             "as they were"
         ) from error
+    return smaller
+
+
+def _change(
+    cuts: list[Cut], changes: list[Change], bindings: list[Binding], kept: Kept, plan: Plan, undo: list[Undo]
+) -> Binding:
+    """Swap the new tensors in, set the attributes; what takes each step back is appended to ``undo`` first."""
+    for cut in cuts:
+        _swap(cut, undo)
+    attributes: list[Change] = []
+    undo.append(lambda: apply_changes(list(reversed(attributes)), []))
+    apply_changes(changes, attributes)
+    undo += [restorer(b.model) for b in bindings]
     for bound in bindings:
         note_prune(bound, kept)
-    forget_compiled()
-    return smaller[0]
+    smaller, *_ = [Binding(plan, b.model) for b in bindings]
+    return smaller
 
 
 def _cuts(bindings: list[Binding], keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:

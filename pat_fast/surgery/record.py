@@ -5,7 +5,7 @@ It lies in the modules' own dictionaries, so that copies, wrappers and submodule
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,3 +64,17 @@ def records(model: nn.Module) -> Iterator[tuple[str, Record]]:
     for name, module in model.named_modules():
         if KEY in vars(module):
             yield name, vars(module)[KEY]
+
+
+def restorer(model: nn.Module) -> Callable[[], None]:
+    """What puts the records of ``model`` back to what they are now; nothing in them is changed in place but dicts."""
+    before = [(m, {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).get(KEY, {}).items()})
+              for m in model.modules()]  # fmt: skip
+
+    def restore() -> None:
+        for module, record in before:
+            vars(module).pop(KEY, None)
+            if record:
+                vars(module)[KEY] = record
+
+    return restore

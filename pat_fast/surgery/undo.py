@@ -1,0 +1,48 @@
+"""Changes that happen as a whole or not at all."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Undo = Callable[[], None]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let an interrupt from the keyboard (SIGINT) wait until the block is done.
+
+    Python delivers it between any two instructions, those that undo a change included. Only the main thread gets
+    it; a handler that is not Python's own is left alone.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    if before is None:
+        yield
+        return
+    waiting: list[tuple[int, Any]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting and callable(before):
+            before(*waiting[0])
+
+
+def remember(objects: Iterable[Any]) -> Undo:
+    """What gives ``objects`` the attributes back that they have now; of dicts and lists among them, the entries."""
+    kept = [
+        (thing, {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in vars(thing).items()})
+        for thing in objects
+    ]
+
+    def restore() -> None:
+        for thing, attributes in kept:
+            vars(thing).clear()
+            vars(thing).update(attributes)
+
+    return restore
