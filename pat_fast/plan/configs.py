@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .numbers import Number, NumberWatch, Symbol
+from .numbers import Number, NumberWatch, Symbol, numbered
 from .types import ChannelArray, TensorMap, Width
 
 # The attributes of PyTorch's layers and the dimension of the weight that each sizes.
@@ -125,18 +125,14 @@ def _plant(config: Any, path: str, watch: NumberWatch, planted: list[Symbol]) ->
     """A copy of ``config`` with a number for every integer, nested configs and lists included."""
     twin = copy.copy(config)
 
-    def number(value: int, name: str, index: int | None = None) -> Number:
+    def number(name: str, value: int, index: int | None) -> Number:
         symbol = Symbol("", f"{path}.{name}", value, index)
         planted.append(symbol)
         return Number.make(value, (symbol,), watch)
 
-    for name, value in list(vars(config).items()):
-        if type(value) is int and value > 1:
-            vars(twin)[name] = number(value, name)
-        elif type(value) in (list, tuple) and value and all(type(v) is int for v in value):
-            places = range(-len(value), 0)
-            vars(twin)[name] = type(value)(number(v, name, i) for i, v in zip(places, value, strict=True))
-        elif type(value).__name__.endswith("Config") and hasattr(value, "__dict__"):
+    vars(twin).update(numbered(vars(config), number))
+    for name, value in vars(config).items():
+        if type(value).__name__.endswith("Config") and hasattr(value, "__dict__"):
             vars(twin)[name] = _plant(value, f"{path}.{name}", watch, planted)
     return twin
 

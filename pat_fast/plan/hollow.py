@@ -12,11 +12,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from .noted import Noted
 
 LEAST = 2**20  # multiply-accumulates below which an op is simply run
+LEAST_SKIPPED = 2**14  # elements below which an element-wise op is
 # Methods that read values past the dispatcher.
 READS = frozenset({"numpy", "tolist", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
 
@@ -32,16 +35,26 @@ class Hollow:
 
     def __init__(self) -> None:
         self.read = False  # the attempt is void, whatever the forward made of the exception
-        self._made = WeakTensorKeyDictionary()
+        self._made: Noted[bool] = Noted()
 
     def run(self, func: Any, args: Sequence[Any]) -> Tensor | None:
         """Zeros in the place of ``func(*args)`` if that is a large product, else None."""
         shape = _SHAPES[func](*args) if func in _SHAPES else None
         if shape is None:
             return None
-        out = args[_FIRST.get(func, 0)].new_zeros(shape)
+        out = _zeros(args[_FIRST.get(func, 0)], shape)
         self._made[out] = True
         return out
+
+    def skip(self, func: Any, args: Sequence[Any]) -> Any:
+        """What stands for ``func(*args)`` if that is a large element-wise op on such zeros, else None."""
+        how = _SKIPPED.get(func) if self._made else None
+        if how is None:
+            return None
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if not isinstance(first, Tensor) or first.numel() < LEAST_SKIPPED or first not in self._made:
+            return None
+        return how(*args) if first.is_contiguous() else None
 
     def follow(self, func: Any, inputs: Iterable[Tensor], results: Iterable[Tensor], indices: Any) -> None:
         """Note what ``func`` made of such zeros.
@@ -67,6 +80,12 @@ class Hollow:
         """Give up."""
         self.read = True
         raise ValuesRead("the forward depends on the values that it computes")
+
+
+def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Zeros whose memory is not touched where that can be had."""
+    kind = _FROM_NUMPY.get(like.dtype) if like.is_cpu else None
+    return like.new_zeros(shape) if kind is None else torch.from_numpy(np.zeros(shape, kind))
 
 
 def _reads(func: Any, indices: Any) -> bool:
@@ -133,3 +152,52 @@ _SHAPES: dict[Any, Any] = {
     _aten.convolution.default: _convolution,
 }
 _FIRST = {_aten.addmm.default: 1}  # which argument the result is like
+
+
+# Element-wise ops on zeros: what comes of them is as meaningless.
+
+
+def _same_shape(x: Tensor, *_: Any) -> Tensor:
+    return _zeros(x, x.shape)
+
+
+def _in_place(x: Tensor, *_: Any) -> Tensor:
+    return x
+
+
+def _pair(a: Tensor, b: Any) -> Tensor | None:
+    same = isinstance(b, Tensor) and b.shape == a.shape and b.is_contiguous() and _alike(a, b)
+    return _zeros(a, a.shape) if same else None
+
+
+def _pair_in_place(a: Tensor, b: Any) -> Tensor | None:
+    return a if isinstance(b, Tensor) and b.shape == a.shape else None
+
+
+def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
+    return None if training else (_zeros(x, x.shape), x.new_empty(0), x.new_empty(0))
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    if not _alike(*tensors) or not all(t.is_contiguous() and t.ndim == tensors[0].ndim for t in tensors):
+        return None
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    return _zeros(tensors[0], shape)
+
+
+_UNARY = ("relu", "sigmoid", "tanh", "silu", "gelu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu")
+_SKIPPED: dict[Any, Any] = {
+    _aten.native_batch_norm.default: _batch_norm,
+    _aten.cat.default: _cat,
+    _aten.relu_.default: _in_place,
+    _aten.silu_.default: _in_place,
+    _aten.hardtanh_.default: _in_place,
+    _aten.hardswish_.default: _in_place,
+    _aten.add.Tensor: _pair,
+    _aten.mul.Tensor: _pair,
+    _aten.add_.Tensor: _pair_in_place,
+    _aten.mul_.Tensor: _pair_in_place,
+    **{getattr(_aten, name).default: _same_shape for name in _UNARY},
+}
+_FROM_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}

@@ -19,6 +19,7 @@ Ops relate labels in four ways, all recorded here and solved once at the end:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,12 @@ PHANTOM = 1 << 40
 
 def varying(factor: IntArray) -> tuple[int, ...]:
     """Dimensions that ``factor`` depends on."""
-    return tuple(d for d, n in enumerate(factor.shape) if n > 1)
+    return _varying(factor.shape)
+
+
+@lru_cache(maxsize=1024)
+def _varying(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(d for d, n in enumerate(shape) if n > 1)
 
 
 def along(factor: IntArray, dim: int) -> IntArray | None:

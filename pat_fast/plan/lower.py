@@ -244,9 +244,10 @@ def _unused_as_they_are(model: nn.Module, leaves: list[Leaf], mapped: set[str], 
     """Layers of a kind that is pruned whose weight is computed with before it is used: they are named, too."""
     found = []
     for leaf in leaves:
-        owner = model.get_submodule(leaf.name.rpartition(".")[0])
-        weight = isinstance(owner, LAYERS) and leaf.is_parameter and leaf.name.rpartition(".")[2] == "weight"
-        if weight and leaf.name not in mapped and not leaf.producers:
+        path, _, local = leaf.name.rpartition(".")
+        if leaf.name in mapped or leaf.producers or local != "weight" or not leaf.is_parameter:
+            continue
+        if isinstance(model.get_submodule(path), LAYERS):
             units = [u for slots in leaf.axes.values() for u in solution.unit[slots].tolist()]
             why = next((solution.frozen[u] for u in units if u in solution.frozen), "is not multiplied as it is")
             found.append(Frozen(_layer(leaf.name), leaf.tensor.shape[0], why))
@@ -314,6 +315,8 @@ def _layer(name: str) -> str:
 def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
     """A weight that is multiplied inside a module of unknown kind stays: its attributes are not known."""
     closed = [name for name, m in model.named_modules() if isinstance(m, CLOSED)]
+    if not closed:
+        return
     for leaf in leaves:
         reasons = [_why_kept(model, closed, leaf, name) for name in leaf.names]
         reason = next((r for r in reasons if r is not None), None)
@@ -458,16 +461,21 @@ class _Numbers:
         of_channel = np.repeat(np.arange(len(self._claims)), [len(c) for _, c in self._claims])
         members: list[list[tuple[str, int]]] = [[] for _ in self._claims]
         layers: list[list[str]] = [[] for _ in self._claims]
+        held: dict[int, list[int]] = {}  # axes share their vectors of channels
         for tensor in tensors:
             for axis in tensor.axes:
-                for i in np.unique(of_channel[axis.channels[axis.channels >= 0]]).tolist():
+                if id(axis.channels) not in held:
+                    counts = np.bincount(of_channel[axis.channels[axis.channels >= 0]])
+                    held[id(axis.channels)] = np.flatnonzero(counts).tolist()
+                for i in held[id(axis.channels)]:
                     members[i].append((tensor.name, axis.dim))
                     if axis.role == "out":
                         layers[i].append(_layer(tensor.name))
         found: list[Group] = []
         start = 0
         for i, (leaves, classes) in enumerate(self._claims):
-            noted = next((self.solution.noted[c] for c in classes.tolist() if c in self.solution.noted), None)
+            notes = self.solution.noted
+            noted = next((notes[c] for c in classes.tolist() if c in notes), None) if notes else None
             root = _layer(leaves[0].name)
             if any(g.root == root for g in found):  # a weight that is used transposed, too, makes channels twice
                 root += " transposed"

@@ -9,7 +9,7 @@ that no single attribute can follow; dimensions that the code gives the size of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -181,7 +181,10 @@ class NumberWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.tracer.hollow is not None and args and getattr(func, "__name__", "") in READS:
             self.tracer.hollow.look(args[0])
-        numbers = list(self._numbers((args, tuple(kwargs.values()))))
+        numbers: list[Number] = []
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if not isinstance(value, Tensor) and value is not None:
+                numbers += self._numbers(value)
         if not numbers:
             out = func(*args, **kwargs)
             return self._shape(args, kwargs, out) if _reads_shape(func) else out
@@ -283,20 +286,29 @@ class NumberWatch(TorchFunctionMode):
                 space[name] = value
 
     def _plant(self, space: dict[str, Any], path: str, prefix: str, undo: list[Planted]) -> None:
-        for name, value in list(space.items()):
-            planted: Any
-            if type(value) is int and value > 1:
-                planted = Number.make(value, (Symbol(path, prefix + name, value),), self)
-            elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
-                places = range(-len(value), 0)
-                planted = type(value)(
-                    Number.make(v, (Symbol(path, prefix + name, v, i),), self) if v > 1 else v
-                    for i, v in zip(places, value, strict=True)
-                )
-            else:
-                continue
-            undo.append((space, name, value))
+        def number(name: str, value: int, index: int | None) -> Number:
+            return Number.make(value, (Symbol(path, prefix + name, value, index),), self)
+
+        for name, planted in numbered(space, number):
+            undo.append((space, name, space[name]))
             space[name] = planted
+
+
+def numbered(
+    space: dict[str, Any], number: Callable[[str, int, int | None], Number]
+) -> list[tuple[str, Number | tuple[int, ...] | list[int]]]:
+    """The integers above 1 among the attributes ``space``, and its lists and tuples of integers, made of numbers.
+
+    ``number(name, value, index)`` makes one; ``index`` is its place in a list or tuple, counted from the end.
+    """
+    found: list[tuple[str, Any]] = []
+    for name, value in space.items():
+        if type(value) is int and value > 1:
+            found.append((name, number(name, value, None)))
+        elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
+            places = zip(range(-len(value), 0), value, strict=True)
+            found.append((name, type(value)(number(name, v, i) if v > 1 else v for i, v in places)))
+    return found
 
 
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]

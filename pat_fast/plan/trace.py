@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .hollow import Hollow
 from .labels import Factors, IntArray, Slots, is_phantom, place, varying
+from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
 
 # Kinds of modules -> a forward in ordinary PyTorch ops, for tracing; see register_layer.
@@ -95,8 +95,9 @@ class Tracer(TorchDispatchMode):
         self.numbers = NumberWatch(self)
         self.multiples: list[tuple[IntArray, int]] = []  # labels of which a kernel needs a multiple of so many
         self.shares: list[tuple[IntArray, IntArray]] = []  # labels, and those of a tensor that meets all of a kind
-        self._marks = WeakTensorKeyDictionary()
-        self._poisoned = WeakTensorKeyDictionary()
+        self._marks: Noted[Mark] = Noted()
+        self._poisoned: Noted[tuple[Factors, str]] = Noted()
+        self._modules = dict(model.named_modules())
         self._model = model
         self._path: list[str] = []
         self._op = ""
@@ -108,13 +109,17 @@ class Tracer(TorchDispatchMode):
     def forget(self) -> None:
         """Let go of all tensors: the tracer is in a reference cycle, and who holds a parameter may matter to others."""
         self.leaves.clear()
-        self._marks = WeakTensorKeyDictionary()
-        self._poisoned = WeakTensorKeyDictionary()
+        self._marks = Noted()
+        self._poisoned = Noted()
+        self._modules = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = list(_tensors((args, tuple(kwargs.values())) if kwargs else args))
-        out = None if self.hollow is None or kwargs else self.hollow.run(func, args)
+        out = None
+        if self.hollow is not None and not kwargs:
+            out = self.hollow.run(func, args)
+            out = self.hollow.skip(func, args) if out is None else out
         if out is None:
             out = func(*args, **kwargs)
         results = list(_tensors(out))
@@ -159,7 +164,7 @@ class Tracer(TorchDispatchMode):
     @property
     def module(self) -> nn.Module | None:
         """The innermost module that is running."""
-        return self._model.get_submodule(self._path[-1]) if self._path else None
+        return self._modules[self._path[-1]] if self._path else None
 
     def split(self, factor: IntArray) -> None:
         """Note that a view spread channels over several dimensions, one of which will be that of units."""
@@ -355,7 +360,7 @@ class Tracer(TorchDispatchMode):
             self._path.pop()
 
         handles = []
-        for name, module in self._model.named_modules():
+        for name, module in self._modules.items():
             handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
             handles.append(module.register_forward_hook(leave))
         try:

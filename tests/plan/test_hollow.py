@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pat_fast import PlanError
 from pat_fast.plan import build_plan, hollow
@@ -111,3 +112,57 @@ def test_a_failing_forward_is_told_as_it_fails_with_its_values(products: list[st
 def test_what_does_not_fit_is_left_to_pytorch(products: list[str]) -> None:
     with pytest.raises(PlanError, match="shapes"):
         build_plan(nn.Sequential(nn.Linear(8, 4), nn.Linear(5, 3)), torch.randn(4, 8))
+
+
+class Pointwise(nn.Module):
+    """A large product, and element-wise ops on what comes of it."""
+
+    def __init__(self, op: Callable[[Tensor, nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.op = op
+        self.enter, self.norm, self.leave = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.LazyConv2d(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.op(self.enter(x), self))
+
+
+OPS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "batch norm": lambda x, m: m.norm(x),
+    "relu": lambda x, m: x.relu(),
+    "in place": lambda x, m: x.relu_().add_(x),
+    "gelu": lambda x, m: nn.functional.gelu(x),
+    "sum": lambda x, m: x + x.sigmoid(),
+    "of two shapes": lambda x, m: x * x.mean((2, 3), keepdim=True) + 1.0,
+    "of two types": lambda x, m: (x + x.double()).float(),
+    "cat": lambda x, m: torch.cat([x, x.tanh()], 1),
+    "cat of positions": lambda x, m: torch.cat([x, x], -1),
+    "transposed": lambda x, m: x.transpose(2, 3).relu(),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_elementwise_ops_on_what_was_not_computed_are_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Pointwise(OPS[name]), torch.randn(2, 3, 4, 4)
+    model(x)
+    skipped: list[str] = []
+    skip = hollow.Hollow.skip
+
+    def noting(self: hollow.Hollow, func: Any, args: Any) -> Any:
+        out = skip(self, func, args)
+        if out is not None:
+            skipped.append(func._schema.name)
+            alike = [t.clone() if isinstance(t, Tensor) else t for t in args]
+            for found, real in zip(tree_leaves(out), tree_leaves(func(*alike)), strict=True):
+                assert (found.shape, found.dtype) == (real.shape, real.dtype)
+                assert found.stride() == real.stride()
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hollow, "LEAST", 0)
+        patch.setattr(hollow, "LEAST_SKIPPED", 0)
+        patch.setattr(hollow.Hollow, "skip", noting)
+        found = build_plan(model, x)
+    assert bool(skipped) == (name not in ("of two shapes", "of two types", "transposed"))
+    monkeypatch.setattr(hollow.Hollow, "skip", lambda *_: None)
+    assert canonical(found) == canonical(build_plan(model, x))

@@ -28,7 +28,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def outputs(out: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    return [out] if isinstance(out, Tensor) else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
 
 
 def nth(dim: int, tensor: Tensor) -> int:

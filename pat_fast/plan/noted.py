@@ -1,0 +1,41 @@
+"""Notes about tensors that keep none of them alive."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+T = TypeVar("T")
+
+
+class Noted(Generic[T]):
+    """What is noted of a tensor, by its identity; a few times faster than ``WeakTensorKeyDictionary``.
+
+    A tensor that is gone is not found, even if another one has its id.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[TensorWeakRef, T]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        found = self._found.get(id(tensor))
+        return found is not None and found[0]() is tensor
+
+    def __setitem__(self, tensor: Tensor, value: T) -> None:
+        self._found[id(tensor)] = (TensorWeakRef(tensor), value)
+
+    def get(self, tensor: Tensor, default: T) -> T:
+        """What is noted of ``tensor``, or ``default``."""
+        found = self._found.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else default
+
+    def pop(self, tensor: Tensor, default: T) -> T:
+        """The same, and forget it."""
+        value = self.get(tensor, default)
+        self._found.pop(id(tensor), None)
+        return value
