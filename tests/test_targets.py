@@ -70,6 +70,25 @@ def test_a_target_is_met_by_the_fewest_removals(name: str, kind: str, ranking: s
     )
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "vgg16_bn", "densenet121"])
+def test_a_rounded_target_is_met_to_one_rounding_unit(name: str) -> None:
+    case = Case.build(name, torch.float32)
+    plan = build_plan(case.model, case.inputs)
+    everything = np.ones(plan.n_channels, dtype=np.bool_)
+    goal = Goal(Target("macs", 0.6), None, Rules(round_to=4))
+    goal.start(bind(plan, case.model), everything)
+    keep = goal.select(plan, np.random.default_rng(0).random(plan.n_channels), everything, everything, 1.0)
+    coarsest = 0
+    for group in plan.groups:  # four channels more of one group, of those that went
+        gone = np.flatnonzero(~keep[group.start : group.stop])[:4] + group.start
+        more = keep.copy()
+        more[gone] = True
+        coarsest = max(coarsest, plan.macs(more) - plan.macs(keep))
+        left = int(keep[group.start : group.stop].sum())
+        assert left % 4 == 0 or left == group.channels
+    assert 0 <= 0.6 * plan.macs() - plan.macs(keep) <= max(0.01 * plan.macs(), coarsest)
+
+
 @pytest.mark.parametrize("mode", ["prune", "mask"])
 @pytest.mark.parametrize("target", [{"macs": 0.4}, {"params": 0.4}, {"params": 2000}, {"macs": 90000}])
 def test_targets_in_training(target: dict[str, float], mode: str) -> None:

@@ -8,6 +8,7 @@ to each index of each tensor, a :class:`Ledger` says which channel of which memb
 from __future__ import annotations
 
 from .activation import Activation
+from .activation_taylor import ActivationTaylor
 from .base import Criterion, MemberCriterion, Watching
 from .cost_aware import MACAware
 from .gradient import Hessian, Movement, Taylor
@@ -27,6 +28,7 @@ __all__ = [
     "REDUCTIONS",
     "SCORED",
     "Activation",
+    "ActivationTaylor",
     "BNScale",
     "Criterion",
     "Function",

@@ -142,8 +142,8 @@ class Activation(MemberCriterion, Watching):
             self._close(tally, binding)
         if not self._first:
             raise PlanError(
-                "Activation has seen no training forward; train for a step before pruner.step(), or, by hand, call "
-                "attach(binding) before the forward"
+                f"{type(self).__name__} has seen no training forward; train for a step before pruner.step(), or, by "
+                "hand, call attach(binding) before the forward"
             )
         found = self._first.mean(tally.ledger)
         if self.statistic == "std":

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError, did_you_mean
 from .activation import Activation
+from .activation_taylor import ActivationTaylor
 from .base import Criterion
 from .cost_aware import MACAware
 from .gradient import Hessian, Movement, Taylor
@@ -24,6 +25,7 @@ CRITERIA: dict[str, Callable[..., Criterion]] = {
     "taylor": Taylor,
     "hessian": Hessian,
     "activation": Activation,
+    "activation_taylor": ActivationTaylor,
     "movement": Movement,
     "random": Random,
     "mac_aware": MACAware,
