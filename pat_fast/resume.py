@@ -152,7 +152,7 @@ def load_training(path: str | Path, **parts: Any) -> dict[str, Any]:
             nothing is changed.
     """
     path = Path(path)
-    content = _read(path)
+    content = read_training(path)
     states = content["parts"]
     if states.keys() != parts.keys():
         there, given = ", ".join(sorted(states)), ", ".join(sorted(parts))
@@ -266,7 +266,12 @@ def _check_plain(file: BinaryIO) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_training(path: Path) -> dict[str, Any]:
+    """What :func:`save_training` wrote: ``"parts"``, ``"structures"``, ``"random"`` and ``"extra"``.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or altered, or needs code to be read.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -1,0 +1,1 @@
+"""Pruning in the trainers of others: ``pat_fast.integrations.lightning`` and ``pat_fast.integrations.transformers``."""
