@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": PLAN | {"surgery"},
     "checkpoint": PLAN | {"structure", "surgery"},
     "pretrained": {"errors"},
-    "distributed": PLAN,
+    "distributed": PLAN | {"cost", "criteria", "surgery"},
     "dry_run": PLAN | {"masks", "surgery"},
     "rehearsal": PLAN | {"surgery"},
     "proof": PLAN | {"dry_run", "masks", "rehearsal", "surgery"},
