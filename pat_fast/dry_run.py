@@ -75,7 +75,7 @@ def _spare_units(plan: Plan) -> dict[int, list[list[int]]]:
         total = len(np.unique(plan.unit[plan.groups[group].start : plan.groups[group].stop]))
         spare = min(total - plan.least_units(plan.groups[group]), len(units), 1 + total // 4)
         if spare > 0:
-            step = plan.groups[group].multiple * total // plan.groups[group].channels or 1
+            step = plan.unit_step(plan.groups[group])
             count = 1 + alike.setdefault(total, 0) % spare
             alike[total] += 1
             count = -(-count // step) * step

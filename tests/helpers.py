@@ -66,7 +66,7 @@ def random_keep(plan: Plan, seed: int, ratio: float = 0.3) -> np.ndarray:
     for group in plan.groups:
         units = np.unique(plan.unit[group.start : group.stop])
         kept[units[: plan.least_units(group)]] = True
-        step = group.multiple * len(units) // group.channels or 1
+        step = plan.unit_step(group)
         spared = units[~kept[units]]
         kept[spared[: -int(kept[units].sum()) % step]] = True
     for tensor, axis in plan.axes():

@@ -201,7 +201,7 @@ def keep_for(plan: Plan, ratio: float, seed: int = 0) -> Keep:
     for group in plan.groups:
         units = np.unique(plan.unit[group.start : group.stop])
         spare = len(units) - plan.least_units(group)
-        step = max(group.multiple * len(units) // group.channels, 1)  # kernels that need a multiple of so many
+        step = plan.unit_step(group)
         kept[rng.permutation(units)[: min(round(ratio * len(units)), spare) // step * step]] = False
     for tensor, axis in plan.axes():
         units = np.unique(plan.unit[axis.channels[axis.channels >= 0]])

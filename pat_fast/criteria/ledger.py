@@ -87,15 +87,7 @@ class Ledger:
         """Indices of ``axis`` that hold channels, these channels, their groups, and which of these each is of."""
         known = self._held.get(id(axis.channels))  # most axes share their vectors
         if known is None:
-            held = np.flatnonzero(axis.channels >= 0)
-            channels = axis.channels[held].astype(np.int64)
-            of = self.plan.group_of
-            if len(held) and of[channels.min()] == of[channels.max()]:  # groups are ranges of channels
-                known = held, channels, [int(of[channels[0]])], 0
-            else:
-                groups, which = np.unique(of[channels], return_inverse=True)
-                known = held, channels, groups.tolist(), which
-            self._held[id(axis.channels)] = known
+            known = self._held[id(axis.channels)] = self.plan.holds(axis.channels)
         return known
 
     def slots(self, tiles: Tiles) -> Tensor:

@@ -5,10 +5,11 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
 Extent = tuple[int, int]  # size and stride of a dimension
 Side = tuple[Extent, ChannelArray | None]
 ALONE: Side = ((1, 1), None)
+Place = tuple[Mapping[str, Tensor | None], str, Tensor]  # where a tensor is held, and its name there
 
 
 def collapse(extents: Sequence[Extent], order: Sequence[int] | None = None) -> list[Extent]:
@@ -134,20 +136,27 @@ class Tiles:
 class Binding:
     """The tensors of ``model`` that ``plan`` names.
 
+    Args:
+        plan: what is to be bound.
+        model: where its tensors are looked for.
+        after: a binding to the same model before a prune: its modules and names stay, and are not looked for again.
     Raises:
         PlanError: the model has no such tensor, or one of another shape (it was changed since).
     """
 
-    def __init__(self, plan: Plan, model: nn.Module) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, after: Binding | None = None) -> None:
         self.plan = plan
         self.model = model
-        self._modules = dict(model.named_modules(remove_duplicate=False))
-        named: dict[str, Tensor] = {}
-        for path, module in self._modules.items():
-            prefix = path and path + "."
-            for local, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    named[prefix + local] = tensor
+        if after is None:
+            self.modules = dict(model.named_modules(remove_duplicate=False))
+            named = self._named()
+            self._names: dict[int, list[str]] = {}
+            for name, tensor in named.items():
+                self._names.setdefault(id(tensor), []).append(name)
+            self._parts = [(m._modules, list(m._modules.items())) for m in self.modules.values() if m._modules]
+        else:
+            named = after.tensors
+            self.modules, self._names, self._parts = after.modules, after._names, after._parts
         self.tensors: dict[str, Tensor] = {}
         for tensor_map in plan.tensors:
             found = named.get(tensor_map.name)
@@ -158,9 +167,9 @@ class Binding:
                     "build a new plan after changing the model"
                 )
             self.tensors[tensor_map.name] = found
-        self._names: dict[int, list[str]] = {}
-        for name, tensor in named.items():
-            self._names.setdefault(id(tensor), []).append(name)
+        whole = after is not None and len(after.tensors) == len(self.tensors)
+        self.places: list[Place] = after.places if after is not None and whole else self._places()
+        self.derived: dict[str, Any] = {}  # what other parts have worked out for this binding, by their keys
         self.device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
         self.group_of = torch.from_numpy(plan.group_of.astype(np.int64)).to(self.device)
         self.alive: Tensor | None = None  # bool [N] while channels are masked
@@ -172,14 +181,55 @@ class Binding:
         """Whether the tensors still have the shapes that the plan knows."""
         return all(self.tensors[m.name].shape == m.shape for m in self.plan.tensors)
 
+    def _named(self) -> dict[str, Tensor]:
+        """All parameters and buffers of the model by name, tied ones under each of theirs."""
+        named: dict[str, Tensor] = {}
+        for path, module in self.modules.items():
+            prefix = path and path + "."
+            for local, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    named[prefix + local] = tensor
+        return named
+
+    def _places(self) -> list[Place]:
+        found: list[Place] = []
+        for name, tensor in self.tensors.items():
+            for module, local in self.owners(name):
+                held: Any = module._parameters if local in module._parameters else module._buffers
+                found.append((held, local, tensor))
+        return found
+
+    def is_current(self) -> bool:
+        """Whether the model has the modules and tensors that were bound, of the shapes that the plan says."""
+        return self.is_true and self._is_whole()
+
+    def _is_whole(self) -> bool:
+        return all(list(now.items()) == then for now, then in self._parts) and all(
+            held.get(local) is tensor for held, local, tensor in self.places
+        )
+
+    def check(self) -> None:
+        """Raise :class:`PlanError` if the model was changed since by others."""
+        for tensor_map, tensor in zip(self.plan.tensors, self.tensors.values(), strict=True):
+            if tensor.shape != tensor_map.shape:
+                raise PlanError(
+                    f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the "
+                    "model was changed since the plan was bound; build a new plan"
+                )
+        if not self._is_whole():
+            raise PlanError(
+                "modules or tensors of the model were replaced: the model was changed since the plan was bound; build "
+                "a new plan"
+            )
+
     def module(self, path: str) -> nn.Module:
         """The module of this name in the model."""
-        return self._modules[path]
+        return self.modules[path]
 
     def owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds tensor ``name``, and the tensor's name in it."""
         path, _, local = name.rpartition(".")
-        return self._modules[path], local
+        return self.modules[path], local
 
     def aliases(self, name: str) -> list[str]:
         """All names of tensor ``name``: more than one when it is tied."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,42 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PlanError
+from .flat import Holdings, Kept, Shapes, Vectors, groups_left, is_grouped, shrunk_shape
 from .hints import hint
+
+__all__ = [
+    "Axis", "Frozen", "Group", "Kept", "Plan", "TensorMap", "Width", "WorkTerm", "by_first_use", "fold_fixed",
+    "groups_left", "is_grouped", "shrunk_shape", "stirred",
+]  # fmt: skip
 
 ChannelArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]
 IndexArray = NDArray[np.int64]
 IntArray = IndexArray
-
-
-class Kept:
-    """Which indices of a channel vector survive ``keep [N]``.
-
-    Most axes of a plan share their vectors (a weight's rows, its bias, the norm behind it), so what is found
-    for a vector is remembered for the object.
-    """
-
-    def __init__(self, keep: BoolArray) -> None:
-        self.keep = keep
-        self._found: dict[int, tuple[ChannelArray, IndexArray]] = {}
-        self._tensors: dict[int, tuple[TensorMap, list[IndexArray], tuple[int, ...]]] = {}
-
-    def of(self, tensor: TensorMap) -> tuple[list[IndexArray], tuple[int, ...]]:
-        """For each axis of ``tensor`` the indices that stay, and the shape that is left."""
-        known = self._tensors.get(id(tensor))
-        if known is None:
-            left = [self(a.channels) for a in tensor.axes]
-            known = (tensor, left, shrunk_shape(tensor, left))
-            self._tensors[id(tensor)] = known
-        return known[1], known[2]
-
-    def __call__(self, channels: ChannelArray) -> IndexArray:
-        """Indices into ``channels`` that stay: kept channels and fixed positions."""
-        known = self._found.get(id(channels))
-        if known is None:
-            known = (channels, np.flatnonzero((channels < 0) | self.keep[channels]))
-            self._found[id(channels)] = known
-        return known[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,19 +137,46 @@ class Plan:
             group_of[group.start : group.stop] = i
         object.__setattr__(self, "group_of", group_of)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what was derived from them knows vectors by identity, which a copy does not keep."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     # Counts
 
     def params(self, keep: BoolArray | None = None) -> int:
         """Elements of all parameters, with only the channels ``keep [N]`` left."""
-        kept = Kept(self._all if keep is None else keep)
-        shapes = (kept.of(t)[1] for t in self.tensors if t.is_parameter)
-        return self.other_params + sum(math.prod(shape) for shape in shapes)
+        sizes = self.shapes.sizes if keep is None else self.shapes.left(Kept(keep, self.vectors))[0]
+        return self.other_params + int(sizes[self._is_parameter].prod(1).sum())
 
     def macs(self, keep: BoolArray | None = None) -> int:
         """Multiply-accumulates of convolutions, linear layers and attention, per example."""
-        kept = Kept(self._all if keep is None else keep)
-        total = sum(term.scale * math.prod(len(kept(a)) for a in term.axes) for term in self.work)
-        return round(total / self.batch)
+        counts = self.vectors.lengths if keep is None else Kept(keep, self.vectors).counts
+        scale, axes = self._work
+        products = np.append(counts, 1)[axes].prod(1).tolist()
+        return round(sum(s * n for s, n in zip(scale, products, strict=True)) / self.batch)
+
+    @cached_property
+    def vectors(self) -> Vectors:
+        """The channel vectors of all axes, widths and terms of work."""
+        tensors = (a.channels for _, a in self.axes())
+        return Vectors((*tensors, *(w.channels for w in self.widths), *(a for t in self.work for a in t.axes)))
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of ``tensors`` as arrays."""
+        return Shapes.of(self.tensors, self.vectors)
+
+    @cached_property
+    def _is_parameter(self) -> BoolArray:
+        return np.array([t.is_parameter for t in self.tensors], dtype=np.bool_)
+
+    @cached_property
+    def _work(self) -> tuple[list[float], IndexArray]:
+        """The terms' scales, and the vectors of their axes ``[W, M]``, filled up with one after the last."""
+        number, none = self.vectors.number, len(self.vectors.arrays)
+        most = max((len(t.axes) for t in self.work), default=0)
+        rows = [[*(number[id(a)] for a in t.axes), *[none] * (most - len(t.axes))] for t in self.work]
+        return [t.scale for t in self.work], np.array(rows, dtype=np.int64).reshape(len(rows), most)
 
     @property
     def _all(self) -> BoolArray:
@@ -189,21 +192,18 @@ class Plan:
                 f"got shape {keep.shape}, dtype {keep.dtype}"
             )
         left = np.bincount(self.unit[keep], minlength=self.n_units)
-        size = np.bincount(self.unit, minlength=self.n_units)
-        torn = np.flatnonzero((left > 0) & (left < size))
+        torn = np.flatnonzero((left > 0) & (left < self.unit_size))
         if torn.size:
             group = self.groups[self.group_of[np.flatnonzero(self.unit == torn[0])[0]]]
             raise PlanError(
-                f"group {group.root}: keep takes {left[torn[0]]} of the {size[torn[0]]} channels of a unit; "
+                f"group {group.root}: keep takes {left[torn[0]]} of the {self.unit_size[torn[0]]} channels of a unit; "
                 "channels of a unit are kept or removed together"
             )
-        home = np.empty(self.n_units, dtype=np.int64)
-        home[self.unit] = self.group_of
-        stay = np.bincount(home[left > 0], minlength=len(self.groups))
+        stay = np.bincount(self.unit_home[left > 0], minlength=len(self.groups))
         for number in np.flatnonzero(stay < self.least_units_of_groups):
             raise PlanError(
-                f"group {self.groups[number].root}: keep leaves {stay[number]} of {(home == number).sum()} units; at "
-                f"least {self.least_units_of_groups[number]} must stay"
+                f"group {self.groups[number].root}: keep leaves {stay[number]} of "
+                f"{(self.unit_home == number).sum()} units; at least {self.least_units_of_groups[number]} must stay"
             )
         for group in self.groups:
             left_over = int(keep[group.start : group.stop].sum()) if group.multiple > 1 else 0
@@ -212,27 +212,51 @@ class Plan:
                     f"group {group.root}: keep leaves {left_over} channels; a kernel that reads them needs "
                     f"a multiple of {group.multiple}"
                 )
-        kept = Kept(keep)
-        for tensor, axis in self.axes():
-            least = self.least(tensor, axis)
-            if len(kept(axis.channels)) < least:
-                raise PlanError(
-                    f"{tensor.name}: keep leaves {len(kept(axis.channels))} of the {len(axis.channels)} channels of "
-                    f"dimension {axis.dim}; at least {least} must stay"
-                )
+        kept, shapes = Kept(keep, self.vectors), self.shapes
+        for place in np.flatnonzero(kept.counts[shapes.vector] < shapes.least):
+            tensor, vector = self.tensors[shapes.tensor[place]], shapes.vector[place]
+            raise PlanError(
+                f"{tensor.name}: keep leaves {kept.counts[vector]} of the {self.vectors.lengths[vector]} channels of "
+                f"dimension {shapes.dim[place]}; at least {shapes.least[place]} must stay"
+            )
         return kept
+
+    @cached_property
+    def unit_size(self) -> IndexArray:
+        """Channels of each unit: ``[U]``."""
+        return np.bincount(self.unit, minlength=self.n_units)
+
+    @cached_property
+    def unit_home(self) -> IndexArray:
+        """The group of each unit, the last of several: ``[U]``."""
+        home = np.zeros(self.n_units, dtype=np.int64)
+        home[self.unit] = self.group_of
+        return home
+
+    @cached_property
+    def group_units(self) -> IndexArray:
+        """Units that each group has channels of ``[G]``."""
+        if self.n_units == self.n_channels:
+            return np.array([g.channels for g in self.groups], dtype=np.int64)
+        pairs = np.unique(self.group_of.astype(np.int64) * self.n_units + self.unit)
+        return np.bincount(pairs // self.n_units, minlength=len(self.groups))
+
+    def unit_step(self, group: Group) -> int:
+        """Units that ``group`` loses at a time, so that its channels stay a multiple of what its kernels need."""
+        size = group.channels // int(self.group_units[self.group_of[group.start]])
+        return group.multiple // math.gcd(group.multiple, size)
 
     def least_units(self, group: Group) -> int:
         """How many units of ``group`` must stay: one, or two where units are of several channels.
 
         With one head left, or one channel in each block, a network obeys the rules of another plan.
         """
-        return int(self.least_units_of_groups[self.groups.index(group)])
+        return int(self.least_units_of_groups[self.group_of[group.start]])
 
     @cached_property
     def least_units_of_groups(self) -> IndexArray:
         """:meth:`least_units` of each group."""
-        units = np.array([len(np.unique(self.unit[g.start : g.stop])) for g in self.groups], dtype=np.int64)
+        units = self.group_units
         channels = np.array([g.channels for g in self.groups], dtype=np.int64)
         multiple = np.array([g.multiple for g in self.groups], dtype=np.int64)
         return np.maximum(np.where(units == channels, 1, np.minimum(units, 2)), multiple * units // channels)
@@ -257,7 +281,7 @@ class Plan:
     def shrink(self, kept: Kept) -> Plan:
         """The plan of the model after a prune (see :meth:`check_keep`). Equal to a plan lowered afresh."""
         left = np.bincount(self.group_of[kept.keep], minlength=len(self.groups))
-        movable = self.movable(kept)
+        movable = kept.keep & (left[self.group_of] > 1)
         lonely = tuple(
             Frozen(g.root, 1, "one channel is left") for g, n in zip(self.groups, left.tolist(), strict=True) if n == 1
         )
@@ -265,24 +289,36 @@ class Plan:
 
     def _renumbered(self, kept: Kept, movable: BoolArray, frozen: tuple[Frozen, ...]) -> Plan:
         """The plan with the channels ``~kept`` gone and, of the rest, only ``movable [N]`` still free."""
-        smaller = _Smaller(kept, np.where(movable, np.cumsum(movable) - 1, -1).astype(np.int32))
+        if kept.vectors is not self.vectors:
+            kept = Kept(kept.keep, self.vectors)
+        number = np.append(np.where(movable, np.cumsum(movable) - 1, -1), -1).astype(np.int32)  # the last is for -1
+        vectors = Vectors.split(number[self.vectors.channels[kept.positions]], kept.bounds)
+        place, after = self.vectors.number, vectors.arrays
+        counts = np.bincount(self.group_of[movable], minlength=len(self.groups)).tolist()
         groups, stop = [], 0
-        for group in self.groups:
-            count = int(movable[group.start : group.stop].sum())
+        for g, count in zip(self.groups, counts, strict=True):
             if count:
-                groups.append(replace(group, start=stop, stop=stop + count))
+                groups.append(Group(g.root, stop, stop + count, g.layers, g.members, g.statistic, g.multiple))
                 stop += count
         unit = by_first_use(self.unit[movable])
-        tensors, fixed = [], 0
-        for tensor in self.tensors:
-            shrunk = smaller.tensor(tensor)
-            if shrunk.axes:
-                tensors.append(shrunk)
-            elif shrunk.is_parameter:
-                fixed += math.prod(shrunk.shape)
-        widths = (replace(w, channels=smaller(w.channels)) for w in self.widths)
-        work = (fold_fixed(WorkTerm(t.scale, tuple(smaller(a) for a in t.axes))) for t in self.work)
-        return replace(
+        free, lengths = vectors.free.tolist(), vectors.lengths.tolist()
+        # What is told, all must agree on: one that is held counts as well.
+        widths = (
+            Width(w.module, w.attribute, w.index, after[place[id(w.channels)]], w.per, w.told)
+            for w in self.widths
+            if w.told or free[place[id(w.channels)]]
+        )
+        work = []
+        for term in self.work:
+            axes = [place[id(a)] for a in term.axes]
+            scale = term.scale * math.prod(lengths[i] for i in axes if not free[i])
+            work.append(WorkTerm(scale, tuple(after[i] for i in axes if free[i])))
+        sizes, conv_groups = self.shapes.left(kept)
+        shapes = self.shapes.smaller(sizes, conv_groups, vectors)
+        tensors = self._smaller_tensors(self.shapes.tuples(sizes), conv_groups.tolist(), vectors)
+        fixed = self._is_parameter.copy()
+        fixed[shapes.rows] = False
+        plan = replace(
             self,
             n_channels=stop,
             n_units=int(unit.max()) + 1 if stop else 0,
@@ -291,10 +327,30 @@ class Plan:
             tensors=tuple(tensors),
             frozen=self.frozen + frozen,
             work=tuple(work),
-            # What is told, all must agree on: one that is held counts as well.
-            widths=tuple(w for w in widths if w.told or w.channels.max(initial=-1) >= 0),
-            other_params=self.other_params + fixed,
+            widths=tuple(widths),
+            other_params=self.other_params + int(sizes[fixed].prod(1).sum()),
         )
+        plan.__dict__.update(vectors=vectors, shapes=shapes)
+        return plan
+
+    def _smaller_tensors(
+        self, shapes: list[tuple[int, ...]], groups: list[int], vectors: Vectors
+    ) -> Iterator[TensorMap]:
+        """The maps of tensors of ``shapes`` that still hold channels; axes that are alike are one object."""
+        place, after, free = self.vectors.number, vectors.arrays, vectors.free.tolist()
+        known: dict[tuple[int, int, str], Axis | None] = {}
+        for tensor, shape, count in zip(self.tensors, shapes, groups, strict=True):
+            axes = []
+            for a in tensor.axes:
+                key = (id(a.channels), a.dim, a.role)
+                if key not in known:
+                    number = place[key[0]]
+                    known[key] = Axis(a.dim, after[number], a.role) if free[number] else None
+                axis = known[key]
+                if axis is not None:
+                    axes.append(axis)
+            if axes:
+                yield TensorMap(tensor.name, tensor.is_parameter, shape, count, tensor.whole_groups, tuple(axes))
 
     def freeze(self, groups: Iterable[int], reason: str) -> Plan:
         """The plan with the groups of these indices left alone, for ``reason``; nothing else changes."""
@@ -304,7 +360,7 @@ class Plan:
         keep = self._all
         movable = ~np.isin(self.group_of, held)
         frozen = tuple(Frozen(self.groups[i].root, self.groups[i].channels, reason) for i in held)
-        return self._renumbered(Kept(keep), movable, frozen)
+        return self._renumbered(Kept(keep, self.vectors), movable, frozen)
 
     # Looking things up
 
@@ -320,6 +376,15 @@ class Plan:
         for tensor in self.tensors:
             for axis in tensor.axes:
                 yield tensor, axis
+
+    def holds(self, channels: ChannelArray) -> tuple[IndexArray, IndexArray, list[int], IndexArray | int]:
+        """Indices of a vector of the plan that hold channels, these channels, their groups, and which of these each is
+        of (0 where there is one)."""
+        return self._holdings.of(self.vectors.number[id(channels)])
+
+    @cached_property
+    def _holdings(self) -> Holdings:
+        return Holdings(self.vectors, self.group_of, len(self.groups))
 
     def counts(self, axis: Axis) -> tuple[ChannelArray, IndexArray]:
         """The channels of ``axis``, each once, and how many of its indices each has."""
@@ -395,26 +460,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def is_grouped(tensor: TensorMap, axis: Axis) -> bool:
-    """Whether ``axis`` is dimension 1 of a grouped convolution, with an entry per group and index."""
-    return tensor.groups > 1 and axis.dim == 1
-
-
-def groups_left(tensor: TensorMap, kept: list[IndexArray]) -> int:
-    """Convolution groups of ``tensor`` when the indices ``kept`` of each axis are left."""
-    if not tensor.whole_groups:
-        return tensor.groups
-    return tensor.groups * len(kept[0]) // len(tensor.axes[0].channels)
-
-
-def shrunk_shape(tensor: TensorMap, kept: list[IndexArray]) -> tuple[int, ...]:
-    """Shape of ``tensor`` when the indices ``kept`` of each axis are left."""
-    shape = list(tensor.shape)
-    for axis, left in zip(tensor.axes, kept, strict=True):
-        shape[axis.dim] = len(left) // (groups_left(tensor, kept) if is_grouped(tensor, axis) else 1)
-    return tuple(shape)
-
-
 def fold_fixed(term: WorkTerm) -> WorkTerm:
     """``term`` with axes that hold no channel multiplied into its scale."""
     free = [a.max(initial=-1) >= 0 for a in term.axes]
@@ -422,41 +467,16 @@ def fold_fixed(term: WorkTerm) -> WorkTerm:
     return WorkTerm(scale, tuple(a for a, yes in zip(term.axes, free, strict=True) if yes))
 
 
-class _Smaller:
-    """Channel vectors after a prune; a vector that many axes share stays shared."""
-
-    def __init__(self, kept: Kept, renumber: ChannelArray) -> None:
-        self._kept = kept
-        self._renumber = renumber
-        self._found: dict[int, ChannelArray] = {}
-
-    def __call__(self, channels: ChannelArray) -> ChannelArray:
-        if id(channels) not in self._found:
-            left = channels[self._kept(channels)]
-            self._found[id(channels)] = np.where(left < 0, np.int32(-1), self._renumber[left]).astype(np.int32)
-        return self._found[id(channels)]
-
-    def tensor(self, tensor: TensorMap) -> TensorMap:
-        kept, shape = self._kept.of(tensor)
-        axes = (Axis(a.dim, self(a.channels), a.role) for a in tensor.axes)
-        return TensorMap(
-            tensor.name,
-            tensor.is_parameter,
-            shape,
-            groups_left(tensor, kept),
-            tensor.whole_groups,
-            tuple(a for a in axes if a.channels.max(initial=-1) >= 0),
-        )
-
-
 def by_first_use(unit: NDArray[np.integer[Any]]) -> ChannelArray:
     """Unit numbers in the order in which the channels first name them."""
     if not len(unit):
         return unit.astype(np.int32)
-    _, first, inverse = np.unique(unit, return_index=True, return_inverse=True)
+    used = np.unique(unit) if unit.max() >= 4 * len(unit) else np.flatnonzero(np.bincount(unit))
+    first = np.empty(int(unit.max()) + 1, dtype=np.int64)
+    first[unit[::-1]] = np.arange(len(unit))[::-1]  # what is assigned last stays
     rank = np.empty(len(first), dtype=np.int32)
-    rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
-    return rank[inverse].astype(np.int32)
+    rank[used[np.argsort(first[used], kind="stable")]] = np.arange(len(used), dtype=np.int32)
+    return rank[unit]
 
 
 def stirred(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..plan.bind import Binding
-from ..plan.types import Kept, Width, groups_left
+from ..plan.types import Kept, Width
 
 Change = tuple[Any, str, Any]  # module (or an object that it keeps), attribute, new value
 Shape = tuple[int, ...]
@@ -120,16 +120,65 @@ def sizes(module: nn.Module) -> dict[str, Any]:
 
 def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Change]:
     """What the modules of ``model`` (or a copy) must say of themselves when ``kept`` of the channels are left."""
+    plan = binding.plan
+    if kept.vectors is not plan.vectors:
+        kept = Kept(kept.keep, plan.vectors)
+    modules = binding.modules if model is binding.model else dict(model.named_modules(remove_duplicate=False))
+    sizes, groups = plan.shapes.left(kept)
+    changed = (sizes != plan.shapes.sizes).any(1).tolist()
+    shapes, blocks = plan.shapes.tuples(sizes), groups.tolist()
     changes: list[Change] = []
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for tensor in binding.plan.tensors:
-        left, shape = kept.of(tensor)
-        if shape != tensor.shape:
-            for name in binding.aliases(tensor.name):
-                path, _, local = as_published(name).rpartition(".")
-                changes += attributes_from_shape(modules[path], local, shape, groups_left(tensor, left))
-    widths = [(modules[w.module], w, len(kept(w.channels))) for w in binding.plan.widths]
+    for number, path, local, rule in tabulate(binding).tensors:
+        if changed[number]:
+            module = modules[path]
+            values = rule.from_tensor(module, local, shapes[number], blocks[number])
+            changes += [(module, name, value) for name, value in values.items() if getattr(module, name) != value]
+    counts, place = kept.counts.tolist(), plan.vectors.number
+    widths = [(modules[w.module], w, counts[place[id(w.channels)]]) for w in plan.widths]
     return changes + [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """Where the modules of a binding keep sizes.
+
+    Attributes:
+        tensors: (tensor of the plan, module, name in it, rule) wherever a size follows from a tensor.
+        unruled: modules and attributes of the plan's widths that no rule knows.
+    """
+
+    tensors: list[tuple[int, str, str, SizeRule]]
+    unruled: list[tuple[nn.Module, str]]
+
+
+def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
+    """Where the modules of ``binding`` keep sizes; it follows from what is known of the binding ``before`` a prune."""
+    found: Ruled | None = binding.derived.get("ruled")
+    if found is None:
+        found = _tabulate(binding) if before is None else _follow(tabulate(before), binding)
+        binding.derived["ruled"] = found
+    return found
+
+
+def _tabulate(binding: Binding) -> Ruled:
+    found = Ruled([], [])
+    for number, tensor in enumerate(binding.plan.tensors):
+        for name in binding.aliases(tensor.name):
+            path, _, local = as_published(name).rpartition(".")
+            rule = rule_of(binding.modules[path])
+            if rule is not None and rule.from_tensor is not _nothing:
+                found.tensors.append((number, path, local, rule))
+    for width in binding.plan.widths:
+        rule = rule_of(binding.modules[width.module])
+        if rule is None or width.attribute not in rule.attributes:
+            found.unruled.append((binding.modules[width.module], width.attribute))
+    return found
+
+
+def _follow(before: Ruled, binding: Binding) -> Ruled:
+    rows = binding.plan.shapes.rows
+    number = dict(zip(rows.tolist(), range(len(rows)), strict=True))
+    return Ruled([(number[i], *rest) for i, *rest in before.tensors if i in number], before.unruled)
 
 
 def as_published(name: str) -> str:
@@ -182,5 +231,9 @@ def apply_changes(changes: list[Change], undo: list[Change]) -> None:
     for module, name, value in changes:
         now = getattr(module, name)
         undo.append((module, name, now))
-        if now != value:  # an attribute that refused its new value need not take its old one
+        # nn.Module's own way takes long to find that a number is neither a tensor nor a module.
+        plain = type(module).__setattr__ is nn.Module.__setattr__ and name in vars(module)
+        if plain and not hasattr(type(module), name):
+            module.__dict__[name] = value
+        elif now != value:  # an attribute that refused its new value need not take its old one
             setattr(module, name, value)

@@ -7,10 +7,11 @@ user's own references stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,35 +20,32 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.optim import Optimizer
 
-from ..errors import PatError, PlanError, SurgeryError
-from ..ops import NONE, Tile, TileTable, channel_compact
-from ..plan.bind import Binding, Block, blocks
-from ..plan.types import Axis, ChannelArray, Kept, Plan, TensorMap, groups_left
+from ..errors import PatError, SurgeryError
+from ..plan.bind import Binding
+from ..plan.types import Kept, Plan
 from .compiled import forget_compiled
-from .modules import Change, apply_changes, attribute_changes
+from .gather import Gathering, Layout, dense_strides
+from .modules import Change, apply_changes, attribute_changes, tabulate
 from .optimizer import StateTensor, check_state, state_tensors
 from .record import note_prune, restorer
 from .undo import Undo, uninterrupted
+
+__all__ = ["dense_strides", "prepare", "prune", "set_tensor"]
+
+LAYOUT = "layout"  # what a binding keeps it under
 
 
 @dataclass
 class Cut:
     """One parameter or buffer that shrinks, with everything that shrinks along with it."""
 
-    tensor_map: TensorMap
-    smaller: TensorMap  # same axes, only what is kept
-    kept: list[NDArray[np.int64]]
+    number: int  # among the plan's tensors
     tensor: Tensor
+    data: Tensor  # as they were
+    grad: Tensor | None
     states: list[StateTensor] = field(default_factory=list)
     # made by _compact, in the order data, gradient (if any), states
     new: list[Tensor] = field(default_factory=list)
-
-    def sources(self) -> list[Tensor]:
-        """Tensors of the parameter's own shape: data, gradient, element-wise state."""
-        found = [self.tensor.detach()]
-        if self.tensor.grad is not None:
-            found.append(self.tensor.grad)
-        return found + [s.tensor for s in self.states if not s.factored]
 
 
 @torch.no_grad()
@@ -79,12 +77,14 @@ def prune(
     keep = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
     kept = binding.plan.check_keep(keep)
     plan = binding.plan.shrink(kept)
+    sizes, _ = binding.plan.shapes.left(kept)
     bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
-    cuts = _cuts(bindings, kept, list(optimizers))
+    cuts = _cuts(bindings, sizes, list(optimizers))
     changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)]
     undo: list[Undo] = []
     try:
-        _compact(cuts)
+        gathering = Gathering(binding.plan, layout_of(binding), kept, sizes)
+        _compact(cuts, gathering, kept)
         if ready is not None:
             ready()
         with uninterrupted():
@@ -109,196 +109,97 @@ def _change(
     cuts: list[Cut], changes: list[Change], bindings: list[Binding], kept: Kept, plan: Plan, undo: list[Undo]
 ) -> Binding:
     """Swap the new tensors in, set the attributes; what takes each step back is appended to ``undo`` first."""
+    blank: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    nodes = _accumulators([c.tensor for c in cuts if c.tensor.requires_grad])
     for cut in cuts:
-        _swap(cut, undo)
+        undo.append(partial(_restore, cut))
+        _swap(cut, blank, nodes)
     attributes: list[Change] = []
     undo.append(lambda: apply_changes(list(reversed(attributes)), []))
     apply_changes(changes, attributes)
     undo += [restorer(b.model) for b in bindings]
     for bound in bindings:
         note_prune(bound, kept)
-    smaller, *_ = [Binding(plan, b.model) for b in bindings]
+    smaller, *_ = [Binding(plan, b.model, after=b) for b in bindings]
+    before = bindings[0]
+    tabulate(smaller, before)
+    strides = [t.stride() for t in before.tensors.values()]
+    smaller.derived[LAYOUT] = before.derived[LAYOUT].smaller(before.plan, plan, strides)
     return smaller
 
 
-def _cuts(bindings: list[Binding], keep: Kept, optimizers: list[Optimizer]) -> list[Cut]:
+def prepare(binding: Binding) -> None:
+    """Work out ahead what the first prune needs of the plan and of the model; later ones find it there."""
+    layout_of(binding)
+    tabulate(binding)
+    binding.plan.macs()
+
+
+def layout_of(binding: Binding) -> Layout:
+    """How the binding's tensors lie in memory; made anew where that has changed."""
+    strides = [t.stride() for t in binding.tensors.values()]
+    known: Layout | None = binding.derived.get(LAYOUT)
+    if known is None or known.strides != strides:
+        known = binding.derived[LAYOUT] = Layout.of(binding.plan, strides)
+    return known
+
+
+def _cuts(bindings: list[Binding], sizes: NDArray[np.int64], optimizers: list[Optimizer]) -> list[Cut]:
+    """Those of the plan's tensors that come to have other ``sizes [T, D]``.
+
+    Raises:
+        PlanError: the model is not the one that the plan was made for.
+        SurgeryError: a gradient or an optimizer's state cannot be shrunk.
+    """
     check_state(optimizers)
-    found: list[Cut] = []
-    shared: dict[int, ChannelArray] = {}
-
-    def left(channels: ChannelArray) -> ChannelArray:
-        if id(channels) not in shared:
-            shared[id(channels)] = channels[keep(channels)]
-        return shared[id(channels)]
-
+    for binding in bindings:
+        binding.check()
+    plan = bindings[0].plan
+    holders = [list(b.tensors.values()) for b in bindings]
     seen: set[int] = set()
-    for tensor_map in bindings[0].plan.tensors:
-        kept, shape = keep.of(tensor_map)
-        if shape == tensor_map.shape:
-            continue
-        axes = tuple(Axis(a.dim, left(a.channels), a.role) for a in tensor_map.axes)
-        groups = groups_left(tensor_map, kept)
-        smaller = TensorMap(
-            tensor_map.name, tensor_map.is_parameter, shape, groups, tensor_map.whole_groups, axes
-        )
-        for tensor in (b.tensors[tensor_map.name] for b in bindings):
-            if id(tensor) not in seen:  # a copy may share some
-                seen.add(id(tensor))
-                found.append(_cut(tensor_map, smaller, kept, tensor, optimizers))
+    found = []
+    for number in np.flatnonzero((sizes != plan.shapes.sizes).any(1)).tolist():
+        for tensor in (held[number] for held in holders):
+            if id(tensor) in seen:  # a copy may share some
+                continue
+            seen.add(id(tensor))
+            cut = Cut(number, tensor, tensor.data, tensor.grad)
+            if optimizers and isinstance(tensor, nn.Parameter):
+                cut.states = state_tensors(optimizers, tensor, plan.tensors[number].name)
+            if cut.grad is not None and cut.grad.layout != torch.strided:
+                raise SurgeryError(
+                    f"{plan.tensors[number].name} has a sparse gradient; call zero_grad() before pruning"
+                )
+            found.append(cut)
     return found
-
-
-def _cut(
-    tensor_map: TensorMap,
-    smaller: TensorMap,
-    kept: list[NDArray[np.int64]],
-    tensor: Tensor,
-    optimizers: list[Optimizer],
-) -> Cut:
-    if tuple(tensor.shape) != tensor_map.shape:
-        raise PlanError(
-            f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the model "
-            "was changed since the plan was bound; build a new plan"
-        )
-    cut = Cut(tensor_map, smaller, kept, tensor)
-    if isinstance(tensor, nn.Parameter):
-        cut.states = state_tensors(optimizers, tensor, tensor_map.name)
-    if tensor.grad is not None and tensor.grad.layout != torch.strided:
-        raise SurgeryError(f"{tensor_map.name} has a sparse gradient; call zero_grad() before pruning")
-    return cut
 
 
 # Making the new tensors
 
 
-def _compact(cuts: list[Cut]) -> None:
+def _compact(cuts: list[Cut], gathering: Gathering, kept: Kept) -> None:
     """Fill ``cut.new`` for all cuts: one op call per device and dtype."""
-    batches: dict[tuple[torch.device, torch.dtype], _Batch] = {}
     for cut in cuts:
-        for source in cut.sources():
-            batch = batches.setdefault((source.device, source.dtype), _Batch())
-            cut.new.append(batch.add(cut, source))
-        cut.new += [_gathered(cut, s) for s in cut.states if s.factored]
-    for batch in batches.values():
-        batch.run()
+        cut.new.append(gathering.add(cut.number, cut.data))
+        if cut.grad is not None:
+            cut.new.append(gathering.add(cut.number, cut.grad))
+        cut.new += [gathering.add(cut.number, s.tensor) for s in cut.states if not s.factored]
+        cut.new += [_gathered(gathering, cut.number, s, kept) for s in cut.states if s.factored]
+    gathering.run()
 
 
-class _Batch:
-    """Copies of one device and dtype, gathered into one call of ``channel_compact``."""
-
-    def __init__(self) -> None:
-        self.xs: list[Tensor] = []
-        self.outs: list[Tensor] = []
-        self.tiles: list[Tile] = []
-        self.out_tiles: list[Tile] = []
-        self.index: list[NDArray[np.int32]] = []
-        self._length = 0
-        self._known: dict[tuple[int, int, int], int] = {}
-        self._planned: dict[tuple[int, tuple[int, ...]], list[tuple[Block, Block, int, int]]] = {}
-
-    def add(self, cut: Cut, source: Tensor) -> Tensor:
-        """Plan the copy of what is kept of ``source``; returns the tensor that will hold it."""
-        out = torch.empty_strided(
-            cut.smaller.shape,
-            dense_strides(cut.smaller.shape, source.stride()),
-            dtype=source.dtype,
-            device=source.device,
-        )
-        number = len(self.xs)
-        self.xs.append(source)
-        self.outs.append(out)
-        for one, two, rows, cols in self._copies(cut, source, out):
-            (r, sr), (c, sc), (k, sk) = one.row, one.col, one.kernel
-            self.tiles.append(Tile(number, one.offset, (r, c, k), (sr, sc, sk)))
-            (r, sr), (c, sc), (k, sk) = two.row, two.col, two.kernel
-            self.out_tiles.append(Tile(number, two.offset, (r, c, k), (sr, sc, sk), rows, cols))
-        return out
-
-    def _copies(self, cut: Cut, source: Tensor, out: Tensor) -> list[tuple[Block, Block, int, int]]:
-        """Blocks of ``source``, where they go, and the lists of their rows and columns."""
-        key = (id(cut), source.stride())  # the same for gradient and optimizer state
-        if key not in self._planned:
-            sources = blocks(cut.tensor_map, source.stride())
-            if cut.tensor_map.groups != cut.smaller.groups and len(sources) > 1:
-                sources = [b for b in sources if _survives(cut, b)]
-            targets = blocks(cut.smaller, out.stride(), order=source.stride())
-            self._planned[key] = [
-                (
-                    one,
-                    two,
-                    self._list(cut, one.row_channels, one.row[0], two.row[0]),
-                    self._list(cut, one.col_channels, one.col[0], two.col[0]),
-                )
-                for one, two in zip(sources, targets, strict=True)
-            ]
-        return self._planned[key]
-
-    def _list(self, cut: Cut, channels: NDArray[np.int32] | None, before: int, after: int) -> int:
-        """Offset in the index of the kept positions along one side of a block."""
-        if before == after:
-            return NONE
-        assert channels is not None
-        for axis, kept in zip(cut.tensor_map.axes, cut.kept, strict=True):
-            start = _offset_in(axis.channels, channels)
-            if start is not None:
-                key = (id(kept), start, before)
-                if key not in self._known:
-                    inside = kept[(kept >= start) & (kept < start + before)] - start
-                    self._known[key] = self._length
-                    self._length += len(inside)
-                    self.index.append(inside.astype(np.int32))
-                return self._known[key]
-        raise AssertionError("a block's channels are not a part of its axes")
-
-    def run(self) -> None:
-        """Copy."""
-        index = torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *self.index]))
-        table = TileTable.from_tiles(self.xs, self.tiles)
-        out_table = TileTable.from_tiles(self.outs, self.out_tiles, slots=len(index), shared_slots=True)
-        device = self.xs[0].device
-        channel_compact(self.outs, self.xs, table, out_table, index.to(device))
-
-
-def _offset_in(axis: NDArray[np.int32], part: NDArray[np.int32]) -> int | None:
-    """Where the view ``part`` begins in ``axis``, or None if it is a view of something else."""
-    if part is axis:
-        return 0
-    start = part.__array_interface__["data"][0] - axis.__array_interface__["data"][0]
-    if not 0 <= start < max(axis.nbytes, 1):
-        return None
-    return start // axis.itemsize
-
-
-def _survives(cut: Cut, block: Block) -> bool:
-    """Whether the group of a depthwise convolution that ``block`` is stays."""
-    per_group = len(cut.tensor_map.axes[0].channels) // cut.tensor_map.groups
-    return bool(np.isin(block.group * per_group, cut.kept[0]))
-
-
-def dense_strides(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a dense tensor of ``shape`` whose dimensions lie in the order of the strides ``like``."""
-    if len(shape) == 1:
-        return (1,)
-    strides = [1] * len(shape)
-    step = 1
-    for dim in sorted(range(len(shape)), key=lambda d: (like[d], -d)):
-        strides[dim] = step
-        step *= max(shape[dim], 1)
-    return tuple(strides)
-
-
-def _gathered(cut: Cut, state: StateTensor) -> Tensor:
+def _gathered(gathering: Gathering, number: int, state: StateTensor, keep: Kept) -> Tensor:
     """Statistics of rows, columns or both: each dimension that follows one of the parameter is gathered."""
     assert state.follows is not None
-    value = state.tensor
-    by_dim = {axis.dim: (axis, kept) for axis, kept in zip(cut.tensor_map.axes, cut.kept, strict=True)}
+    value, tensor = state.tensor, gathering.plan.tensors[number]
+    by_dim = {axis.dim: (axis, kept) for axis, kept in zip(tensor.axes, tensor.kept(keep), strict=True)}
     for dim, followed in enumerate(state.follows):
         if followed is None or followed not in by_dim:
             continue
         axis, kept = by_dim[followed]
-        if len(axis.channels) != cut.tensor_map.shape[followed]:
+        if len(axis.channels) != tensor.shape[followed]:
             raise SurgeryError(
-                f"{cut.tensor_map.name}: the factored optimizer state of a grouped convolution's inputs is shared by "
+                f"{tensor.name}: the factored optimizer state of a grouped convolution's inputs is shared by "
                 "its groups and cannot be pruned; use an optimizer with element-wise state"
             )
         value = value.index_select(dim, torch.from_numpy(kept).to(value.device))
@@ -308,38 +209,68 @@ def _gathered(cut: Cut, state: StateTensor) -> Tensor:
 # Swapping them in
 
 
-def _swap(cut: Cut, undo: list[Undo]) -> None:
+def _swap(cut: Cut, blank: dict[tuple[torch.device, torch.dtype], Tensor], nodes: dict[int, Any]) -> None:
     new = iter(cut.new)
     data = next(new)
-    grad = next(new) if cut.tensor.grad is not None else None
-    undo.append(_restorer(cut.tensor, cut.tensor.data, cut.tensor.grad))
-    set_tensor(cut.tensor, data, grad)
-    ordered = [s for s in cut.states if not s.factored] + [s for s in cut.states if s.factored]
-    for state, value in zip(ordered, new, strict=True):
-        undo.append(partial(state.put, cut.tensor, state.tensor))
-        state.put(cut.tensor, value)
+    grad = next(new) if cut.grad is not None else None
+    key = data.device, data.dtype
+    if key not in blank:
+        blank[key] = _blank(data)
+    set_tensor(cut.tensor, data, grad, blank[key], nodes.get(id(cut.tensor)))
+    if cut.states:
+        ordered = [s for s in cut.states if not s.factored] + [s for s in cut.states if s.factored]
+        for state, value in zip(ordered, new, strict=True):
+            state.put(cut.tensor, value)
 
 
-def _restorer(tensor: Tensor, data: Tensor, grad: Tensor | None) -> Undo:
-    return lambda: set_tensor(tensor, data, grad)
+def _restore(cut: Cut) -> None:
+    set_tensor(cut.tensor, cut.data, cut.grad)
+    for state in cut.states:
+        state.put(cut.tensor, state.tensor)
 
 
-def set_tensor(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+def set_tensor(
+    tensor: Tensor, data: Tensor, grad: Tensor | None, blank: Tensor | None = None, node: Any = None
+) -> None:
     """Give ``tensor`` other data and another gradient, in place: the object and its hooks stay.
 
     While an earlier output or loss is alive, autograd keeps the tensor's gradient accumulator, which
     remembers the old shape and would refuse the next backward. Assigning data of another dtype in between
     makes autograd drop it. A backward of that earlier loss is refused: its graph holds the new data in the place of
-    what it was computed from.
+    what it was computed from. ``blank`` is an empty tensor of another dtype on ``data``'s device and ``node`` the
+    accumulator, if they are at hand.
     """
-    tensor.grad = None
+    if tensor.grad is not None:
+        tensor.grad = None
     if tensor.requires_grad:
-        get_gradient_edge(tensor).node.register_prehook(_refuse_backward)
+        (get_gradient_edge(tensor).node if node is None else node).register_prehook(_refuse_backward)
         increment_version(tensor)
-        other = torch.float64 if data.dtype != torch.float64 else torch.float32
-        tensor.data = torch.empty(0, dtype=other, device=data.device)
+        tensor.data = _blank(data) if blank is None else blank
     tensor.data = data
-    tensor.grad = grad
+    if grad is not None:
+        tensor.grad = grad
+
+
+class _Touch(torch.autograd.Function):
+    """Has all of its inputs' gradient accumulators as its neighbours."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return tensors[0].new_empty(0)
+
+
+def _accumulators(tensors: list[Tensor]) -> dict[int, Any]:
+    """The gradient accumulators of leaves that require a gradient, by the leaf's ``id``, in one go."""
+    if not tensors:
+        return {}
+    with torch.enable_grad():
+        touched: Any = _Touch.apply(*tensors)
+    return {id(t): node for t, (node, _) in zip(tensors, touched.grad_fn.next_functions, strict=True)}
+
+
+def _blank(data: Tensor) -> Tensor:
+    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    return torch.empty(0, dtype=other, device=data.device)
 
 
 def _refuse_backward(grads: tuple[Tensor, ...]) -> None:

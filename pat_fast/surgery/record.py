@@ -6,14 +6,14 @@ It lies in the modules' own dictionaries, so that copies, wrappers and submodule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ..plan.bind import Binding
 from ..plan.types import Kept
-from .modules import sizes
+from .modules import tabulate
 
 KEY = "_pat_fast"
 Record = dict[str, Any]
@@ -28,22 +28,20 @@ group that are left, in order.
 def note_prune(binding: Binding, kept: Kept) -> None:
     """Write down that of ``binding`` what is ``kept`` was left."""
     plan, model = binding.plan, binding.model
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for width in plan.widths:
-        module = modules[width.module]
-        if width.attribute not in sizes(module):
-            note_sizes(module, [width.attribute])
+    for module, attribute in tabulate(binding).unruled:
+        note_sizes(module, [attribute])
     record = of(model)
     if "dense" not in record:
         record["dense"] = {"channels": plan.n_channels, "params": plan.params(), "macs": plan.macs()}
     record["prunes"] = record.get("prunes", 0) + 1
     channels: dict[str, dict[str, Any]] = record.setdefault("channels", {})
+    keep = kept.keep.tolist()
     for group in plan.groups:
         known = channels.get(group.root)
         if known is None or len(known["kept"]) != group.channels:  # a plan of another build: its own count
             known = {"of": group.channels, "kept": list(range(group.channels))}
-        left = np.asarray(known["kept"])[kept.keep[group.start : group.stop]]
-        channels[group.root] = {"of": known["of"], "kept": left.tolist()}
+        left = compress(known["kept"], keep[group.start : group.stop])
+        channels[group.root] = {"of": known["of"], "kept": list(left)}
 
 
 def of(module: nn.Module) -> Record:

@@ -157,6 +157,11 @@ class GroupMagnitudeImportance(Importance):
         found = normalize(found, Segments.of(binding), self.normalizer)
         return found.masked_fill(~tally.ledger.scored, torch.nan)
 
+    def prepare(self, binding: Binding) -> None:
+        """Work out ahead which indices of which tensors :meth:`score` adds up, where that is known already."""
+        if type(self)._usable is GroupMagnitudeImportance._usable:
+            self._book(binding)
+
     def _book(self, binding: Binding) -> Book:
         """The tensors that count, and what their indices count for."""
         skipped = {name for name in binding.tensors if not self._usable(binding, name)}

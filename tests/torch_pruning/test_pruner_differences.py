@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import pat_fast.torch_pruning as tp
 from benchmarks import zoo
+from pat_fast.plan import bind
 from tests.torch_pruning.against import build, quiet
 from tests.torch_pruning.nets import Net, X, both, make
 
@@ -82,6 +84,19 @@ def test_round_to_counts_channels_of_all_blocks() -> None:
     assert theirs.conv1.out_channels == 32  # 2 of 8 dimensions a block were rounded as if they were 2 of 32 channels
     assert ours.conv1.out_channels == ours.conv2.in_channels == 24
     assert ours(X).shape == (2, 10)
+
+
+@pytest.mark.parametrize("globally", [False, True])
+def test_kernels_that_need_a_multiple_get_it(globally: bool) -> None:
+    """Torch-Pruning does not know of such kernels: the forward fails after its step."""
+    model = Net(width=24)
+    pruner = make(tp, model, pruning_ratio=0.6, global_pruning=globally)
+    plan = pruner.engine.plan
+    groups = tuple(replace(g, multiple=8) if g.root == "conv1" else g for g in plan.groups)
+    pruner.engine._set(bind(replace(plan, groups=groups), model))
+    pruner.step()
+    assert model.conv1.out_channels == 8  # 10 asked for
+    assert model(X).shape == (2, 10)
 
 
 class TwoHeads(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pat_fast.torch_pruning.engine.ranking import Candidate, choose, choose_heads, rounded
+from pat_fast.torch_pruning.engine.ranking import Candidate, choose, choose_heads, nearest, rounded
 
 
 def candidate(scores: Any, scope: str = "all", ratio: float = 0.5, **more: Any) -> Candidate:
@@ -70,6 +70,30 @@ def test_least() -> None:
 )
 def test_rounded(units: int, left: int, least: int, width: int, round_to: int, expected: int) -> None:
     assert rounded(units, left, least, width, round_to) == expected
+
+
+@pytest.mark.parametrize(
+    ("units", "left", "least", "width", "multiple", "expected"),
+    [
+        (24, 11, 1, 24, 8, 8),
+        (24, 13, 1, 24, 8, 16),  # nearer, though it is up
+        (24, 2, 1, 24, 8, 8),  # not to nothing
+        (24, 10, 9, 24, 8, 16),  # down would be less than must stay
+        (8, 5, 1, 32, 8, 4),  # four channels a unit
+        (6, 3, 1, 6, 8, 6),  # no multiple fits
+    ],
+)
+def test_nearest(units: int, left: int, least: int, width: int, multiple: int, expected: int) -> None:
+    assert nearest(units, left, least, width, multiple) == expected
+
+
+@pytest.mark.parametrize(("round_to", "left"), [(None, 16), (3, 24)])
+def test_a_kernel_that_needs_a_multiple_gets_it(round_to: int | None, left: int) -> None:
+    one = candidate(list(range(32)), ratio=0.4)
+    one.multiple = 8
+    choose([one], {}, round_to)
+    assert 32 - len(np.flatnonzero(one.gone)) == left
+    assert np.flatnonzero(one.gone).tolist() == list(range(32 - left))
 
 
 def test_heads() -> None:

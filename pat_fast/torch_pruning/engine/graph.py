@@ -128,6 +128,8 @@ class LiveGraph(DependencyGraph):
 
     def is_customized(self, module: Any) -> bool:
         """Whether the user has given a pruner for ``module``."""
+        if not self.CUSTOMIZED_PRUNERS:
+            return False
         return any(self.get_pruner_of_module(module) is p for p in self.CUSTOMIZED_PRUNERS.values())
 
     def get_out_channels(self, module_or_node: Any) -> int | None:

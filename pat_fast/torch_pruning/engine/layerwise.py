@@ -21,7 +21,7 @@ from torch_pruning.dependency import Dependency, Group
 
 from ...errors import PatError, SurgeryError
 from ...surgery.optimizer import state_tensors
-from ...surgery.prune import Undo, set_tensor
+from ...surgery.prune import set_tensor
 from .axes import VIRTUAL, out_dim
 from .walk import LOST, Endless, Visit, walk
 
@@ -39,7 +39,11 @@ def is_foreign(graph: LiveGraph, module: Any) -> bool:
 
 def any_foreign(graph: LiveGraph) -> bool:
     """Whether the model has such a layer."""
-    return any(is_foreign(graph, m) for m in graph.model.modules())
+    engine = graph.__dict__.get("engine")  # not yet, while the pruner is built
+    modules = graph.model.modules() if engine is None else engine.binding.modules.values()
+    if not graph.CUSTOMIZED_PRUNERS:
+        return any(isinstance(m, FOREIGN) for m in modules)
+    return any(is_foreign(graph, m) for m in modules)
 
 
 class LayerwiseGroup(Group):
@@ -145,6 +149,9 @@ def members(graph: LiveGraph) -> frozenset[tuple[str, int]]:
 
 
 # One layer
+
+
+Undo = Callable[[], None]
 
 
 @dataclass(frozen=True)

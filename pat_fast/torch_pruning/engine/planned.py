@@ -37,6 +37,9 @@ class Planned:
 
     def gone(self, prune_dims: bool) -> BoolArray:
         """Its channels that go: bool ``[n]``; none if nothing would be left."""
+        if self.attention is None and self.candidate.units == len(self.born):  # a unit is a channel
+            gone = self.candidate.gone
+            return np.zeros_like(gone) if gone.all() else gone
         mask = self.candidate.gone[self.unit] & (self.attention is None or prune_dims)
         extra = np.zeros(len(self.born) - len(mask), dtype=np.bool_)
         if self.heads_gone is not None:

@@ -33,6 +33,7 @@ class Candidate:
         width: channels of its root layer.
         cap: units that must stay because of ``max_pruning_ratio``.
         least: units that must stay if any goes.
+        multiple: what its channels must stay a multiple of, because a kernel needs it.
         gone: bool ``[U]``, what was chosen.
     """
 
@@ -43,10 +44,13 @@ class Candidate:
     width: int
     cap: int = 0
     least: int = 1
+    multiple: int = 1
     gone: BoolArray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.scores = np.where(np.isnan(self.scores), np.inf, self.scores)
+        unknown = np.isnan(self.scores)
+        if unknown.any():
+            self.scores = np.where(unknown, np.inf, self.scores)
         self.gone = np.zeros(len(self.scores), dtype=np.bool_)
 
     @property
@@ -127,7 +131,9 @@ def _settle(candidate: Candidate, round_to: int | None) -> None:
         return
     least = max(candidate.least, candidate.cap)
     left = max(candidate.units - going, least)
-    if round_to:
+    if candidate.multiple > 1:
+        left = nearest(candidate.units, left, least, candidate.width, math.lcm(round_to or 1, candidate.multiple))
+    elif round_to:
         left = rounded(candidate.units, left, least, candidate.width, round_to)
         if left == candidate.units:
             _warn(candidate, f"it has {candidate.width} channels, and cannot be pruned to a multiple of {round_to}")
@@ -147,6 +153,17 @@ def rounded(units: int, left: int, least: int, width: int, round_to: int) -> int
     if down < max(least, 1):
         down = -(-max(least, 1) // step) * step
     return min(down, units)
+
+
+def nearest(units: int, left: int, least: int, width: int, multiple: int) -> int:
+    """How many units to leave so that their channels are a ``multiple`` that is nearest to ``left``, as natively.
+
+    No less than one multiple and ``least``; ``units`` if there is no way.
+    """
+    per_unit = max(width // units, 1)
+    step = multiple // math.gcd(multiple, per_unit)
+    most = max(least, 1)
+    return min(max(round(left / step) * step, -(-most // step) * step), units)
 
 
 def choose_heads(scores: Sequence[Scores], counts: Sequence[int]) -> list[BoolArray]:

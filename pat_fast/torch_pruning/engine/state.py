@@ -17,7 +17,7 @@ from ...discovery import Discovery
 from ...errors import PlanError
 from ...plan import Binding, Plan
 from ...plan.types import BoolArray, IndexArray
-from ...surgery import prune
+from ...surgery import prepare, prune
 from .axes import Axes
 from .shaping import Spec, lower
 
@@ -65,17 +65,13 @@ class Engine:
         if self._left_alone:
             plan = leave_alone(plan, self._left_alone)
         self._set(Binding(plan, self.model))
+        prepare(self.binding)
         self.born = np.arange(plan.n_channels)
         self.lowered += 1
 
     def _set(self, binding: Binding) -> None:
         self.binding = binding
         self.__dict__.pop("axes", None)
-        named = [(binding.owner(name), t) for name, t in binding.tensors.items()]
-        self._tensors = [
-            (owner._parameters if local in owner._parameters else owner._buffers, local, t, t.shape)
-            for (owner, local), t in named
-        ]
 
     @property
     def plan(self) -> Plan:
@@ -93,7 +89,7 @@ class Engine:
         Raises:
             PlanError: it was, and its forward fails now.
         """
-        if any(held.get(local) is not t or t.shape != shape for held, local, t, shape in self._tensors):
+        if not self.binding.is_current():
             try:
                 self._set(Binding(self.plan, self.model))
             except PlanError:  # other shapes
@@ -132,16 +128,18 @@ class Engine:
     def _is_held_elsewhere(self) -> bool:
         """Whether anything but its module and the binding refers to a parameter, as an optimizer would."""
         # No loop variables here: they would be references, too.
-        expected = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
-        expected.update(2 * [id(t) for t in self.binding.tensors.values()])  # the binding, and _tensors
+        held = [m._parameters for m in {id(m): m for m in self.binding.modules.values()}.values() if m._parameters]
+        expected = Counter(id(p) for parameters in held for p in parameters.values())
+        expected.update(id(t) for t in self.binding.tensors.values())
+        expected.update(id(t) for _, _, t in self.binding.places)
         made = (tiles for tables, _ in self.binding._cache.values() for tiles in tables)
         expected.update(id(t) for tiles in made for t in tiles.tensors)
         probe = {"": nn.Parameter()}
         base = next(sys.getrefcount(p) for p in probe.values()) - 1
         return any(
             p is not None and sys.getrefcount(p) > base + expected[id(p)]
-            for m in self.model.modules()
-            for p in m._parameters.values()
+            for parameters in held
+            for p in parameters.values()
         )
 
 

@@ -127,6 +127,7 @@ class BasePruner(_Original):
         self.engine.followers = lambda: getattr(self.importance, "accumulators", ())
         self.DG.engine = self.engine
         self._count()
+        self._prepare()
 
     def _schedule(self, ratio: float) -> list[float]:
         return arguments.checked_schedule(self.iterative_pruning_ratio_scheduler, ratio, self.iterative_steps)
@@ -171,13 +172,20 @@ class BasePruner(_Original):
         for number, group in enumerate(plan.groups):
             if self._is_open(number):
                 attention = self.engine.attentions.get(group.root)
-                self._units_at_first[group.root] = len(np.unique(plan.unit[group.start : group.stop]))
+                self._units_at_first[group.root] = int(plan.group_units[number])
                 if attention is not None:
                     self._units_at_first[group.root] = group.channels // attention.heads - attention.extras
                     self._heads_at_first[group.root] = attention.heads
         self._heads = dict(self._heads_at_first)
         self.initial_total_channels = sum(self._units_at_first.values())
         self.initial_total_heads = sum(self._heads_at_first.values())
+
+    def _prepare(self) -> None:
+        """What does not change with the weights is worked out before the first step."""
+        for group in self.engine.plan.groups:
+            self.DG.maker.root(group)
+        if callable(getattr(self.importance, "prepare", None)):
+            self.importance.prepare(self.engine.binding)
 
     def _is_open(self, number: int) -> bool:
         lowered, known = self._open
@@ -278,6 +286,8 @@ class BasePruner(_Original):
         root = self.DG.maker.root(group)
         axis = self.engine.axes.of(root.module, root.out)
         assert axis is not None
+        if len(axis) == group.channels and (axis == np.arange(group.start, group.stop)).all():
+            return [self.DG.name_of(root.module), root.out, np.flatnonzero(mask).tolist()]
         own = np.flatnonzero((axis >= group.start) & (axis < group.stop))
         idxs = own[mask[axis[own] - group.start]]
         earlier = np.cumsum((axis >= 0) & ~keep[axis])
@@ -344,30 +354,34 @@ class BasePruner(_Original):
     def _planned(self) -> list[Planned]:
         engine = self.engine
         plan, scores = engine.plan, self._scores()
-        unknown = scores.isnan().numpy()
-        single = np.bincount(plan.unit, minlength=plan.n_units)[plan.unit] == 1
+        values = scores.numpy()
+        unknown = np.isnan(values)
+        some, all_single = bool(unknown.any()), plan.n_units == plan.n_channels
+        single = plan.unit_size[plan.unit] == 1
         found = []
         for number, group in enumerate(plan.groups):
             if not self._is_open(number):
                 continue
-            if unknown[group.start : group.stop].all():
+            if some and unknown[group.start : group.stop].all():
                 continue
             own = scores[group.start : group.stop]
             attention = engine.attentions.get(group.root)
             if attention is not None:
                 heads = self._heads.setdefault(group.root, attention.heads)
                 unit = np.tile(np.arange(group.channels // heads - attention.extras), heads)
-            elif single[group.start : group.stop].all():
-                unit = np.arange(group.channels)
+            elif all_single or single[group.start : group.stop].all():
+                unit = None
             else:
                 unit = np.unique(plan.unit[group.start : group.stop], return_inverse=True)[1]
-            units = unit_means(own[: len(unit)], unit)
+            units = values[group.start : group.stop] if unit is None else unit_means(own[: len(unit)], unit)
+            unit = np.arange(group.channels) if unit is None else unit
             scope, module = self._scope(number)
             ratio = self.per_step_pruning_ratio[self.current_step]
             if module is not None:
                 ratio = self.get_target_pruning_ratio(module, step=self.current_step)
             least = self._least(number, len(units), group.channels)
-            candidate = Candidate(group.root, scope, ratio, units, len(unit), self._cap(group.root, len(units)), least)
+            cap = self._cap(group.root, len(units))
+            candidate = Candidate(group.root, scope, ratio, units, len(unit), cap, least, group.multiple)
             found.append(Planned(group.root, engine.born[group.start : group.stop], unit, own, candidate, attention))
         return found
 
