@@ -35,6 +35,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Pruner",
+    "Stability",
     "StepReport",
     "SurgeryError",
     "build_plan",
@@ -48,10 +49,15 @@ __all__ = [
 ]
 
 
-# What these import (safetensors, ONNX, ...) a training step does not need.
+# What these import (safetensors, ONNX, ...) a training step does not need; or an import of the package stays quicker.
 _LATER = {
-    "load": "checkpoint", "load_training": "resume", "save": "checkpoint", "save_training": "resume",
-    "save_pretrained": "pretrained"}
+    "Stability": "stability",
+    "load": "checkpoint",
+    "load_training": "resume",
+    "save": "checkpoint",
+    "save_pretrained": "pretrained",
+    "save_training": "resume",
+}
 
 
 def __getattr__(name: str) -> Any:

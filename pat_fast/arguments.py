@@ -45,6 +45,12 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
 
 
+def check_callback(name: str, value: Any) -> Any:
+    """``value``; raises :class:`ConfigError` unless it is a function or None."""
+    check(name, value, lambda v: v is None or callable(v), "a function, or None")
+    return value
+
+
 def make_regularizer(given: Any, strength: float, criterion: Criterion | None = None) -> Regularizer | None:
     """The regulariser that a name or ``{"name": ..., options}`` says, or a regulariser itself, or None.
 

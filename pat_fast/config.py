@@ -46,9 +46,10 @@ class PruneConfig(Section):
     unit: Literal["epoch", "step"] = Field(
         default="epoch", description="'epoch' or 'step': what start_epoch, end_epoch and interval count"
     )
-    mode: Literal["prune", "mask"] = Field(
+    mode: str | dict[str, Any] = Field(
         default="prune",
-        description="'prune' (shrink at every step) or 'mask' (hold at zero until finalize())",
+        description="'prune' (shrink at every step), 'mask' (hold at zero until finalize()), 'soft', 'hybrid', or an "
+        "object with 'name' and options",
     )
     ranking: str | list[list[str]] = Field(
         default="global",
@@ -99,6 +100,9 @@ class PruneConfig(Section):
         default="group_norm",
         description="'group_norm', 'bn_scale', 'growing', 'proximal', an object with 'name' and options, or null",
     )
+    stability: dict[str, Any] | None = Field(
+        default=None, description="an object with options of pat_fast.Stability, or null"
+    )
     reg_strength: float = Field(default=1e-4, ge=0, description="a number >= 0: the strength of the regulariser")
 
     @model_validator(mode="before")
@@ -123,7 +127,9 @@ class PruneConfig(Section):
         from .arguments import make_regularizer
         from .criteria import make_criterion
         from .limits import Rules
+        from .modes import make_mode
         from .schedules import OneShot, make_curve
+        from .stability import Stability
         from .targets import Goal, Target
 
         default = type(self).model_fields["target_sparsity"].default
@@ -135,6 +141,8 @@ class PruneConfig(Section):
                 lambda: Goal(Target.of(self.target, self.target_sparsity, default), self.mac_target, Rules(*rules)),
             ),
             (("regularizer",), lambda: make_regularizer(self.regularizer, self.reg_strength)),
+            (("mode",), lambda: make_mode(self.mode)),
+            (("stability",), lambda: Stability.of(self.stability)),
             (("p", "importance"), lambda: make_criterion(self.importance, self.p)),
             (("schedule",), lambda: make_curve(self.schedule)),
         ]

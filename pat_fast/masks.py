@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.optim import Optimizer
 
 from .ops import channel_scale_
-from .ops.tiles import COL, ROW, TENSOR, C, R
 from .plan.bind import Binding, Tiles
-from .plan.types import TensorMap
+from .plan.types import Axis, TensorMap, is_grouped
 from .surgery.optimizer import check_state, state_tensors
 
 
-def _is_parameter(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
-    return tensor_map.is_parameter
+def weight_norm_dim(owner: nn.Module, local: str) -> int | None:
+    """The dimension whose slices a weight norm scales to length one, if ``owner.local`` is its direction ``v``."""
+    length: Tensor | None = None
+    if local == "original1" and isinstance(owner, nn.ModuleList) and any(isinstance(m, _WeightNorm) for m in owner):
+        length = owner.original0  # type: ignore[assignment]
+    elif local.endswith("_v"):
+        length = owner._parameters.get(local.removesuffix("_v") + "_g")
+    if length is None:
+        return None
+    return next((dim for dim, size in enumerate(length.shape) if size > 1), None)
+
+
+def _is_plain(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
+    return tensor_map.is_parameter and weight_norm_dim(owner, local) is None
+
+
+def clear_(tensor: Tensor, tensor_map: TensorMap, axis: Axis, gone: Tensor) -> None:
+    """Zero the indices of ``axis`` that belong to the channels ``gone [N]``; inf and nan are cleared as well."""
+    channels = torch.from_numpy(axis.channels).to(tensor.device, torch.int64)
+    dead = (channels >= 0) & gone.to(tensor.device)[channels]
+    view, dim = tensor, axis.dim
+    if is_grouped(tensor_map, axis):  # [groups, rows of a group, columns, ...]
+        view, dim = tensor.unflatten(0, (tensor_map.groups, -1)), 2
+        shape = [tensor_map.groups, 1, -1]
+    else:
+        shape = [1] * dim + [-1]
+    view.masked_fill_(dead.view(shape + [1] * (view.ndim - dim - 1)), 0)
 
 
 class Mask:
@@ -25,45 +50,58 @@ class Mask:
     Weights, gradients and optimizer state of a masked channel are zero, rows and columns alike; the network
     then computes what the pruned one would, except where a norm takes a statistic over the channels
     (:attr:`Group.statistic`). Batch norms keep running statistics of masked channels; they have no effect.
+
+    Of a weight norm ``g * v / |v|`` a masked output has ``g`` at zero and keeps its ``v``: zero divided by zero is
+    no number.
     """
 
     def __init__(self, binding: Binding) -> None:
         self.binding = binding
         self.alive = torch.ones(binding.plan.n_channels, dtype=torch.bool, device=binding.device)
-
-    @property
-    def is_active(self) -> bool:
-        """Whether any channel is masked."""
-        return not bool(self.alive.all())
+        self.is_active = False  # whether any channel is masked
+        self._directions = [
+            (m, [a for a in m.axes if a.dim != dim])
+            for m in binding.plan.tensors
+            if m.is_parameter and (dim := weight_norm_dim(*binding.owner(m.name))) is not None
+        ]
 
     @torch.no_grad()
-    def set(self, alive: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    def set(self, alive: Tensor, optimizers: Iterable[Optimizer], copies: Iterable[nn.Module] = ()) -> None:
         """Mask the channels ``~alive [N]``: zero their weights, gradients and optimizer state.
 
+        Args:
+            copies: averages of the model's weights. Theirs are zeroed once: an average with zeros stays there.
         Raises:
             SurgeryError: an optimizer keeps state of unknown layout; nothing was changed.
         """
         optimizers = list(optimizers)
         check_state(optimizers)
-        tiles = self.binding.tiles("parameters", _is_parameter)
+        named = [(m.name, self.binding.tensors[m.name]) for m in self.binding.plan.tensors if m.is_parameter]
         states = [
             (name, state)
-            for one in tiles
-            for name, tensor in zip(one.names, one.tensors, strict=True)
+            for name, tensor in named
             if isinstance(tensor, nn.Parameter)
             for state in state_tensors(optimizers, tensor, name)
         ]
+        averages = [Mask(Binding(self.binding.plan, copy)) for copy in copies]
         self.alive = self.binding.alive = alive.to(self.binding.device)
+        self.is_active = not bool(alive.all())
         self.hold_weights()
         self.hold_gradients()
         for name, state in states:
             if not state.factored:  # factored statistics decay by themselves: the gradients are zero
                 self._zero(name, state.tensor)
+        for average in averages:
+            average.alive = self.alive.to(average.binding.device)
+            average.hold_weights()
 
+    @torch.no_grad()
     def hold_weights(self) -> None:
         """Zero the weights of masked channels. Call after every optimizer step."""
-        for tiles in self.binding.tiles("parameters", _is_parameter):
+        for tiles in self._tiles():
             channel_scale_(tiles.tensors, tiles.table, self._scale(tiles))
+        for tensor_map, axes in self._directions:
+            self._clear(tensor_map, axes, self.binding.tensors[tensor_map.name])
 
     @torch.no_grad()
     def hold_gradients(self) -> None:
@@ -71,7 +109,7 @@ class Mask:
 
         Sparse gradients (of embeddings) stay as they are: the weights are cleared after the step.
         """
-        for tiles in self.binding.tiles("parameters", _is_parameter):
+        for tiles in self._tiles():
             grads = [t.grad for t in tiles.tensors]
             if all(g is not None and g.stride() == t.stride() for g, t in zip(grads, tiles.tensors, strict=True)):
                 channel_scale_([g for g in grads if g is not None], tiles.table, self._scale(tiles))
@@ -79,32 +117,50 @@ class Mask:
                 for name, grad in zip(tiles.names, grads, strict=True):
                     if grad is not None and grad.layout == torch.strided:
                         self._zero(name, grad)
+        for tensor_map, axes in self._directions:
+            grad = self.binding.tensors[tensor_map.name].grad
+            if grad is not None:
+                self._clear(tensor_map, axes, grad)
+
+    def _tiles(self) -> tuple[Tiles, ...]:
+        return self.binding.tiles("maskable parameters", _is_plain)
 
     def _scale(self, tiles: Tiles) -> Tensor:
-        scale = self.binding.to_slots(tiles, self.alive.float(), fill=1.0)
-        for number, name in enumerate(tiles.names):
-            dim = self._direction(name)
-            if dim is None:
-                continue
-            stride = tiles.tensors[number].stride()
-            side, size = (ROW, R) if stride[dim] == max(stride) else (COL, C)
-            for entry in tiles.table.rows:
-                if entry[TENSOR] == number and entry[side] >= 0:
-                    scale[entry[side] : entry[side] + entry[size]] = 1
-        return scale
-
-    def _direction(self, name: str) -> int | None:
-        """The dimension along which tensor ``name`` holds directions, whose lengths stand apart (weight norm).
-
-        A direction of length zero is none: where the length is zero, so is the weight. None for other tensors.
-        """
-        module, local = self.binding.owner(name)
-        lengths = module._parameters.get({"weight_v": "weight_g", "original1": "original0"}.get(local, ""))
-        if lengths is None or lengths.ndim != self.binding.tensors[name].ndim:
-            return None
-        return next((d for d, size in enumerate(lengths.shape) if size != 1), None)
+        return self.binding.to_slots(tiles, self.alive.float(), fill=1.0)
 
     def _zero(self, name: str, tensor: Tensor) -> None:
         """Zero the masked channels of one tensor with the shape of parameter ``name``."""
+        for tensor_map, axes in self._directions:
+            if tensor_map.name == name:
+                self._clear(tensor_map, axes, tensor)
+                return
         one = self.binding.like(name, tensor)
         channel_scale_(one.tensors, one.table, self._scale(one))
+
+    def _clear(self, tensor_map: TensorMap, axes: Iterable[Axis], tensor: Tensor) -> None:
+        for axis in axes:
+            clear_(tensor, tensor_map, axis, ~self.alive)
+
+
+@torch.no_grad()
+def zero_filters(binding: Binding, gone: Tensor) -> None:
+    """Zero what makes the channels ``gone [N]``: filters and biases of their layers, not what reads or scales them.
+
+    Gradients and optimizer state stay, so the filters may grow again.
+    """
+    for tensor_map, axis in _filters(binding):
+        clear_(binding.tensors[tensor_map.name].detach(), tensor_map, axis, gone)
+
+
+def _filters(binding: Binding) -> Iterator[tuple[TensorMap, Axis]]:
+    """The axes along which layers put their channels out; of a weight norm, those of its lengths."""
+    makers = {_layer(t.name) for t, axis in binding.plan.axes() if axis.role == "out"}
+    for tensor_map, axis in binding.plan.axes():
+        made_here = tensor_map.is_parameter and _layer(tensor_map.name) in makers and axis.role != "in"
+        if made_here and weight_norm_dim(*binding.owner(tensor_map.name)) != axis.dim:
+            yield tensor_map, axis
+
+
+def _layer(name: str) -> str:
+    """The module of parameter ``name``, parametrized or not."""
+    return ("." + name).rpartition(".")[0].partition(".parametrizations.")[0]

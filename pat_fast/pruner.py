@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .arguments import check_choice, check_count, check_model, make_regularizer
+from .arguments import check_callback, check_choice, check_count, check_model, make_regularizer
 from .averages import Averages
 from .criteria import Criterion, Watching, make_criterion
 from .criteria.accumulator import Accumulator
@@ -29,22 +29,27 @@ from .distributed import Peers, unwrapped
 from .errors import ConfigError, PlanError, check
 from .limits import Ranking, Ratios, RoundTo, Rules
 from .masks import Mask
+from .modes import make_mode
 from .plan import Binding, Plan, bind
+from .plan.types import Kept
 from .proof import build_plan
 from .regularizers import GrowingRegularizer, Penalty, Regularizer
 from .regularizers.stepping import at_weights, loss_scale
-from .report import Changes, Counts, StepReport, joined
+from .report import Changes, Counts, StepReport, changes, joined
 from .schedules import Curve, Schedule
 from .selection import Scope
 from .surgery import prune, register_state_layout
 from .surgery.undo import remember
 from .targets import Goal, Target
 
+if TYPE_CHECKING:
+    from .stability import Batches, Stability
+
 log = logging.getLogger("pat_fast")
 
 DEFAULT_STEPS = 10
 DEFAULT_SPARSITY = 0.5
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # surgery shrinks it likewise
 
@@ -72,8 +77,9 @@ class Pruner:
         optimizer: the optimizer or optimizers whose state shrinks along; found by themselves by default.
         averaged: copies of the model whose weights are averages of its own (EMA, SWA), or modules that hold one; they
             lose the same channels. By default every ``AveragedModel`` of this model is found by itself.
-        mode: ``"prune"`` removes channels at each step; ``"mask"`` holds them at zero until
-            :meth:`finalize`.
+        mode: ``"prune"`` removes channels at each step; ``"mask"`` holds them at zero until :meth:`finalize`;
+            ``"soft"`` zeroes their filters at each step and lets them learn on; ``"hybrid"`` masks for a few steps,
+            then removes. A name or a dict of a name and options, see :mod:`pat_fast.modes`.
         start_epoch: pruning begins after this many steps.
         end_epoch: the whole target is due at this step; ``start_epoch + 10`` by default.
         interval: steps between prunes.
@@ -104,6 +110,11 @@ class Pruner:
         verify: let the plan prove itself (see :func:`pat_fast.build_plan`); costs a few forwards, once.
         auto: find inputs and optimizer, and regularise by hooks. If False, pass ``example_inputs`` and call
             :meth:`regularize` after each backward yourself.
+        stability: a :class:`pat_fast.Stability` or a dict of its options; all off by default.
+        batches: for ``stability={"recalibrate": n}``, a loader, or a function that makes one.
+        scheduler: for ``stability={"rewind_to": step}``, the learning-rate scheduler or schedulers.
+        on_stage: called with the new stage and a :class:`StepReport` whenever the stage has changed.
+        on_prune: called with a :class:`StepReport` after each prune, of what it did.
     Raises:
         ConfigError: a value is out of range, or a layer name matches nothing. At the first step of the optimizer
             or the pruner: the target cannot be reached; the message says what can.
@@ -120,7 +131,7 @@ class Pruner:
         example_inputs: Any = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         averaged: nn.Module | Sequence[nn.Module] | None = None,
-        mode: str = "prune",
+        mode: str | Mapping[str, Any] = "prune",
         start_epoch: int = 0,
         end_epoch: int | None = None,
         interval: int = 1,
@@ -140,16 +151,22 @@ class Pruner:
         max_ratio: float | Ratios = 1.0,
         verify: bool = True,
         auto: bool = True,
+        stability: Stability | Mapping[str, Any] | None = None,
+        batches: Batches | None = None,
+        scheduler: Any = None,
+        on_stage: Callable[[str, StepReport], object] | None = None,
+        on_prune: Callable[[StepReport], object] | None = None,
     ) -> None:
+        from .stability import Stability, Steady  # here: an import of the package stays quick
+
         check_model(model)
         check("target_sparsity", target_sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
         if mac_target is not None:
             check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
         check_count("start_epoch", start_epoch, 0)
-        check_choice("mode", mode, ("prune", "mask"))
         self.model = model = unwrapped(model)
         self.peers = Peers(model)
-        self.mode = mode
+        self._mode = make_mode(mode)
         self.target_sparsity = target_sparsity
         end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
         check_choice("unit", unit, ("epoch", "step"))
@@ -159,6 +176,11 @@ class Pruner:
         self._counted: weakref.ref[Optimizer] | None = None  # the optimizer whose steps count
         self._since: tuple[Counts, Changes] | None = None
         self.schedule = Schedule(schedule, start_epoch, end, interval)
+        self._mode.check_beside(self.schedule)
+        self.stability = Stability.of(stability)
+        self._steady = Steady(self.stability, self._mode, self.schedule, batches, scheduler)
+        self._on_stage = check_callback("on_stage", on_stage)
+        self._on_prune = check_callback("on_prune", on_prune)
         self.criterion = make_criterion(importance, p)
         self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
         weakref.finalize(self, self._watching.detach).atexit = False
@@ -169,7 +191,6 @@ class Pruner:
         self.epoch = 0
         self.done = False
         self.binding: Binding | None = None
-        self.mask: Mask | None = None
         self._scope = Scope(model, layers_to_prune, ignored_layers)
         self._skipped: tuple[tuple[str, str], ...] = ()
         self._unscored: tuple[str, ...] = ()  # groups that the criterion cannot score
@@ -190,6 +211,7 @@ class Pruner:
             raise ConfigError("auto=False needs example_inputs: there is no hook to take them from a forward")
         self._optimizers = Discovery(self, model, optimizer, auto)
         self._averages = Averages(self, model, averaged, auto)
+        self._mode.copies = self._averages.current
         if end_epoch is None and self.schedule.end == end:
             log.warning(
                 "pat_fast: end_epoch was not given; the whole target is reached at the %dth %s",
@@ -211,6 +233,16 @@ class Pruner:
         return cls(model, **{**load_config(config, PruneConfig).pruner_kwargs(), **overrides})
 
     # State
+
+    @property
+    def mode(self) -> str:
+        """``"prune"``, ``"mask"``, ``"soft"`` or ``"hybrid"``."""
+        return self._mode.name
+
+    @property
+    def mask(self) -> Mask | None:
+        """Which channels are held at zero; None in mode ``"prune"``, and before the first forward."""
+        return self._mode.mask
 
     @property
     def plan(self) -> Plan | None:
@@ -263,7 +295,7 @@ class Pruner:
                 changed = self._advance()
         if isinstance(self.regularizer, GrowingRegularizer) and self.binding is not None and not self.done:
             self.regularizer.grow(self.binding)
-        return self._report(before, changed)
+        return self._reported(before, changed)
 
     def count(self, optimizer: Optimizer) -> None:
         """Count a step of an optimizer, and prune if one is due; done by the optimizer's hook when unit is "step"."""
@@ -279,36 +311,64 @@ class Pruner:
 
     def _together(self, counts: bool = True) -> AbstractContextManager[None]:
         """Around a step that may prune: all ranks of a distributed training make it, or none."""
-        due = counts and not self.done and self.schedule.due(self.epoch + 1)
-        return self.peers.guard(f"prune {self.epoch + 1}") if due else nullcontext()
+        step = self.epoch + 1
+        due = counts and not self.done and (self._due(step) or self._mode.due(step))
+        return self.peers.guard(f"prune {step}") if due else nullcontext()
+
+    def _due(self, step: int) -> bool:
+        return self.schedule.due(step) or self._steady.waits
 
     def _advance(self) -> Changes:
         """Count, and prune or mask if that is due."""
-        binding, epoch = self._ready(), self.epoch + 1
+        binding, epoch, stage = self._ready(), self.epoch + 1, self.stage
+        before: Counts = self._counts() if self._on_stage or self._on_prune else (0, 0, 0, None)
         self.goal.check(binding.plan, self._eligible.cpu().numpy())
-        changed: Changes = ()
-        if self.schedule.due(epoch) and not self.done:
-            changed = self._cut(binding, self._select(binding, self.schedule.fraction(epoch)))
-        self.epoch = epoch
-        assert self.binding is not None
-        if not self.done and (epoch >= self.schedule.end or self.goal.reached(self.binding.plan, self._keep())):
-            self.done = True
+        now, keep = self._mode.left(), None
+        if not self.done and self._due(epoch):
+            keep = self._select(binding, self.schedule.fraction(epoch))
+        left = now if keep is None else keep
+        changed = changes(binding.plan.groups, now, left)
+        ends = epoch >= self.schedule.end and not self._steady.waits
+        done = self.done or ends or self.goal.reached(binding.plan, left)
+        removed = self._mode.cut(keep, epoch, done, self._optimizers.current)
+        if removed is not None:
+            self._remove(binding, removed)
+        reached = done and not self.done
+        self.epoch, self.done = epoch, done
+        if reached:
             self._watching.detach()
+        self._steady.after(self.model, bool(changed), reached, self._optimizers.current)
+        self._steady.rewinder.record(epoch, self._optimizers.current)
+        self._tell(stage, before, changed)
         return changed
 
     def finalize(self) -> StepReport:
         """End pruning: remove what is masked, take the hooks off; training may go on."""
-        binding = self._ready()
+        binding, stage = self._ready(), self.stage
         before = self._counts()
-        if self.mask is not None and self.mask.is_active:
-            alive = self.mask.alive.cpu().numpy()
+        keep = self._mode.finish()
+        if keep is not None:
             with self.peers.guard("finalize"):
-                self.peers.agree("the channels to keep", alive.tobytes())
-                self._remove(binding, alive)
-            self.mask = Mask(self.binding)  # type: ignore[arg-type]
+                self.peers.agree("the channels to keep", keep.tobytes())
+                self._remove(binding, keep)
         self.done = True
         self.close()
-        return self._report(before, ())
+        self._tell(stage, before, ())
+        return self._reported(before, ())
+
+    def _reported(self, before: Counts, changed: Changes) -> StepReport:
+        """The report to return, after which what was noted begins anew."""
+        report = self._report(before, changed)
+        self._regularized = False
+        self._steady.clear_notes()
+        return report
+
+    def _tell(self, stage: str, before: Counts, changed: Changes) -> None:
+        """Call back if something was pruned, or if the stage is no longer ``stage``."""
+        if changed and self._on_prune is not None:
+            self._on_prune(self._report(before, changed))
+        if stage != self.stage and self._on_stage is not None:
+            self._on_stage(self.stage, self._report(before, changed))
 
     @torch.no_grad()
     def regularize(self, scale: float | GradScaler = 1.0, optimizer: Optimizer | None = None) -> None:
@@ -331,6 +391,7 @@ class Pruner:
             scale = found
         binding = self._ready()
         self._regularized = True
+        self._steady.rewinder.record(self.epoch, self._optimizers.current)
         only = None if optimizer is None else held([optimizer])
         self.goal.check(binding.plan, self._eligible.cpu().numpy())
         if not self.done:
@@ -383,7 +444,8 @@ class Pruner:
             "done": self.done,
             "channels": binding.plan.n_channels,
             "goal": self.goal.state_dict(),
-            "alive": None if self.mask is None else self.mask.alive.clone(),
+            "mode": self._mode.state_dict(),
+            "stability": self._steady.state_dict(),
             "criterion": self._watching.state_dict(binding),
             "regularizer": self.regularizer.state_dict() if isinstance(self.regularizer, Penalty) else None,
         }
@@ -417,15 +479,13 @@ class Pruner:
                 f"the state is of a model with {state['channels']} prunable channels, this one has "
                 f"{binding.plan.n_channels}; load the pruned model first (pat.load)"
             )
-        if (state["alive"] is None) != (self.mask is None):
-            raise ConfigError(f"mode: the state was saved with masks {'off' if state['alive'] is None else 'on'}")
+        self._mode.load_state_dict(state["mode"], self._optimizers.current)
+        self._steady.load_state_dict(state["stability"])
         self._watching.load_state_dict(state["criterion"], binding)
         if isinstance(self.regularizer, Penalty) and state["regularizer"] is not None:
             self.regularizer.load_state_dict(state["regularizer"])
         self.epoch, self.done = state["epoch"], state["done"]
         self.goal.load_state_dict(state["goal"])
-        if self.mask is not None:
-            self.mask.set(state["alive"], self._optimizers.current())
         if self.done:
             self._watching.detach()
 
@@ -471,24 +531,16 @@ class Pruner:
         self._skipped = skipped
         self.goal.start(binding, eligible, example_inputs)
         self._eligible = torch.from_numpy(eligible).to(binding.device)
-        if self.mode == "mask":
-            self.mask = Mask(binding)
+        self._mode.attach(binding)
         if not self.done:
             self._watching.attach(binding)
 
-    def _keep(self) -> NDArray[np.bool_]:
-        """Channels of the plan that live."""
-        assert self.binding is not None
-        if self.mask is None:
-            return np.ones(self.binding.plan.n_channels, dtype=np.bool_)
-        return self.mask.alive.cpu().numpy()
-
     def _counts(self) -> Counts:
         assert self.binding is not None
-        return self.goal.counts(self.binding.plan, self._keep())
+        return self.goal.counts(self.binding.plan, self._mode.left())
 
     def _select(self, binding: Binding, fraction: float) -> NDArray[np.bool_]:
-        plan, alive = binding.plan, self._keep()
+        plan = binding.plan
         scores = self.criterion.score(binding).double().cpu().numpy()
         if scores.shape != (plan.n_channels,) or np.isnan(scores).any():
             raise PlanError(
@@ -500,26 +552,13 @@ class Pruner:
         if self.peers.active:
             self.goal.share(self.peers.of_first)
         self._unscored = tuple(g.root for g in plan.groups if np.isposinf(scores[g.start : g.stop]).all())
-        scores[~alive] = -np.inf
-        keep = self.goal.select(plan, scores, alive, eligible, fraction)
+
+        def keep_at(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
+            return self.goal.select(plan, *self._mode.candidates(scores), eligible, fraction)
+
+        keep = self._steady.choose(plan, scores, keep_at, fraction, self._mode.left())
         self.peers.agree("the channels to keep", keep.tobytes())
         return keep
-
-    def _cut(self, binding: Binding, keep: NDArray[np.bool_]) -> Changes:
-        plan, alive = binding.plan, self._keep()
-        changed = tuple(
-            (g.root, int(alive[g.start : g.stop].sum()), int(keep[g.start : g.stop].sum()))
-            for g in plan.groups
-            if (alive[g.start : g.stop] != keep[g.start : g.stop]).any()
-        )
-        if not changed:
-            return ()
-        if self.mask is not None:
-            plan.check_keep(keep)
-            self.mask.set(torch.from_numpy(keep), self._optimizers.current())
-        else:
-            self._remove(binding, keep)
-        return changed
 
     def _remove(self, binding: Binding, keep: NDArray[np.bool_]) -> None:
         """Shrink the model, and all that is kept of it."""
@@ -537,6 +576,8 @@ class Pruner:
                 forget()
                 raise
             self.binding, self._eligible = smaller, eligible
+            self._mode.attach(smaller)
+            self._steady.settling.shrink(binding.plan.movable(Kept(keep)))
 
         prune(binding, keep, followers, self.peers.ready, self._averages.current(), follow)
 
@@ -564,11 +605,7 @@ class Pruner:
     def _notes(self, plan: Plan) -> tuple[str, ...]:
         notes = [*plan.notes, *self.goal.notes]
         notes += [f"{type(self.criterion).__name__} has no score for {root}: it stays" for root in self._unscored]
-        if self.mode == "mask" and any(g.statistic for g in plan.groups):
-            notes.append(
-                "a norm takes statistics over masked channels: the model changes when they are removed"
-            )
+        notes += self._mode.notes(plan) + self._steady.notes(plan)
         if not self._regularized and self.regularizer is not None and self.stage != "finetune":
             notes.append("no optimizer step was seen since the last step(): nothing was regularised")
-        self._regularized = False
         return tuple(notes)

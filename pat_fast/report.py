@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .plan.types import Group
 
 Change = tuple[int, int]  # before and after
 Changes = tuple[tuple[str, int, int], ...]  # group, channels before, channels after
 Counts = tuple[int, int, int, float | None]  # channels, parameters, MACs, predicted ms where a target asks for them
+
+
+def changes(groups: Iterable[Group], before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Changes:
+    """The groups of which other channels are left after than before (bool ``[N]``), and how many."""
+    return tuple(
+        (g.root, int(before[g.start : g.stop].sum()), int(after[g.start : g.stop].sum()))
+        for g in groups
+        if (before[g.start : g.stop] != after[g.start : g.stop]).any()
+    )
 
 
 def joined(first: Changes, then: Changes) -> Changes:

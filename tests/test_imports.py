@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "schedules": {"errors"},
     "config": SOLVED
-    | {"arguments", "cost", "criteria", "reading", "regularizers", "report", "schedules", "targets"},
+    | {"arguments", "cost", "criteria", "masks", "modes", "reading", "regularizers", "report", "schedules"}
+    | {"stability", "surgery", "targets"},
     "reading": {"errors"},
     "rounding": set(),
     "report": set(),
@@ -45,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": PLAN | {"structure", "surgery"},
     "pretrained": {"errors"},
     "distributed": PLAN | {"cost", "criteria", "surgery"},
+    "modes": PLAN | {"masks", "schedules", "surgery"},
     "dry_run": PLAN | {"masks", "surgery"},
     "rehearsal": PLAN | {"surgery"},
     "proof": PLAN | {"dry_run", "masks", "rehearsal", "surgery"},

@@ -473,7 +473,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "liner"}, r"schedule: expected one of linear, .* got 'liner'; did you mean 'linear'"),
     ({"unit": "batch"}, r"unit: expected one of epoch, step, got 'batch'"),
     ({"unit": "step", "auto": False}, r"unit: expected 'epoch' with auto=False, got 'step'"),
-    ({"mode": "masked"}, r"mode: expected one of prune, mask, got 'masked'; did you mean 'mask'\?"),
+    ({"mode": "masked"}, r"mode: expected one of prune, mask, soft, hybrid, got 'masked'; did you mean 'mask'\?"),
     ({"ranking": "locale"}, r"ranking: expected one of global, local, .*, got 'locale'; did you mean 'local'"),
     ({"ranking": None}, r"ranking: expected one of global, local, .*, got None"),
     ({"importance": "groupnorm"}, r"importance: expected one of group_norm, .*, got 'groupnorm'; did you mean"),
