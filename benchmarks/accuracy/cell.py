@@ -1,0 +1,71 @@
+"""One cell of the table, in a process of its own: `python -m benchmarks.accuracy.cell '{"task": ..., ...}'`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pat_fast.measure import count_macs, count_params, evaluating
+
+from .recipes import start
+from .tasks import TASKS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is to be trained. `ratio`: how many times fewer MACs (1 for the dense network)."""
+
+    task: str
+    method: str
+    ratio: float
+    seed: int
+    epochs: int
+
+    @property
+    def key(self) -> str:
+        """What tells finished cells apart."""
+        return "/".join(str(value) for value in asdict(self).values())
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Train, and return the cell with what came out.
+
+    `seconds` and `cpu_seconds` are of the training with its pruning, tracing included, imports and evaluation not;
+    `peak_mb` is the largest resident set of the process.
+    """
+    torch.set_num_threads(1)
+    task = TASKS[cell.task]
+    task.data()
+    dense = task.build()
+    example = task.data().train[0][:2]
+    macs, params = count_macs(dense, example), count_params(dense)
+    wall, cpu = time.perf_counter(), time.process_time()
+    training, finish = start(task, cell.method, cell.ratio, cell.seed, cell.epochs)
+    training.train()
+    finish()
+    seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+    images, labels = training.data.test
+    with evaluating(training.model):
+        logits = training.model(images)
+    return asdict(cell) | {
+        "accuracy": float((logits.argmax(1) == labels).float().mean()),
+        "loss": float(F.cross_entropy(logits, labels)),
+        "macs": count_macs(training.model, example),
+        "params": count_params(training.model),
+        "dense_macs": macs,
+        "dense_params": params,
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Cell(**json.loads(sys.argv[1])))))
