@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pat_fast as pat
 from pat_fast.integrations.lightning import PruningCallback
+from tests.distributed.launch import ROOT, environment
 from tests.helpers import Small
 from tests.training import same, weights
 
@@ -58,6 +61,18 @@ def test_a_fit_prunes_and_resumes_to_the_bit(tmp_path: Path) -> None:
     assert [r.channels[1] for r in second.reports] == left[3:]
     assert same(weights(resumed), weights(model))
     assert "on_load_checkpoint" not in vars(resumed)
+
+
+@pytest.mark.slow
+def test_two_ranks_prune_alike(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.integrations.lightning_ranks", str(tmp_path)]
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert first.startswith("[28, 23, 18, 14, 14]")
 
 
 def test_which_module_is_pruned() -> None:
