@@ -167,6 +167,39 @@ def test_plan_shows_groups_members_and_what_is_frozen() -> None:
         assert part in result.stdout
 
 
+STUBBORN = """import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1)
+        self.third, self.fc = nn.Conv2d(8, 8, 1, groups=2), nn.Linear(512, 5)
+
+    def forward(self, x):
+        x = self.second(self.first(x))
+        x = self.third(x)[:, torch.tensor([0, 3, 1, 2, 4, 5, 6, 7])]
+        return self.fc(x.view(-1, 512))
+"""
+
+
+def test_plan_says_where_the_model_holds_channels_and_what_would_free_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stubborn_net.py").write_text(STUBBORN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    result = invoke("plan", "stubborn_net:Net", "--input", "2,3,8,8")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.replace("│", " ").split())
+    for part in (
+        "second 8 in 4 units second: weight 0, bias 0 third: weight 1",
+        "fc 5 is an output of the model (aten::addmm in fc) what reads the model's outputs expects this size",
+        "third 8 is looked up by number (aten::index, stubborn_net.py:12) rows of a table",
+    ):
+        assert part in shown
+
+
 @pytest.mark.parametrize(
     ("text", "lines"),
     [

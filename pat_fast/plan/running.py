@@ -42,15 +42,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     own = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
     buffers = [(b, b._version, b.detach().clone()) for b in own.values()]
     parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
-    loose = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
+    flags = [(p, p.requires_grad) for p in parameters]
     devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # one fused op for a whole layer would hide its structure
         if any(m.training for m in modules):
             model.eval()
-        for p in loose:
-            p.requires_grad_(True)  # a frozen layer has channels like any other
+        for p, flag in flags:
+            if not flag and p.is_floating_point():
+                p.requires_grad_(True)  # a frozen layer has channels like any other
         eager = torch.compiler.set_stance("force_eager")  # a compiled model runs as it was written
         with torch.random.fork_rng(devices), torch.enable_grad(), eager:
             yield
@@ -58,8 +59,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for snapshot in attributes:
             snapshot.restore()
-        for p in loose:
-            p.requires_grad_(False)
+        for p, flag in flags:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
         with torch.no_grad():
             for b, version, before in buffers:
                 if b._version != version:

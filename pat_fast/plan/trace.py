@@ -66,10 +66,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Mark:
-    """What is known of one tensor: its factors, and the leaf that it is a mere view or copy of."""
+    """What is known of one tensor: its factors, the leaf that it is a mere view or copy of, and what made it."""
 
     factors: Factors
     leaf: Leaf | None = None
+    made: tuple[str, str] = ("", "")  # op, and the module that called it
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Tracer(TorchDispatchMode):
         if id(tensor) in self.leaves:
             return  # an in-place op on a parameter or buffer does not relabel it
         if kept or leaf is not None or tensor in self._marks:
-            self._marks[tensor] = Mark(kept, leaf)
+            self._marks[tensor] = Mark(kept, leaf, (self._op, self._path[-1] if self._path else ""))
 
     def freeze(self, factors: Sequence[IntArray], reason: str) -> None:
         """Freeze whole factors."""
@@ -229,7 +230,10 @@ class Tracer(TorchDispatchMode):
     def give_out(self, tensor: Tensor) -> None:
         """An output of the model keeps its shape."""
         poisoned, _ = self._poisoned.get(tensor, ((), ""))
-        self.freeze((*self.mark(tensor).factors, *poisoned), "is an output of the model")
+        mark = self.mark(tensor)
+        made = " in ".join(part for part in mark.made if part)
+        for factor in (*mark.factors, *poisoned):
+            self.slots.freeze(factor, f"is an output of the model ({made})" if made else "is an output of the model")
 
     def pin(self, factor: IntArray, dim: int, reason: str) -> None:
         """Say that dimension ``dim`` must keep its size: what varies along it goes together, or stays."""

@@ -180,8 +180,42 @@ def refused() -> dict[str, tuple[Any, str]]:
 @pytest.mark.parametrize("name", ["lazy", "meta", "quantized", "parallel"])
 def test_what_cannot_be_cut_is_refused_by_name(name: str) -> None:
     model, message = refused()[name]
+    before = {key: (value, dict(vars(value))) for key, value in model.named_modules()}
     with pytest.raises(pat.PlanError, match=message):
         pat.build_plan(model, X)
+    assert all(vars(module) == (attributes) for module, attributes in before.values())
+
+
+def test_a_model_in_distributed_data_parallel_is_refused_by_name() -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers()))
+        with pytest.raises(pat.PlanError, match="wrapped in DistributedDataParallel; build the plan of the model in"):
+            pat.build_plan(model, X)
+        assert pat.build_plan(model.module, X).n_channels == 14
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_forward_that_fails_leaves_the_model_as_it_was() -> None:
+    class Fails(ChangesItself):
+        def forward(self, x: Tensor) -> Any:
+            super().forward(x)
+            self.body.eval()
+            self.body[0].weight.requires_grad_(False)
+            raise ValueError("seven examples, please")
+
+    model = Fails()
+    model.body[2].weight.requires_grad_(False)
+    state = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = [m.training for m in model.modules()]
+    with pytest.raises(pat.PlanError, match=r"fails on the example inputs \(\(5, 4\)\): ValueError: seven examples"):
+        pat.build_plan(model, X)
+    assert all(torch.equal(state[name], p) for name, p in model.state_dict().items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert ([m.training for m in model.modules()], model.seen, model.calls) == (modes, {}, 0)
 
 
 class Subclass(Tensor):
