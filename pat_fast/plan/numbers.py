@@ -126,10 +126,28 @@ class Number(int):
         return self._read().__rsub__(other)
 
     def __eq__(self, other: object) -> bool:
-        for number in (self, other):
-            if isinstance(number, Number):
-                number._read()
+        self._compared(other)
         return int.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        self._compared(other)
+        return int.__ne__(self, other)
+
+    def _compared(self, other: object) -> None:
+        """A size that is checked against an attribute, and is equal, must go on being so."""
+        if not isinstance(other, Number):
+            self._read()
+            return
+        if int(self) == int(other) and len(self.symbols) == len(other.symbols) == 1:
+            for number, against in ((self, other), (other, self)):
+                symbol, extent = number.symbols[0], against.symbols[0]
+                if not isinstance(symbol, Symbol) or not isinstance(extent, Extent):
+                    continue
+                if symbol.value == extent.value == int(number):
+                    self.watch.uses.append((number, extent.factor, extent.dim))
+                    return
+        self._read()
+        other._read()
 
     __hash__ = int.__hash__
 

@@ -153,3 +153,30 @@ def test_the_model_has_its_plain_numbers_back() -> None:
     with pytest.raises(Exception, match="ZeroDivisionError"):
         build_plan(model, torch.randn(5, 4))
     assert type(model.width) is int
+
+
+class Checks(nn.Module):
+    """Refuses inputs of another width than it was made for."""
+
+    def __init__(self, differs: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 10), nn.Linear(10, 3)
+        self.width, self.differs = 10, differs
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        if (self.width != x.shape[1]) if self.differs else not (x.size(-1) == self.width):
+            raise ValueError(f"expected {self.width} channels")
+        return self.second(x)
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_an_attribute_that_a_size_is_checked_against_follows_it(differs: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Checks(differs), torch.randn(3, 4)
+    plan = build_plan(model, x)
+    assert [(w.module, w.attribute) for w in plan.widths] == [("", "width")]
+    prune(bind(plan, model), random_keep(plan, 0))
+    assert model.width == model.first.out_features < 10
+    model(x)
+    assert build_plan(model, x).n_channels == model.width
