@@ -17,7 +17,7 @@ struct Rows {
 };
 
 // Sums, coefficients and scales are double for kF64 and float for the other dtypes. A vector over the
-// elements of a row is [outer * inner], and acc a register longer; a vector over rows is [n]. Both may be null.
+// elements of a row is [outer * inner]; a vector over rows is [n]. Both may be null.
 struct Kernels {
   // row_sums[r] += sum over the row; acc[j] += sum over the rows.
   void (*reduce[kDTypes][kFuncs])(const void* x, const void* y, const Rows* rows, double p, void* row_sums, void* acc);

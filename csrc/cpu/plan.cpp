@@ -10,10 +10,12 @@ namespace {
 
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunkBytes = 128 * 1024;
+// What a segment costs beside its rows is about as much as reading four: clearing, folding and combining its sums.
+constexpr int64_t kMinRows = 64;
 // A lone column with a short kernel is a vector: read along the rows, not across.
 constexpr int64_t kShortKernel = 64;
 // Elements of a row worked on at once: their accumulators stay in the second-level cache.
-constexpr int64_t kBlock = 16384;
+constexpr int64_t kBlock = 32768;
 
 std::atomic<bool> g_forked{false};
 const int g_registered = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
@@ -37,7 +39,7 @@ void cut_tile(Plan& plan, int64_t index, int64_t element_bytes, int64_t target) 
     }
     return;
   }
-  const int64_t step = (std::max<int64_t>(1, target / row_bytes) + 3) / 4 * 4;
+  const int64_t step = std::max(target / row_bytes, kMinRows);
   const bool partial = t.col >= 0 && t.rows.n > step;
   for (int64_t r = 0; r < t.rows.n; r += step) {
     const int64_t end = std::min(t.rows.n, r + step);

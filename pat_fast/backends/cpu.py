@@ -27,7 +27,7 @@ def details() -> dict[str, Any]:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def channel_reduce(

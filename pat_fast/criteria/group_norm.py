@@ -42,8 +42,9 @@ class GroupNorm:
     def score(self, binding: Binding) -> Tensor:
         """Scores ``[N]``: float32, or float64 where the model is."""
         raw = self.magnitude(binding)
-        mean = binding.group_mean(raw)
-        return raw / mean.where(mean > 0, torch.ones_like(mean))  # a group of zeros: all equally unimportant
+        mean = binding.over_groups(raw, "mean")
+        mean.masked_fill_(mean <= 0, 1.0)  # a group of zeros: all equally unimportant
+        return raw / binding.spread(mean)
 
     def magnitude(self, binding: Binding) -> Tensor:
         """The same before it is divided by the group's mean: ``[N]``."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -80,7 +81,7 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], table: TileTable, 
     _check_tensors("xs", xs, table, like=ys)
     _check_slots("coef", coef, table, ys)
     _check_writable("ys", table)
-    _check_apart("ys", ys, (*xs, coef), table)
+    _check_apart("ys", ys, xs, coef, table)
     _ops.channel_axpy_.default(ys, xs, table.table, coef)
 
 
@@ -100,7 +101,7 @@ def channel_scale_(xs: Sequence[Tensor], table: TileTable, scale: Tensor) -> Non
     _check_tensors("xs", xs, table)
     _check_slots("scale", scale, table, xs)
     _check_writable("xs", table)
-    _check_apart("xs", xs, (scale,), table)
+    _check_apart("xs", xs, (), scale, table)
     _ops.channel_scale_.default(xs, table.table, scale)
 
 
@@ -136,7 +137,7 @@ def channel_compact(
         sources = {x.untyped_storage().data_ptr() for x in xs if x.numel()}
         if any(out.numel() and out.untyped_storage().data_ptr() in sources for out in outs):
             _fail("outs with storage of their own", "an output that shares its storage with an input")
-    _check_apart("outs", outs, (index,), out_table)
+    _check_apart("outs", outs, (), index, out_table)
     _ops.channel_compact.default(outs, xs, table.table, out_table.table, index)
 
 
@@ -194,18 +195,32 @@ def _check_writable(name: str, table: TileTable) -> None:
         _fail(f"tiles that name each element of {name} once", "tiles or strides that overlap")
 
 
-def _check_apart(name: str, written: Sequence[Tensor], read: Sequence[Tensor], table: TileTable) -> None:
-    """Refuse written tensors that share memory with others; what passed once is only recognised again."""
+def _check_apart(
+    name: str, written: Sequence[Tensor], read: Sequence[Tensor], vector: Tensor, table: TileTable
+) -> None:
+    """Refuse written tensors that share memory with one another, with those ``read``, or with ``vector``.
+
+    ``written`` and ``read`` (none, or as many) have the layouts of ``table``.
+    """
     if torch.compiler.is_compiling() or not len(written) or isinstance(written[0], FakeTensor):
         return
-    where = (written[0].element_size(), *[x.data_ptr() for x in written], *[x.data_ptr() for x in read])
-    if where == table.apart:
+    if _surely_apart(written, read, vector, table):
         return
-    found = clash(written, read)
+    found = clash(written, [*read, vector])
     if found is not None:
         names = [f"{name}[{i}]" if i < len(written) else "a tensor that is read" for i in found]
         _fail(f"{name} that share no memory with other tensors of the call", f"{names[0]} inside {names[1]}")
-    table.apart = where
+
+
+def _surely_apart(written: Sequence[Tensor], read: Sequence[Tensor], vector: Tensor, table: TileTable) -> bool:
+    """Whether tensors do not even reach into one another; addresses change at every step, so this is fast."""
+    tensors = (*written, *read, vector)
+    bytes_each = table.extents * written[0].element_size()
+    sizes = np.concatenate([bytes_each, bytes_each[: len(read)], [vector.numel() * vector.element_size()]])
+    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    order = starts.argsort(kind="stable")
+    order = order[sizes[order] > 0]
+    return bool(((starts + sizes)[order[:-1]] <= starts[order[1:]]).all())
 
 
 def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, index: Tensor) -> None:

@@ -35,7 +35,8 @@ def _bumping(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def run_and_bump(written: Sequence[Tensor], *rest: Any) -> None:
         run(written, *rest)
-        # Inference tensors have no version counter.
-        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+        if any(map(Tensor.is_inference, written)):  # they have no version counter
+            written = [t for t in written if not t.is_inference()]
+        torch.autograd.graph.increment_version(written)
 
     return run_and_bump

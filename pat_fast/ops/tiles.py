@@ -65,12 +65,13 @@ class TileTable:
         slots: length of the slot vector.
         n_tensors: length of the tensor list.
         layouts: ``(shape, strides)`` of each tensor; every call compares them with what it is given.
+        shapes, strides: the same, apart.
+        extents: ``[n_tensors]``, elements from a tensor's first to its last.
         rows: ``table`` as Python integers.
         writable: whether no element is named twice, so that each can be written on its own.
-        apart: addresses of the last tensors that were found to share no memory; kept by the public ops.
     """
 
-    __slots__ = ("apart", "layouts", "n_tensors", "rows", "slots", "table", "writable")
+    __slots__ = ("extents", "layouts", "n_tensors", "rows", "shapes", "slots", "strides", "table", "writable")
 
     def __init__(
         self, table: Tensor, tensors: Sequence[Tensor], slots: int, *, shared_slots: bool = False
@@ -98,10 +99,12 @@ class TileTable:
         self.table = table.clone(memory_format=torch.contiguous_format)
         self.slots = slots
         self.n_tensors = len(tensors)
-        self.apart: tuple[int, ...] | None = None
         self.layouts: tuple[Layout, ...] = tuple((tuple(t.shape), tuple(t.stride())) for t in tensors)
+        self.shapes = tuple(shape for shape, _ in self.layouts)
+        self.strides = tuple(strides for _, strides in self.layouts)
         self.rows: list[list[int]] = self.table.tolist()
         extents = [_extent(layout) for layout in self.layouts]
+        self.extents = np.asarray(extents, dtype=np.int64)
         columns = self.table.numpy().T
         if not _surely_inside(columns, extents, slots):
             for number, row in enumerate(self.rows):  # says what is wrong, if anything is

@@ -53,9 +53,9 @@ class GroupNormRegularizer(Penalty):
     def gamma(self, binding: Binding) -> Tensor:
         """How hard each channel is pushed: ``[N]``, in ``1 .. alpha``, or 0."""
         norm = self.criterion.score(binding).clamp_min(0).sqrt()
-        low, high = binding.group_extreme(norm, "amin"), binding.group_extreme(norm, "amax")
-        span = high - low
-        place = torch.where(span > 0, (high - norm) / span.where(span > 0, torch.ones_like(span)), 0.0)
+        low, high = binding.over_groups(norm, "min"), binding.over_groups(norm, "max")
+        span = binding.spread(high - low)
+        place = torch.where(span > 0, (binding.spread(high) - norm) / span, 0.0)
         gamma = torch.where(torch.isnan(norm), norm, self.alpha ** place.clamp(0.0, 1.0))
         return without_nan_groups(binding, gamma)
 

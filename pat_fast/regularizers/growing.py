@@ -83,8 +83,8 @@ class GrowingRegularizer(Penalty):
         """Raise the strengths by the scores as they are now; groups without scores keep theirs."""
         now = self.strengths(binding)
         scores = self.criterion.score(binding)
-        low, high = binding.group_extreme(scores, "amin"), binding.group_extreme(scores, "amax")
-        place = (high - scores) / (high - low + EPSILON)
+        low, high = binding.over_groups(scores, "min"), binding.over_groups(scores, "max")
+        place = (binding.spread(high) - scores) / binding.spread(high - low + EPSILON)
         self._grown = now + self.delta * without_nan_groups(binding, place).clamp(0.0, 1.0).to(now)
 
     def shrink(self, plan: Plan, keep: Tensor | NDArray[np.bool_]) -> None:

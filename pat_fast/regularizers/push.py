@@ -68,7 +68,7 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
         gamma: ``[N]``.
         only: ``id`` of the tensors to push; all by default.
     """
-    held = () if only is None else tuple(name for name, t in binding.tensors.items() if id(t) not in only)
+    held = [] if only is None else _held(binding.tiles(key, wanted), only)
     if held:  # a table of its own: what is held does not change from step to step
         every, wanted = wanted, lambda m, *of: m.name not in held and every(m, *of)
         key = f"{key} without {', '.join(held)}"
@@ -80,6 +80,12 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
             for one, yes in zip(binding.each(tiles), pushed, strict=True):
                 if yes:
                     _add(binding, one, gamma)
+
+
+def _held(tiles: tuple[Tiles, ...], only: Collection[int]) -> list[str]:
+    """The tensors of ``tiles`` that are not to be pushed."""
+    named = (pair for bucket in tiles for pair in zip(bucket.names, bucket.tensors, strict=True))
+    return [name for name, tensor in named if id(tensor) not in only]
 
 
 def push_layers(binding: Binding, gamma: Tensor, bias: bool, only: Collection[int] | None = None) -> None:
@@ -141,22 +147,14 @@ def _add(binding: Binding, tiles: Tiles, gamma: Tensor) -> None:
 
 def gradients(tiles: Tiles) -> list[Tensor]:
     """The gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
-    found = []
-    for tensor in tiles.tensors:
-        grad = tensor.grad
-        assert grad is not None
-        if grad.stride() != tensor.stride():
-            grad = torch.empty_like(tensor).copy_(grad)
-            tensor.grad = grad
-        found.append(grad)
+    found: list[Tensor] = [t.grad for t in tiles.tensors]  # type: ignore[misc]
+    if not tiles.fit(found):
+        for i, tensor in enumerate(tiles.tensors):
+            if found[i].stride() != tensor.stride():
+                found[i] = tensor.grad = torch.empty_like(tensor).copy_(found[i])
     return found
 
 
 def without_nan_groups(binding: Binding, values: Tensor) -> Tensor:
     """``values [N]`` with 0 for all channels of a group that has a NaN: what cannot be scored is not pushed."""
-    bad = torch.isnan(values)
-    if binding.alive is not None:
-        bad &= binding.alive
-    poisoned = torch.zeros(len(binding.plan.groups), dtype=torch.bool, device=values.device)
-    poisoned[binding.group_of[bad]] = True
-    return values.masked_fill(poisoned[binding.group_of], 0.0)
+    return values.masked_fill(binding.spread(binding.over_groups(values, "max").isnan()), 0.0)

@@ -214,14 +214,23 @@ def test_means_and_extremes_are_those_of_each_group() -> None:
     values = torch.randn(binding.plan.n_channels, dtype=torch.float64)
     for alive in (None, torch.rand(binding.plan.n_channels) < 0.7):
         binding.alive = alive
-        mean = binding.group_mean(values)
-        low, high = binding.group_extreme(values, "amin"), binding.group_extreme(values, "amax")
+        mean, low, high = (binding.spread(binding.over_groups(values, how)) for how in ("mean", "min", "max"))
         for group in binding.plan.groups:
             own = slice(group.start, group.stop)
             living = values[own] if alive is None else values[own][alive[own]]
             torch.testing.assert_close(mean[own], living.mean().expand(group.channels))
             assert (low[own] == living.min()).all()
             assert (high[own] == living.max()).all()
+
+
+def test_a_nan_is_told_of_its_group_alone_and_not_of_what_is_masked() -> None:
+    _, binding = small_binding()
+    first, second, *_ = binding.plan.groups
+    values = torch.ones(binding.plan.n_channels)
+    values[[first.start, second.start]] = torch.nan
+    binding.alive = torch.arange(binding.plan.n_channels) != second.start
+    for how in ("mean", "min", "max"):
+        assert binding.over_groups(values, how).isnan().tolist() == [True] + [False] * (len(binding.plan.groups) - 1)
 
 
 def test_members_are_counted_per_axis() -> None:

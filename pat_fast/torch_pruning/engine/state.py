@@ -132,7 +132,7 @@ class Engine:
         expected = Counter(id(p) for parameters in held for p in parameters.values())
         expected.update(id(t) for t in self.binding.tensors.values())
         expected.update(id(t) for _, _, t in self.binding.places)
-        made = (tiles for tables, _ in self.binding._cache.values() for tiles in tables)
+        made = (tiles for tables in self.binding._cache.values() for tiles in tables)
         expected.update(id(t) for tiles in made for t in tiles.tensors)
         probe = {"": nn.Parameter()}
         base = next(sys.getrefcount(p) for p in probe.values()) - 1
