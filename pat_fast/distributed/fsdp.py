@@ -62,7 +62,7 @@ def sharded_scores(plan: Plan, model: nn.Module, p: float = 2.0) -> Tensor:
     scored = {m.name for m in plan.tensors if is_scored(m, *binding.owner(m.name))}
     members = [max(sum(name in scored for name, _ in g.members), 1) for g in plan.groups]
     total /= torch.tensor(members, dtype=total.dtype, device=total.device)[local.group_of.to(total.device)]
-    mean = binding.group_mean(total.to(binding.device))
+    mean = binding.spread(binding.over_groups(total.to(binding.device), "mean"))
     return total / mean.where(mean > 0, torch.ones_like(mean)).to(total)
 
 
