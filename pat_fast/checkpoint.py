@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import CheckpointError
+from .errors import CheckpointError, PatError
 from .structure import Structure, describe, holder, is_pruned, like, remember
 from .surgery.modules import Change, as_published, rule_of, sizes
 from .surgery.prune import set_tensor
@@ -132,22 +132,22 @@ def read_structure(path: str | Path) -> Structure:
     return _open(Path(path), lambda file, structure: structure)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object], kind: type[PatError] = CheckpointError) -> None:
     """Let ``write`` make a file beside ``path``, then move it there: ``path`` is never half written.
 
     Raises:
-        CheckpointError: that failed; what was at ``path`` still is.
+        PatError: of ``kind``: that failed; what was at ``path`` still is.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part{path.suffix}")
         try:
             write(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise kind(f"cannot write {path}: {error}") from error
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -176,6 +176,20 @@ def bench(
     batch: Annotated[
         int | None, typer.Option(help="Examples of the training step; by default 32, on a GPU 256.")
     ] = None,
+    deployed: Annotated[
+        bool,
+        typer.Option(
+            "--deploy",
+            help="Instead: latency and peak memory of each model, dense against pruned, at batch 1 and --batch (8).",
+        ),
+    ] = False,
+    runtimes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A,B", help="Of --deploy: eager, compile, onnxruntime, int8; by default all.", show_default=False
+        ),
+    ] = None,
+    macs: Annotated[float, typer.Option(help="Of --deploy: the share of MACs that the pruned model keeps.")] = 0.5,
     quick: Annotated[bool, typer.Option("--quick", help="3 rounds: a glance, not a result.")] = False,
     small: Annotated[bool, typer.Option("--small", help="The zoo's small models: does it all run?")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
@@ -197,6 +211,26 @@ def bench(
             from .bench.figure import check_plot, draw
 
             check_plot(plot)
+        if deployed:
+            from .bench import deploy
+
+            if plot is not None:
+                raise ConfigError("--plot: expected no plot with --deploy, got one; use --json")
+            wanted = deploy.DeploySettings(
+                models=names(models or ()),
+                runtimes=names(runtimes or deploy.RUNTIMES),
+                batches=tuple(dict.fromkeys((1, 8 if batch is None else batch))),
+                macs=macs,
+                inputs=_examples(inputs),
+                args=_json_object(args, "--args"),
+                rounds=QUICK_ROUNDS if quick else rounds,
+                small=small,
+            )
+            measured = deploy.deploy(wanted, lambda line: typer.echo(line, err=True))
+            typer.echo(deploy.render(measured))
+            if json_file is not None:
+                measured.write(json_file)
+            raise typer.Exit(0 if measured.is_right else 1)
         settings = Settings(
             models=names(models or ()),
             ops=names(ops or ()),
@@ -218,6 +252,69 @@ def bench(
             draw(result, plot)
     if not result.is_right:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished pat-fast train.", show_default=False)],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx.")] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Write model.int8.onnx, after some epochs under fake quantization.")
+    ] = False,
+    torch_export: Annotated[bool, typer.Option("--torch-export", help="Write model.pt2.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The folder to write to; by default the run's.")] = None,
+    qat_epochs: Annotated[int, typer.Option(help="Epochs under fake quantization for --int8.")] = 3,
+    debug: Debug = False,
+) -> None:
+    """Write a run's model for other runtimes, each file compared with PyTorch and tested on the run's test images."""
+    with _errors(debug):
+        chosen = {"onnx": onnx, "int8": int8, "torch-export": torch_export}
+        formats = tuple(name for name, wanted in chosen.items() if wanted)
+        if not formats:
+            raise ConfigError("expected --onnx, --int8 or --torch-export, got none of them")
+        if qat_epochs < 0:
+            raise ConfigError(f"--qat-epochs: expected an integer >= 0, got {qat_epochs}")
+
+        from .runs import accuracy, export_run, open_run
+
+        opened = open_run(run)
+        made = export_run(opened, formats, out or run, qat_epochs, lambda line: typer.echo(line, err=True))
+        typer.echo(f"{run / 'model.safetensors'}: test accuracy {accuracy(opened):.2%}")
+        for file in made:
+            typer.echo(f"{file.report}; test accuracy {file.accuracy:.2%}")
+
+
+@app.command()
+def load(
+    path: Annotated[
+        Path, typer.Argument(help="The folder of a finished pat-fast train, or a saved model.", show_default=False)
+    ],
+    factory: Annotated[
+        str | None,
+        typer.Option("--model", metavar="PACKAGE.MODULE:FACTORY", help="Rebuild the model, which this returns dense."),
+    ] = None,
+    args: FactoryArgs = "{}",
+    debug: Debug = False,
+) -> None:
+    """Show what a saved model is: where it comes from, what is left of it; and rebuild it, which checks every shape."""
+    with _errors(debug):
+        from .checkpoint import load as load_model
+        from .checkpoint import read_structure
+        from .factory import build_model
+        from .measure import count_params
+        from .runs import WEIGHTS, open_run
+
+        model = None
+        if path.is_dir():
+            opened = open_run(path)
+            structure, model = opened.structure, opened.model
+        else:
+            structure = read_structure(path)
+            if factory is not None:
+                model = load_model(path, build_model(factory, _json_object(args, "--args"), "--model"))
+        typer.echo(f"{path / WEIGHTS if path.is_dir() else path}\n{structure.summary()}")
+        if model is not None:
+            typer.echo(f"rebuilt: {count_params(model):,} parameters, every shape fits")
 
 
 @app.command()

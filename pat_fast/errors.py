@@ -38,6 +38,10 @@ class CheckpointError(PatError, RuntimeError):
     """A saved model is truncated, tampered with, or belongs to another definition."""
 
 
+class ExportError(PatError, RuntimeError):
+    """A model cannot be exported or quantized, or what came out computes something else."""
+
+
 def check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
     """Raise :class:`ConfigError` unless ``holds(value)``; a value that cannot even be compared does not."""
     try:

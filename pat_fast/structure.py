@@ -54,6 +54,22 @@ class Structure:
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"config and metrics: expected what JSON can hold, got: {error}") from None
 
+    def summary(self) -> str:
+        """A few lines for people: what it is, where it comes from, what is left of each group."""
+        origin = self.provenance
+        lines = [f"{self.model}, {len(self.modules)} layers with sizes"]
+        if origin.get("created"):
+            made = ", ".join(f"{name} {origin.get(name, '?')}" for name in ("pat_fast", "torch"))
+            lines.append(f"saved {origin['created']} by {made}; pruned {origin.get('prunes', 0)} times")
+        if origin.get("dense"):
+            lines.append("dense: " + ", ".join(f"{value:,} {name}" for name, value in origin["dense"].items()))
+        for root, entry in self.channels.items():
+            lines.append(f"  {root}: {len(entry['kept'])} of {entry['of']} channels")
+        for name, values in (("config", self.config), ("metrics", self.metrics)):
+            lines += [f"{name}: {json.dumps(values)}"] if values else []
+        # Whoever made the file may have put the terminal's own commands into it.
+        return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+
     @classmethod
     def from_json(cls, text: str, where: str) -> Structure:
         """Read what :meth:`to_json`, of this version or an older one, wrote.
@@ -76,6 +92,9 @@ class Structure:
             if not isinstance(found.get(key), dict):
                 raise CheckpointError(f"{where}: the structure lacks {key!r}; the file is damaged")
         _check_channels(found["channels"], where)
+        dense, prunes = found["provenance"].get("dense", {}), found["provenance"].get("prunes", 0)
+        if type(prunes) is not int or not isinstance(dense, dict) or any(type(n) is not int for n in dense.values()):
+            raise CheckpointError(f"{where}: the provenance does not count; the file is damaged")
         fields = {key: found[key] for key in cls.__dataclass_fields__ if key != "model"}
         return cls(str(found.get("model", "")), **fields)
 

@@ -97,7 +97,10 @@ def run(config: TrainConfig, *, out: str | Path | None = None, log: RunLog | Non
                     twin.pruner.close()
             log.close()
         summary["seconds"] = time.perf_counter() - started
-        checkpoint.save(twins[0].model, directory / "model.safetensors")
+        metrics = summary[twins[0].name]
+        checkpoint.save(
+            twins[0].model, directory / "model.safetensors", config=config.model.model_dump(), metrics=metrics
+        )
         log.finish(summary, config)
     return directory
 

@@ -47,6 +47,10 @@ ALLOWED: dict[str, set[str]] = {
     "pretrained": {"errors"},
     "distributed": PLAN | {"cost", "criteria", "surgery"},
     "modes": PLAN | {"masks", "schedules", "surgery"},
+    "optional": {"errors"},
+    "export": PLAN | {"checkpoint", "measure", "optional", "structure", "surgery"},
+    "quantization": PLAN
+    | {"checkpoint", "export", "layers", "measure", "optional", "structure", "surgery"},
     "dry_run": PLAN | {"masks", "surgery"},
     "rehearsal": PLAN | {"surgery"},
     "proof": PLAN | {"dry_run", "masks", "rehearsal", "surgery"},
@@ -58,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
 ON_TOP = {
     "train": {"cli"},
     "cli": set(),
+    "runs": {"cli"},
     "bench": {"cli"},
     "integrations": {"integrations"},
     "runlog": {"train", "plotting"},
@@ -162,6 +167,7 @@ def test_the_test_sees_every_kind_of_import(tmp_path: Path) -> None:
 HEAVY = (
     "matplotlib", "pydantic", "rich", "safetensors", "scipy", "sklearn", "torch_pruning", "torchvision",
     "transformers", "triton", "typer", "torch.utils.cpp_extension",
+    "onnx", "onnxruntime", "onnxscript", "onnxslim", "torchao",
 )  # fmt: skip
 
 IMPORT = """

@@ -1,0 +1,163 @@
+"""Pruned models train under fake quantization, become integer ones, and saturate on no processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pat_fast as pat
+from pat_fast.export import runner
+from pat_fast.quantization import SAFE_BITS, end_fake_quantization, fake_quantize_linear, fake_quantized
+from tests.helpers import Small, small_inputs
+from tests.test_checkpoint import pruned
+
+pytest.importorskip("torchao")
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    """A residual sum with batch norms, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.inner, self.second = nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.hidden, self.head = nn.Linear(12, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = (x + self.second(self.inner(x))).relu()
+        return self.head(self.hidden(x.mean((2, 3))).relu())
+
+
+def task(batch: int = 32) -> tuple[Tensor, Tensor]:
+    x = torch.randn(batch, 3, 8, 8)
+    return x, x.mean((2, 3)).argmax(1)
+
+
+def train(model: nn.Module, steps: int, lr: float = 1e-2, pruner: pat.Pruner | None = None) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    model.train()
+    for step in range(steps):
+        x, y = task()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if pruner is not None and step % 10 == 9:
+            pruner.step()
+
+
+def accuracy(model: nn.Module) -> float:
+    torch.manual_seed(99)
+    x, y = task(500)
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).float().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [SAFE_BITS, 8])
+def test_one_schedule_from_pruning_to_integers(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    pruner = pat.Pruner(model, 0.4, end_epoch=4, example_inputs=small_inputs(2))
+    train(model, 80, pruner=pruner)
+    model.eval()
+    reached = accuracy(model)
+    assert reached > 0.8
+    weights = [p.detach().clone() for p in model.parameters()]
+    prepared = pat.prepare_qat(model, small_inputs(2), weight_bits=bits)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert not model.training
+    before = [p.detach().clone() for p in prepared.parameters()]
+    train(prepared, 30, 1e-3)
+    assert any(not torch.equal(a, b) for a, b in zip(before, prepared.parameters(), strict=True))
+    converted = pat.convert_qat(prepared)
+    assert accuracy(converted) > reached - 0.05
+    report = pat.export_onnx(converted, small_inputs(2), tmp_path / "int8.onnx")
+    assert "quantized" in report.format
+    assert report.relative_error < 0.2
+    file = onnx.load(tmp_path / "int8.onnx")
+    sizes = [onnx.numpy_helper.to_array(t) for t in file.graph.initializer]
+    kernels = [w for w in sizes if w.dtype == np.int8 and w.ndim >= 2]
+    assert len(kernels) == 4
+    assert sum(w.size for w in kernels) == sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    half = 2 ** (bits - 1)
+    assert all(-half <= w.min() and w.max() < half for w in kernels)
+    assert max(abs(int(w.min())) for w in kernels) > half - 4  # the range is used
+    # The optimised integer kernels decide alike.
+    x, _ = task(200)
+    found = runner(str(tmp_path / "int8.onnx"))([x])[0].argmax(1)
+    assert float((found == converted(x).argmax(1)).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize(("bits", "overflows"), [(7, False), (8, True)])
+def test_what_fits_into_sixteen_bits(bits: int, overflows: bool) -> None:
+    """x86 without VNNI adds pairs of products of an unsigned and a signed byte in 16 signed bits (``vpmaddubsw``)."""
+    half = 2 ** (bits - 1)
+    worst = 2 * 255 * np.array([-half, half - 1])
+    assert ((worst < -(2**15)) | (worst >= 2**15)).any() == overflows
+
+
+def test_weights_rounded_while_they_are_pruned(tmp_path: Path) -> None:
+    """Linear layers under fake quantization: the same parameters, the gradients of the rounded weights, pruned on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+    own = [model[i].weight for i in (0, 2, 4)]
+    assert fake_quantize_linear(model, bits=4) == 3
+    assert all(model[i].weight is w for i, w in zip((0, 2, 4), own, strict=True))
+    assert max(len(row.unique()) for row in fake_quantized(model[0].weight, 7.0)) <= 15
+    x = torch.randn(200, 6)
+    y = x[:, :3].argmax(1)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    pruner = pat.Pruner(model, 0.5, end_epoch=4, example_inputs=x[:2], optimizer=optimizer)
+    for _ in range(8):
+        for _ in range(25):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        pruner.step()
+    assert model[0].out_features + model[2].out_features == 35
+    assert all(model[i].weight is w for i, w in zip((0, 2, 4), own, strict=True))
+    rounded = model(x)
+    assert float((rounded.argmax(1) == y).float().mean()) > 0.9
+    pat.save(model, tmp_path / "a")
+    fresh = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
+    fake_quantize_linear(fresh, bits=4)
+    assert torch.equal(pat.load(tmp_path / "a", fresh)(x), rounded)
+    end_fake_quantization(model)
+    exact = model(x)
+    assert not torch.equal(exact, rounded)
+    for i in (0, 2, 4):
+        model[i].weight.data = fake_quantized(model[i].weight.data, 7.0)
+    torch.testing.assert_close(model(x), rounded)
+
+
+def test_gradients_pass_through_rounding() -> None:
+    weight = torch.randn(3, 5, requires_grad=True)
+    out = fake_quantized(weight, 3.0)
+    scale = weight.detach().abs().amax(1, keepdim=True) / 3
+    torch.testing.assert_close(out, (weight.detach() / scale).round() * scale)
+    out.backward(torch.full((3, 5), 2.0))
+    assert torch.equal(weight.grad, torch.full((3, 5), 2.0))
+    assert torch.equal(fake_quantized(torch.zeros(2, 2), 3.0), torch.zeros(2, 2))
+
+
+def test_bad_input_is_told(tmp_path: Path) -> None:
+    model = pruned(Small(), small_inputs())
+    with pytest.raises(pat.ConfigError, match=r"quantizer: expected .*x86"):
+        pat.prepare_qat(model, small_inputs(), quantizer="other")
+    with pytest.raises(pat.ConfigError, match=r"weight_bits: expected an integer in 2 \.\. 8, got 9"):
+        pat.prepare_qat(model, small_inputs(), weight_bits=9)
+    with pytest.raises(pat.ExportError, match="expected what prepare_qat returned, got Small"):
+        pat.convert_qat(model)  # type: ignore[arg-type]
