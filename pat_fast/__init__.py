@@ -58,8 +58,6 @@ __all__ = [
 # What these import (safetensors, ONNX, ...) a training step does not need; or an import of the package stays quicker.
 _LATER = {
     "Stability": "stability",
-    "load": "checkpoint",
-    "load_training": "resume",
     "convert_qat": "quantization",
     "export_onnx": "export",
     "export_program": "export",
