@@ -158,6 +158,24 @@ def test_masked_equals_pruned_with_several_optimizers_and_state_before_the_first
     assert all(len(o.state) == len(o.param_groups[0]["params"]) for t in twins for o in t.optimizers)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop", "Rprop", "ASGD"])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_capturable_state_stays_on_the_gpu(name: str, foreach: bool) -> None:
+    model = Small().cuda()
+    x = small_inputs().cuda()
+    optimizer = getattr(torch.optim, name)(model.parameters(), capturable=True, foreach=foreach)
+    pruner = pat.Pruner(model, 0.5, end_epoch=3, example_inputs=x)
+    for step in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), (torch.arange(4) + step).cuda() % 5).backward()
+        optimizer.step()
+        pruner.step()
+    assert model.stem.out_channels < 12
+    for p in model.parameters():
+        assert all(t.is_cuda and (t.ndim == 0 or t.shape == p.shape) for t in optimizer.state[p].values())
+
+
 def taken(plan: pat.Plan, name: str, tensor: Tensor, keep: np.ndarray) -> Tensor:
     """What is kept of a tensor that lies over parameter ``name``, axis by axis; axes of size 1 stay."""
     maps = [t for t in plan.tensors if t.name == name]
