@@ -117,6 +117,10 @@ class Ledger:
         own = self.indices if part is None else part.start + np.arange(len(axis.channels)) % part.count
         return np.where(axis.channels >= 0, own, -1).astype(np.int32)
 
+    def prepare(self) -> None:
+        """Work out ahead what a first score would."""
+        _ = self.count, self.scored, self._outputs
+
     @cached_property
     def count(self) -> Tensor:
         """For each channel, the members of its group, at least 1: ``[N]`` float32."""

@@ -160,7 +160,7 @@ class GroupMagnitudeImportance(Importance):
     def prepare(self, binding: Binding) -> None:
         """Work out ahead which indices of which tensors :meth:`score` adds up, where that is known already."""
         if type(self)._usable is GroupMagnitudeImportance._usable:
-            self._book(binding)
+            self._book(binding).ledger.prepare()
 
     def _book(self, binding: Binding) -> Book:
         """The tensors that count, and what their indices count for."""

@@ -128,12 +128,7 @@ class Engine:
     def _is_held_elsewhere(self) -> bool:
         """Whether anything but its module and the binding refers to a parameter, as an optimizer would."""
         # No loop variables here: they would be references, too.
-        held = [m._parameters for m in {id(m): m for m in self.binding.modules.values()}.values() if m._parameters]
-        expected = Counter(id(p) for parameters in held for p in parameters.values())
-        expected.update(id(t) for t in self.binding.tensors.values())
-        expected.update(id(t) for _, _, t in self.binding.places)
-        made = (tiles for tables in self.binding._cache.values() for tiles in tables)
-        expected.update(id(t) for tiles in made for t in tiles.tensors)
+        held, expected = self.references()
         probe = {"": nn.Parameter()}
         base = next(sys.getrefcount(p) for p in probe.values()) - 1
         return any(
@@ -141,6 +136,20 @@ class Engine:
             for parameters in held
             for p in parameters.values()
         )
+
+    def references(self) -> tuple[list[Any], Counter[int]]:
+        """The dicts that hold the model's parameters; how often these, the binding and its tables refer to each."""
+        binding = self.binding
+        known = binding.derived.get("references")
+        tables = list(binding._cache.values())
+        if known is None or [id(t) for t in known[0]] != [id(t) for t in tables]:
+            held = [m._parameters for m in {id(m): m for m in binding.modules.values()}.values() if m._parameters]
+            expected = Counter(id(p) for parameters in held for p in parameters.values())
+            expected.update(id(t) for t in binding.tensors.values())
+            expected.update(id(t) for _, _, t in binding.places)
+            expected.update(id(t) for made in tables for tiles in made for t in tiles.tensors)
+            known = binding.derived["references"] = (tables, held, expected)
+        return known[1], known[2]
 
 
 def leave_alone(plan: Plan, members: frozenset[tuple[str, int]]) -> Plan:

@@ -186,6 +186,7 @@ class BasePruner(_Original):
             self.DG.maker.root(group)
         if callable(getattr(self.importance, "prepare", None)):
             self.importance.prepare(self.engine.binding)
+        _ = self.engine.axes, self.engine.references()
 
     def _is_open(self, number: int) -> bool:
         lowered, known = self._open
