@@ -564,7 +564,7 @@ class Pruner:
         """Shrink the model, and all that is kept of it."""
         followers: list[Any] = [*self._optimizers.current(), *self._watching.accumulators]
         growing = [self.regularizer] if isinstance(self.regularizer, GrowingRegularizer) else []
-        forget = remember([*self._watching.histories, *growing])
+        forget = remember([*self._watching.histories, *growing, self._mode, self._steady.settling])
 
         def follow(smaller: Binding) -> None:
             try:
@@ -572,12 +572,12 @@ class Pruner:
                 for regularizer in growing:
                     regularizer.shrink(binding.plan, keep)
                 eligible = torch.from_numpy(self._scope.apply(smaller.plan)[0]).to(smaller.device)
+                self._mode.attach(smaller)
+                self._steady.settling.shrink(binding.plan.movable(Kept(keep)))
             except BaseException:
                 forget()
                 raise
             self.binding, self._eligible = smaller, eligible
-            self._mode.attach(smaller)
-            self._steady.settling.shrink(binding.plan.movable(Kept(keep)))
 
         prune(binding, keep, followers, self.peers.ready, self._averages.current(), follow)
 
