@@ -48,12 +48,14 @@ def prepare_qat(
     """
     require("torchao.quantization.pt2e", "qat", "prepare_qat")
     check("weight_bits", weight_bits, lambda v: type(v) is int and 2 <= v <= 8, "an integer in 2 .. 8")
+    import copy  # what is exported shares its weights
+
     with quietly():
         from torchao.quantization.pt2e import allow_exported_model_train_eval
         from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
         chosen = _quantizer(quantizer, weight_bits) if isinstance(quantizer, str) else quantizer
-        exported = Case(model, example_inputs).program(training=True).module(check_guards=False)
+        exported = Case(copy.deepcopy(model), example_inputs).program(training=True).module(check_guards=False)
         try:
             prepared = prepare_qat_pt2e(exported, chosen)
         except Exception as error:

@@ -81,6 +81,7 @@ def test_one_schedule_from_pruning_to_integers(bits: int, tmp_path: Path) -> Non
     assert not model.training
     before = [p.detach().clone() for p in prepared.parameters()]
     train(prepared, 30, 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))  # the model's own stay
     assert any(not torch.equal(a, b) for a, b in zip(before, prepared.parameters(), strict=True))
     converted = pat.convert_qat(prepared)
     assert accuracy(converted) > reached - 0.05
