@@ -45,6 +45,20 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
 
 
+def check_target(sparsity: Any, mac_target: Any) -> None:
+    """Raise :class:`ConfigError` unless ``sparsity`` is in ``[0, 1)``, and ``mac_target`` in ``(0, 1]`` or None."""
+    check("target_sparsity", sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
+    if mac_target is not None:
+        check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
+
+
+def check_unit(unit: Any, auto: bool) -> None:
+    """Raise :class:`ConfigError` unless ``unit`` is ``"epoch"``, or ``"step"`` where hooks count the steps."""
+    check_choice("unit", unit, ("epoch", "step"))
+    if unit == "step" and not auto:
+        raise ConfigError("unit: expected 'epoch' with auto=False, got 'step': there is no hook that counts steps")
+
+
 def check_callback(name: str, value: Any) -> Any:
     """``value``; raises :class:`ConfigError` unless it is a function or None."""
     check(name, value, lambda v: v is None or callable(v), "a function, or None")

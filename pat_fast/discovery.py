@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import ConfigError
+from .errors import ConfigError, PlanError
 from .plan.running import Call
 
 if TYPE_CHECKING:
@@ -47,6 +47,56 @@ class InputCatcher:
         """Take the hook off and forget the inputs."""
         self._handle.remove()
         self._inputs = None
+
+
+class Inputs:
+    """Example inputs for a model: those that were given, else those of its first forward.
+
+    Raises:
+        ConfigError: none are given, and none may be caught.
+    """
+
+    def __init__(self, model: nn.Module, given: Any, catch: bool) -> None:
+        self.given = given
+        if given is None and not catch:
+            raise ConfigError("auto=False needs example_inputs: there is no hook to take them from a forward")
+        self.catcher: InputCatcher | None = None
+        if given is None:
+            self.catcher = InputCatcher(model)
+            weakref.finalize(self, self.catcher.close).atexit = False
+
+    @property
+    def known(self) -> bool:
+        """Whether there are inputs to use."""
+        return self.given is not None or (self.catcher is not None and self.catcher.has_inputs)
+
+    def use(self, build: Callable[[Any], object]) -> None:
+        """Call ``build`` with the inputs; of a caught batch first with two examples, then, on PlanError, with all.
+
+        Raises:
+            PlanError: none are known yet, or ``build`` raised it for all of them.
+        """
+        if not self.known:
+            raise PlanError(
+                "no forward of the model was seen yet, so there are no example inputs; run one batch first, "
+                "or pass example_inputs="
+            )
+        candidates = [self.given] if self.catcher is None or self.given is not None else self.catcher.take()
+        for number, inputs in enumerate(candidates, 1):
+            try:
+                build(inputs)
+            except PlanError:
+                if number == len(candidates):
+                    raise
+            else:
+                self.given = inputs
+                break
+        self.close()
+
+    def close(self) -> None:
+        """Catch no more."""
+        if self.catcher is not None:
+            self.catcher.close()
 
 
 def _outside_inference_mode(value: Any) -> Any:

@@ -20,26 +20,23 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .arguments import check_callback, check_choice, check_count, check_model, make_regularizer
+from .arguments import check_callback, check_count, check_model, check_target, check_unit, make_regularizer
 from .averages import Averages
-from .criteria import Criterion, Watching, make_criterion
+from .criteria import Criterion, Watching, checked_scores, make_criterion
 from .criteria.accumulator import Accumulator
-from .discovery import Discovery, InputCatcher, as_list, check_held, held
+from .discovery import Discovery, Inputs, as_list, check_held, held
 from .distributed import Peers, unwrapped
-from .errors import ConfigError, PlanError, check
 from .limits import Ranking, Ratios, RoundTo, Rules
 from .masks import Mask
 from .modes import make_mode
 from .plan import Binding, Plan, bind
-from .plan.types import Kept
 from .proof import build_plan
-from .regularizers import GrowingRegularizer, Penalty, Regularizer
+from .regularizers import Regularizer
 from .regularizers.stepping import at_weights, loss_scale
-from .report import Changes, Counts, StepReport, changes, joined
+from .report import Changes, Counts, StepReport, changes, joined, make_report
 from .schedules import Curve, Schedule
-from .selection import Scope
+from .selection import Scope, check_any
 from .surgery import prune, register_state_layout
-from .surgery.undo import remember
 from .targets import Goal, Target
 
 if TYPE_CHECKING:
@@ -49,7 +46,6 @@ log = logging.getLogger("pat_fast")
 
 DEFAULT_STEPS = 10
 DEFAULT_SPARSITY = 0.5
-STATE_VERSION = 2
 
 register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # surgery shrinks it likewise
 
@@ -158,20 +154,17 @@ class Pruner:
         on_prune: Callable[[StepReport], object] | None = None,
     ) -> None:
         from .stability import Stability, Steady  # here: an import of the package stays quick
+        from .state import State
 
         check_model(model)
-        check("target_sparsity", target_sparsity, lambda v: 0.0 <= v < 1.0, "a number in [0, 1)")
-        if mac_target is not None:
-            check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
+        check_target(target_sparsity, mac_target)
         check_count("start_epoch", start_epoch, 0)
+        check_unit(unit, auto)
         self.model = model = unwrapped(model)
         self.peers = Peers(model)
         self._mode = make_mode(mode)
         self.target_sparsity = target_sparsity
         end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
-        check_choice("unit", unit, ("epoch", "step"))
-        if unit == "step" and not auto:
-            raise ConfigError("unit: expected 'epoch' with auto=False, got 'step': there is no hook that counts steps")
         self.unit = unit
         self._counted: weakref.ref[Optimizer] | None = None  # the optimizer whose steps count
         self._since: tuple[Counts, Changes] | None = None
@@ -193,36 +186,25 @@ class Pruner:
         self.binding: Binding | None = None
         self._scope = Scope(model, layers_to_prune, ignored_layers)
         self._skipped: tuple[tuple[str, str], ...] = ()
-        self._unscored: tuple[str, ...] = ()  # groups that the criterion cannot score
         self._verify = verify
-        self._example_inputs = example_inputs
+        self._state = State(self.goal, self._mode, self._steady, self.criterion, self._watching, self.regularizer)
         self._graph: Any = None
         self._pending: dict[str, Any] | None = None  # a state that waits for the first forward
         self._regularized = True  # since the last step
         if optimizer is not None:
             check_held(model, as_list(optimizer))
-        self._catcher: InputCatcher | None = None
+        self._inputs = Inputs(model, example_inputs, auto)
         if example_inputs is not None:
             self._build(example_inputs)
-        elif auto:
-            self._catcher = InputCatcher(model)
-            weakref.finalize(self, self._catcher.close).atexit = False
-        else:
-            raise ConfigError("auto=False needs example_inputs: there is no hook to take them from a forward")
         self._optimizers = Discovery(self, model, optimizer, auto)
         self._averages = Averages(self, model, averaged, auto)
         self._mode.copies = self._averages.current
         if end_epoch is None and self.schedule.end == end:
-            log.warning(
-                "pat_fast: end_epoch was not given; the whole target is reached at the %dth %s",
-                end,
-                "step()" if unit == "epoch" else "step of the optimizer",
-            )
+            counted = "step()" if unit == "epoch" else "step of the optimizer"
+            log.warning("pat_fast: end_epoch was not given; the whole target is reached at the %dth %s", end, counted)
 
     @classmethod
-    def from_config(
-        cls, model: nn.Module, config: str | Path | Mapping[str, Any], **overrides: Any
-    ) -> Pruner:
+    def from_config(cls, model: nn.Module, config: str | Path | Mapping[str, Any], **overrides: Any) -> Pruner:
         """Build a pruner from a JSON file or a dict; see :class:`pat_fast.config.PruneConfig` for the keys.
 
         Raises:
@@ -252,8 +234,7 @@ class Pruner:
     @property
     def is_ready(self) -> bool:
         """Whether there is a plan, or example inputs to make it from."""
-        found = self.binding is not None or self._example_inputs is not None
-        return found or (self._catcher is not None and self._catcher.has_inputs)
+        return self.binding is not None or self._inputs.known
 
     @property
     def stage(self) -> str:
@@ -270,9 +251,8 @@ class Pruner:
         plan = self._ready().plan
         if self._graph is None or self._graph[0] is not plan:
             with undisturbed(self.model):
-                graph = tp.DependencyGraph().build_dependency(
-                    self.model, self._example_inputs, forward_fn=call, verbose=False
-                )
+                graph = tp.DependencyGraph()
+                graph.build_dependency(self.model, self._inputs.given, forward_fn=call, verbose=False)
             self._graph = (plan, graph)
         return self._graph[1]
 
@@ -293,8 +273,8 @@ class Pruner:
             self._since = None
             if self.unit == "epoch":
                 changed = self._advance()
-        if isinstance(self.regularizer, GrowingRegularizer) and self.binding is not None and not self.done:
-            self.regularizer.grow(self.binding)
+        if self.binding is not None and not self.done:
+            self._state.grow(self.binding)
         return self._reported(before, changed)
 
     def count(self, optimizer: Optimizer) -> None:
@@ -423,8 +403,7 @@ class Pruner:
         self._optimizers.close()
         self._averages.close()
         self._watching.detach()
-        if self._catcher is not None:
-            self._catcher.close()
+        self._inputs.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the pruner stands, what it has gathered, its masks; the model and the optimizers are saved apart.
@@ -434,21 +413,7 @@ class Pruner:
         """
         if self._pending is not None:
             return dict(self._pending)
-        from .resume import structure_of
-
-        binding = self._ready()
-        return {
-            "version": STATE_VERSION,
-            "structure": structure_of(self.model),
-            "epoch": self.epoch,
-            "done": self.done,
-            "channels": binding.plan.n_channels,
-            "goal": self.goal.state_dict(),
-            "mode": self._mode.state_dict(),
-            "stability": self._steady.state_dict(),
-            "criterion": self._watching.state_dict(binding),
-            "regularizer": self.regularizer.state_dict() if isinstance(self.regularizer, Penalty) else None,
-        }
+        return {"epoch": self.epoch, "done": self.done, **self._state.save(self._ready())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called.
@@ -461,31 +426,16 @@ class Pruner:
             CheckpointError: the state is of another model.
             ConfigError: the state is of another version or mode.
         """
-        from .resume import fit
+        from .state import fit_model
 
-        if state.get("version") != STATE_VERSION:
-            raise ConfigError(f"state: expected version {STATE_VERSION}, got {state.get('version')!r}")
-        if "structure" in state:
-            fit(self.model, state["structure"])
+        fit_model(self.model, state)
         if self.binding is not None and not self.binding.is_true:
             self.binding = None  # it was of the dense model
-        if self.binding is None and not self.is_ready:
+        if self.is_ready:
+            self._state.load(state, self._ready(), self._optimizers.current)
+        else:
             self._pending = dict(state)
-            self.epoch, self.done = state["epoch"], state["done"]
-            return
-        binding = self._ready()
-        if state["channels"] != binding.plan.n_channels:
-            raise PlanError(
-                f"the state is of a model with {state['channels']} prunable channels, this one has "
-                f"{binding.plan.n_channels}; load the pruned model first (pat.load)"
-            )
-        self._mode.load_state_dict(state["mode"], self._optimizers.current)
-        self._steady.load_state_dict(state["stability"])
-        self._watching.load_state_dict(state["criterion"], binding)
-        if isinstance(self.regularizer, Penalty) and state["regularizer"] is not None:
-            self.regularizer.load_state_dict(state["regularizer"])
         self.epoch, self.done = state["epoch"], state["done"]
-        self.goal.load_state_dict(state["goal"])
         if self.done:
             self._watching.detach()
 
@@ -493,43 +443,22 @@ class Pruner:
 
     def _ready(self) -> Binding:
         """The binding, built from the first forward's inputs if need be, and true to the model."""
-        if self.binding is None and self._example_inputs is not None:
-            self._build(self._example_inputs)
-        elif self.binding is None:
-            if self._catcher is None or not self.is_ready:
-                raise PlanError(
-                    "no forward of the model was seen yet, so there are no example inputs; run one batch first, "
-                    "or pass example_inputs="
-                )
-            self._build_from_any(self._catcher.take())
-            self._catcher.close()
+        if self.binding is None:
+            self._inputs.use(self._build)
         if self._pending is not None:
             state, self._pending = self._pending, None
             self.load_state_dict(state)
         assert self.binding is not None
         return self.binding
 
-    def _build_from_any(self, candidates: list[Any]) -> None:
-        for inputs in candidates[:-1]:
-            try:
-                self._build(inputs)
-            except PlanError:
-                continue
-            return
-        self._build(candidates[-1])
-
     def _build(self, example_inputs: Any) -> None:
         plan = build_plan(self.model, example_inputs, verify=self._verify)
         binding = bind(plan, self.model)
         eligible, skipped = self._scope.apply(plan)
-        if not eligible.any():
-            reasons = [f"{f.layer}: {f.reason}" for f in plan.frozen] + [f"{n}: {r}" for n, r in skipped]
-            why = "; ".join(reasons[:8]) or "it has no layers"
-            raise PlanError(f"nothing of this model can be pruned; {why}")
-        self._example_inputs = example_inputs
+        check_any(plan, eligible, skipped)
+        self.goal.start(binding, eligible, example_inputs)
         self.binding = binding
         self._skipped = skipped
-        self.goal.start(binding, eligible, example_inputs)
         self._eligible = torch.from_numpy(eligible).to(binding.device)
         self._mode.attach(binding)
         if not self.done:
@@ -541,17 +470,12 @@ class Pruner:
 
     def _select(self, binding: Binding, fraction: float) -> NDArray[np.bool_]:
         plan = binding.plan
-        scores = self.criterion.score(binding).double().cpu().numpy()
-        if scores.shape != (plan.n_channels,) or np.isnan(scores).any():
-            raise PlanError(
-                f"the criterion must give one score per channel ({plan.n_channels}) without NaN, got shape "
-                f"{scores.shape} with {int(np.isnan(scores).sum())} NaN; did the training diverge?"
-            )
+        scores = checked_scores(self.criterion, binding)
         eligible = self._eligible.cpu().numpy()
         scores = self.peers.mean(scores, plan, eligible)
         if self.peers.active:
             self.goal.share(self.peers.of_first)
-        self._unscored = tuple(g.root for g in plan.groups if np.isposinf(scores[g.start : g.stop]).all())
+        self._state.note_scores(plan, scores)
 
         def keep_at(scores: NDArray[np.float64], fraction: float) -> NDArray[np.bool_]:
             return self.goal.select(plan, *self._mode.candidates(scores), eligible, fraction)
@@ -563,49 +487,20 @@ class Pruner:
     def _remove(self, binding: Binding, keep: NDArray[np.bool_]) -> None:
         """Shrink the model, and all that is kept of it."""
         followers: list[Any] = [*self._optimizers.current(), *self._watching.accumulators]
-        growing = [self.regularizer] if isinstance(self.regularizer, GrowingRegularizer) else []
-        forget = remember([*self._watching.histories, *growing, self._mode, self._steady.settling])
 
         def follow(smaller: Binding) -> None:
-            try:
-                self._watching.shrink(binding.plan, keep)
-                for regularizer in growing:
-                    regularizer.shrink(binding.plan, keep)
-                eligible = torch.from_numpy(self._scope.apply(smaller.plan)[0]).to(smaller.device)
-                self._mode.attach(smaller)
-                self._steady.settling.shrink(binding.plan.movable(Kept(keep)))
-            except BaseException:
-                forget()
-                raise
+            eligible = torch.from_numpy(self._scope.apply(smaller.plan)[0]).to(smaller.device)
+            self._state.shrink(binding, smaller, keep)
             self.binding, self._eligible = smaller, eligible
 
         prune(binding, keep, followers, self.peers.ready, self._averages.current(), follow)
 
     def _report(self, before: Counts, changed: Changes) -> StepReport:
-        assert self.binding is not None
-        plan, after = self.binding.plan, self._counts()
-        return StepReport(
-            step=self.epoch,
-            epoch=self.epoch,
-            stage=self.stage,
-            ratio=self.goal.ratio(self.schedule.fraction(self.epoch)),
-            channels=(before[0], after[0]),
-            params=(before[1], after[1]),
-            macs=(before[2], after[2]),
-            dense_channels=self.goal.dense[0],
-            dense_params=self.goal.dense[1],
-            dense_macs=self.goal.dense[2],
-            latency_ms=None if before[3] is None or after[3] is None else (before[3], after[3]),
-            dense_latency_ms=self.goal.dense[3],
-            changed=changed,
-            frozen=tuple((f.layer, f.reason) for f in plan.frozen) + self._skipped,
-            notes=self._notes(plan),
-        )
-
-    def _notes(self, plan: Plan) -> tuple[str, ...]:
-        notes = [*plan.notes, *self.goal.notes]
-        notes += [f"{type(self.criterion).__name__} has no score for {root}: it stays" for root in self._unscored]
-        notes += self._mode.notes(plan) + self._steady.notes(plan)
+        plan = self._ready().plan
+        ratio = self.goal.ratio(self.schedule.fraction(self.epoch))
+        frozen = tuple((f.layer, f.reason) for f in plan.frozen) + self._skipped
+        counts = (before, self._counts(), self.goal.dense)
+        notes = self._state.notes(plan)
         if not self._regularized and self.regularizer is not None and self.stage != "finetune":
             notes.append("no optimizer step was seen since the last step(): nothing was regularised")
-        return tuple(notes)
+        return make_report(self.epoch, self.stage, ratio, counts, changed, frozen, tuple(notes))

@@ -86,3 +86,33 @@ class StepReport:
             lines[0] += f", predicted latency {now:.3g} ms ({now / self.dense_latency_ms:.1%} of dense)"
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def make_report(
+    epoch: int,
+    stage: str,
+    ratio: float,
+    counts: tuple[Counts, Counts, Counts],
+    changed: Changes,
+    frozen: tuple[tuple[str, str], ...],
+    notes: tuple[str, ...],
+) -> StepReport:
+    """A report of a step; ``counts`` are those before it, after it, and of the dense model."""
+    before, after, dense = counts
+    return StepReport(
+        step=epoch,
+        epoch=epoch,
+        stage=stage,
+        ratio=ratio,
+        channels=(before[0], after[0]),
+        params=(before[1], after[1]),
+        macs=(before[2], after[2]),
+        dense_channels=dense[0],
+        dense_params=dense[1],
+        dense_macs=dense[2],
+        latency_ms=None if before[3] is None or after[3] is None else (before[3], after[3]),
+        dense_latency_ms=dense[3],
+        changed=changed,
+        frozen=frozen,
+        notes=notes,
+    )

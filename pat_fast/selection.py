@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, PlanError, did_you_mean
 from .plan.types import Group, Plan
 
 BoolArray = NDArray[np.bool_]
@@ -100,6 +100,14 @@ class Scope:
         if not inside:
             return "not in layers_to_prune"
         return f"{inside[0]} shares its channels with {outside[0]}, which is not in layers_to_prune"
+
+
+def check_any(plan: Plan, eligible: NDArray[np.bool_], skipped: Iterable[tuple[str, str]]) -> None:
+    """Raise :class:`PlanError`, with the reasons, unless a channel is ``eligible [N]``."""
+    if not eligible.any():
+        reasons = [f"{f.layer}: {f.reason}" for f in plan.frozen] + [f"{name}: {reason}" for name, reason in skipped]
+        why = "; ".join(reasons[:8]) or "it has no layers"
+        raise PlanError(f"nothing of this model can be pruned; {why}")
 
 
 def _owners_of_outputs(plan: Plan) -> list[list[str]]:

@@ -36,7 +36,7 @@ def test_inputs_come_from_the_first_forward_and_its_hook_is_gone() -> None:
     assert not model._forward_pre_hooks
     assert pruner.plan is not None
     assert pruner.plan.batch == 2  # two examples of the four are enough
-    assert not pruner._catcher.has_inputs  # the batch is not kept alive
+    assert not pruner._inputs.catcher.has_inputs  # the batch is not kept alive
 
 
 class Named(Small):

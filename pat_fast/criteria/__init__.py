@@ -17,7 +17,7 @@ from .ledger import Ledger
 from .magnitude import FPGM, LAMP, BNScale, Magnitude
 from .normalizers import NORMALIZERS, Normalizer, Segments, check_normalizer, normalize
 from .reductions import REDUCTIONS, Reduction, check_reduction, reduce_members, reduce_rows
-from .registry import CRITERIA, make_criterion
+from .registry import CRITERIA, checked_scores, make_criterion
 from .simple import Function, Random
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Watching",
     "check_normalizer",
     "check_reduction",
+    "checked_scores",
     "is_scored",
     "make_criterion",
     "normalize",

@@ -6,7 +6,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import ConfigError, did_you_mean
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, PlanError, did_you_mean
+from ..plan.bind import Binding
 from .activation import Activation
 from .activation_taylor import ActivationTaylor
 from .base import Criterion
@@ -76,3 +80,19 @@ def _named(name: Any, options: dict[str, Any], p: float | None) -> Criterion:
             raise ConfigError(f"p: expected one exponent, got {p!r} and {options['p']!r} in importance")
         options["p"] = p
     return CRITERIA[name](**options)
+
+
+def checked_scores(criterion: Criterion, binding: Binding) -> NDArray[np.float64]:
+    """The criterion's scores ``[N]`` on the CPU.
+
+    Raises:
+        PlanError: there is not one for each channel, or some are NaN.
+    """
+    scores: NDArray[np.float64] = criterion.score(binding).double().cpu().numpy()
+    n = binding.plan.n_channels
+    if scores.shape != (n,) or np.isnan(scores).any():
+        raise PlanError(
+            f"the criterion must give one score per channel ({n}) without NaN, got shape {scores.shape} with "
+            f"{int(np.isnan(scores).sum())} NaN; did the training diverge?"
+        )
+    return scores
