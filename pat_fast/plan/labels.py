@@ -18,6 +18,7 @@ Ops relate labels in four ways, all recorded here and solved once at the end:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 Factors = tuple[IntArray, ...]
 
 # Slots from here on stand for whole units (a head of which only the scores are left, say): what is unified with
@@ -91,8 +93,39 @@ class Solution:
     count: int  # slots proper; phantoms come behind them
     channel: IntArray  # smallest slot of the same channel
     unit: IntArray  # smallest slot of the same unit
-    frozen: dict[int, str]  # unit (smallest slot) -> why it must stay
-    noted: dict[int, str]  # channel (smallest slot) -> statistic that it takes part in
+    frozen: Reasons  # unit (smallest slot) -> why it must stay
+    noted: Reasons  # channel (smallest slot) -> statistic that it takes part in
+
+
+class Reasons(Mapping[int, str]):
+    """What was said of units or channels, by their smallest slots; the first thing said of one counts.
+
+    ``root [n]`` maps every slot to the smallest one of its unit or channel; ``said`` are indices into it, with texts.
+    """
+
+    def __init__(self, root: IntArray, said: Sequence[tuple[IntArray, str]]) -> None:
+        self._texts = [text for _, text in said]
+        self._which = np.full(len(root), -1, dtype=np.int64)
+        if said:
+            order = range(len(said))[::-1]  # of what is assigned to one place the last counts
+            slots = np.concatenate([said[i][0] for i in order])
+            self._which[root[slots]] = np.repeat(order, [len(said[i][0]) for i in order])
+
+    @property
+    def mask(self) -> BoolArray:
+        """Of whom something was said: ``[n]``, True at smallest slots only."""
+        return self._which >= 0
+
+    def __getitem__(self, root: int) -> str:
+        if not 0 <= root < len(self._which) or self._which[root] < 0:
+            raise KeyError(root)
+        return self._texts[self._which[root]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.flatnonzero(self.mask).tolist())
+
+    def __len__(self) -> int:
+        return int(self.mask.sum())
 
 
 class Slots:
@@ -105,6 +138,8 @@ class Slots:
         self._couple: list[IntArray] = []
         self._freeze: list[tuple[IntArray, str]] = []
         self._notes: list[tuple[IntArray, str]] = []
+        # What was solved last: of how much, the channels and units found, and how many couples they take in.
+        self._merged: tuple[tuple[int, int, int], IntArray, IntArray, int] | None = None
 
     def new(self, n: int) -> IntArray:
         """``n`` fresh slots."""
@@ -158,19 +193,19 @@ class Slots:
 
     def solve(self) -> Solution:
         """Merge everything said so far. Linear in slots and constraints, up to a logarithm."""
-        none = np.empty((2, 0), dtype=np.int64)
         total = self.count + self.phantoms
-        channel = components(total, np.concatenate([none, *self._unify], axis=1))
-        couples = np.concatenate([none, *self._couple], axis=1)
-        unit = components(total, self.index(couples), start=channel)
-        frozen: dict[int, str] = {}
-        for slots, reason in self._freeze:
-            for root in np.unique(unit[self.index(slots)]).tolist():
-                frozen.setdefault(root, reason)
-        noted: dict[int, str] = {}
-        for slots, text in self._notes:
-            for root in np.unique(channel[self.index(slots)]).tolist():
-                noted.setdefault(root, text)
+        size = (self.count, self.phantoms, len(self._unify))
+        if self._merged is None or self._merged[0] != size:
+            none = np.empty((2, 0), dtype=np.int64)
+            channel = components(total, np.concatenate([none, *self._unify], axis=1))
+            self._merged = size, channel, channel, 0
+        key, channel, unit, done = self._merged
+        if done < len(self._couple):  # components only ever merge: what was found before is where to start
+            couples = np.concatenate(self._couple[done:], axis=1)
+            unit = components(total, self.index(couples), start=unit)
+            self._merged = key, channel, unit, len(self._couple)
+        frozen = Reasons(unit, [(self.index(slots), reason) for slots, reason in self._freeze])
+        noted = Reasons(channel, [(self.index(slots), text) for slots, text in self._notes])
         return Solution(self.count, channel, unit, frozen, noted)
 
     def index(self, slots: IntArray) -> IntArray:

@@ -339,8 +339,9 @@ def _freeze_third_axes(tracer: Tracer, leaves: list[Leaf]) -> None:
     if not crowded:
         return
     solution = tracer.slots.solve()
+    stays = solution.frozen.mask
     for leaf in crowded:
-        loose = [d for d in sorted(leaf.axes) if any(u not in solution.frozen for u in solution.unit[leaf.axes[d]])]
+        loose = [d for d in sorted(leaf.axes) if not stays[solution.unit[leaf.axes[d]]].all()]
         for dim in loose[2:]:
             tracer.slots.freeze(leaf.axes[dim], f"{leaf.name} has more than two prunable dimensions")
 
@@ -366,9 +367,7 @@ class _Numbers:
         self.solution = solution
         self.roots = roots
         self.frozen: list[Frozen] = []
-        frozen_unit = np.zeros(len(solution.unit), dtype=np.bool_)
-        frozen_unit[list(solution.frozen)] = True
-        self._is_frozen = frozen_unit[solution.unit]
+        self._is_frozen = solution.frozen.mask[solution.unit]
         claims = self._claim()
         claims = self._merge_coupled(claims)
         classes = np.concatenate([np.zeros(0, np.int64), *[c for _, c in claims]])
@@ -472,10 +471,11 @@ class _Numbers:
                     if axis.role == "out":
                         layers[i].append(_layer(tensor.name))
         found: list[Group] = []
+        is_noted = self.solution.noted.mask
         start = 0
         for i, (leaves, classes) in enumerate(self._claims):
-            notes = self.solution.noted
-            noted = next((notes[c] for c in classes.tolist() if c in notes), None) if notes else None
+            statistic = classes[is_noted[classes]]
+            noted = self.solution.noted[int(statistic[0])] if statistic.size else None
             root = _layer(leaves[0].name)
             if any(g.root == root for g in found):  # a weight that is used transposed, too, makes channels twice
                 root += " transposed"

@@ -367,7 +367,7 @@ class _Resolution:
         self.other = dict(watch.other)
         self._solution = solution
         self._slots = slots
-        self._frozen = np.fromiter(solution.frozen, dtype=np.int64, count=len(solution.frozen))
+        self._frozen = solution.frozen.mask
         shrinking = []
         for number, factor, dim in watch.uses:
             places = self._places(factor, dim)
@@ -392,7 +392,7 @@ class _Resolution:
     def _free(self, slots: IntArray) -> dict[int, int]:
         """The units of ``slots`` that may go, and how many of the slots each takes along."""
         unit, times = np.unique(self._solution.unit[self._slots.index(slots)], return_counts=True)
-        loose = ~np.isin(unit, self._frozen)
+        loose = ~self._frozen[unit]
         return dict(zip(unit[loose].tolist(), times[loose].tolist(), strict=True))
 
     def _follow(self, symbols: tuple[Symbol | Extent, ...], places: IntArray) -> str | None:
