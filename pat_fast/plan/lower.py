@@ -19,6 +19,7 @@ from .configs import follow_config
 from .hollow import Hollow, ValuesRead
 from .labels import PHANTOM, IntArray, Solution, varying
 from .numbers import Symbol, resolve
+from .order import torch_prunings_order
 from .running import call, undisturbed
 from .trace import Leaf, Tracer, fixed_outputs
 from .types import (
@@ -38,28 +39,6 @@ from .types import (
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 # Inside these the code relies on the sizes of the whole: their parameters stay.
 CLOSED = (nn.MultiheadAttention, nn.RNNBase)
-
-
-def _roots_in_torch_prunings_order(model: nn.Module, forward: Any) -> list[str]:
-    """Names of the layers in the order in which Torch-Pruning visits them as roots of groups.
-
-    Taken from its graph of the traced forward: the nodes and their order, without its index maps. The maps
-    (slices, reshapes) are what makes its queries quadratic on DenseNet and endless on rotary embeddings, and
-    they do not know shapes; pat_fast takes maps from its own trace.
-    """
-    import torch_pruning as tp  # here, so that `import pat_fast` does not cost it
-
-    graph = tp.DependencyGraph()
-    graph.verbose = False
-    graph.model = model
-    graph._module2name = {module: name for name, module in model.named_modules()}
-    graph.ignored_params = []
-    graph._param_to_name, graph.unwrapped_parameters = graph._detect_unwrapped_parameters(None)
-    nodes = graph._trace(model, None, lambda *_: forward(), output_transform=None)
-    order = [graph._module2name[m] for m in nodes if isinstance(m, LAYERS) and m in graph._module2name]
-    for node in nodes.values():  # they are in reference cycles, and keep the autograd graph with its parameters
-        vars(node).clear()
-    return order
 
 
 def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
@@ -132,7 +111,7 @@ class _Attempt:
                 self._forward()
                 return []
             try:
-                return _roots_in_torch_prunings_order(self._model, self._forward)
+                return torch_prunings_order(self._model, self._forward, LAYERS)
             except Exception as error:
                 notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
                 return []
