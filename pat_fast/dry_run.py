@@ -130,7 +130,7 @@ class _Trial:
         """Forward and backward of a smaller copy: the shapes of its outputs, or its error."""
         mode = FakeTensorMode(allow_non_fake_inputs=True) if self.fake else nullcontext()
         with mode:  # a model that cannot be copied is no fault of what is pruned: that error is not caught here
-            twin = _shapes_only(self.plan, self.model, keep) if self.fake else copy.deepcopy(self.model)
+            twin = _shapes_only(self.plan, self.model, keep) if self.fake else copied(self.model, {})
         try:
             with mode:
                 expected = None if self.fake else self._masked(twin, keep)
@@ -158,6 +158,18 @@ class _Trial:
         return expected
 
 
+def copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy; of tensors that were computed (what a weight norm's hook leaves on a module) the values alone.
+
+    ``copy.deepcopy`` refuses these. A forward of the copy computes them anew.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf and id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 def _shapes_only(plan: Plan, model: nn.Module, keep: BoolArray) -> nn.Module:
     """A copy whose tensors have shapes but no memory, with only the channels ``keep``."""
     kept = Kept(keep)
@@ -169,6 +181,6 @@ def _shapes_only(plan: Plan, model: nn.Module, keep: BoolArray) -> nn.Module:
         empty = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device)
         parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-    twin = copy.deepcopy(model, memo)
+    twin = copied(model, memo)
     apply_changes(attribute_changes(Binding(plan, model), kept, twin), [])
     return twin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,8 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     Two things are tested: channels that change places consistently must not move the output, and a copy that is
     smaller in every group must run, and compute what the model does with these channels at zero. All groups are
     tested at once (:func:`~pat_fast.rehearsal.rehearse`); if that fails, the permutation test and the dry run find the
-    groups at fault, which are frozen with the reason. The tests take images and sequences cropped to a few pixels or
+    groups at fault, which are frozen with the reason. A plan that cannot be tested is returned with a warning and a
+    note, which every report of a prune repeats. The tests take images and sequences cropped to a few pixels or
     steps where the model accepts that: maps do not depend on it. A note of the plan says what they cost.
 
     Args:
@@ -49,7 +51,13 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         if not at_once:
             plan = _found_out(plan, model, _taken(model, example_inputs, smaller))
     except Exception as error:  # a model that cannot be copied, or not be run twice
-        return _note(plan, f"the plan could not be verified ({type(error).__name__}: {error})")
+        why = f"the plan could not be verified ({type(error).__name__}: {error})"
+        warnings.warn(
+            f"{why}; if its maps are wrong, what is pruned is wrong: compare outputs before and after a prune, or keep "
+            "layers with ignored_layers=",
+            stacklevel=2,
+        )
+        return _note(plan, why)
     done = time.perf_counter()
     how = "" if at_once else ", group by group"
     return _note(plan, f"traced in {lowered - start:.2f} s, verified in {done - lowered:.2f} s{how}")

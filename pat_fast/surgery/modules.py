@@ -165,7 +165,10 @@ def _tabulate(binding: Binding) -> Ruled:
     for number, tensor in enumerate(binding.plan.tensors):
         for name in binding.aliases(tensor.name):
             path, _, local = as_published(name).rpartition(".")
-            rule = rule_of(binding.modules[path])
+            module = binding.modules[path]
+            rule = rule_of(module)
+            if rule is not None and rule.from_tensor is _conv_sizes and module.groups > tensor.groups == 1:
+                continue  # the weight of a grouped convolution is computed from this one: the plan's widths tell
             if rule is not None and rule.from_tensor is not _nothing:
                 found.tensors.append((number, path, local, rule))
     for width in binding.plan.widths:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import pat_fast as pat
+from pat_fast.masks import Mask
 from pat_fast.plan import bind
 from pat_fast.surgery import prune
 from tests.helpers import random_keep
@@ -154,6 +155,74 @@ def test_weight_norm_shrinks_with_its_layer(normed: Any) -> None:
     assert (model[2].in_features, model[2].out_features) == (int(keep.sum() - rows.sum()), int(rows.sum()))
     model(x).sum().backward()
     assert model[2].weight.shape == (model[2].out_features, model[2].in_features) != before
+
+
+class GroupedNormed(nn.Module):
+    """A grouped (or depthwise) convolution with a weight norm, between two plain ones."""
+
+    def __init__(self, normed: Any, groups: int, dim: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.wide = normed(nn.Conv2d(16, 16, 3, groups=groups), dim=dim)
+        self.back = nn.Conv2d(16, 12, 1)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.stem, self.wide, self.back):
+            x = layer(x).tanh()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("groups", [4, 16])
+@pytest.mark.parametrize("normed", [weight_norm, torch.nn.utils.weight_norm], ids=["parametrization", "hook"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_grouped_weight_norm_shrinks_with_its_layer(normed: Any, groups: int, dim: int) -> None:
+    model = GroupedNormed(normed, groups, dim).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plan = pat.build_plan(model, x)
+    assert any("verified in" in note for note in plan.notes)
+    assert {f.layer for f in plan.frozen} == {"head"}
+    binding, before = bind(plan, model), model.wide.weight.shape
+    for share in (0.3, 0.5):  # a second time by the plan that is left
+        keep = random_keep(binding.plan, 1, share)
+        Mask(binding).set(torch.from_numpy(keep), [])
+        expected = model(x).detach()
+        binding = prune(binding, keep)
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-12)
+    model(x).sum().backward()
+    wide = model.wide
+    assert wide.groups == (4 if groups == 4 else wide.in_channels)
+    assert wide.weight.shape == (wide.out_channels, wide.in_channels // wide.groups, 3, 3) != before
+
+
+def test_a_depthwise_transposed_convolution_shrinks() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1)).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    plan = pat.build_plan(model, x)
+    keep = random_keep(plan, 1, 0.5)
+    binding = bind(plan, model)
+    Mask(binding).set(torch.from_numpy(keep), [])
+    expected = model(x).detach()
+    prune(binding, keep)
+    assert model[1].groups == model[1].in_channels == model[1].out_channels == int(keep.sum()) < 8
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_plan_that_could_not_be_verified_says_so_at_every_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Uncopied(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("no copies")
+
+    monkeypatch.setattr("pat_fast.proof.rehearse", lambda *_: False)  # what proves most models without a copy
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Uncopied(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    with pytest.warns(UserWarning, match="could not be verified.*no copies"):
+        pruner = pat.Pruner(model, 0.5, example_inputs=X, end_epoch=2)
+    reports = [pruner.step() for _ in range(2)]
+    assert all(report.changed for report in reports)
+    assert all(any("could not be verified" in note for note in report.notes) for report in reports)
 
 
 def test_a_parametrization_that_cannot_be_followed_stays_by_name() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..labels import Factors, IntArray, along, place, varying
 from ..trace import Leaf, Mark, Tracer
@@ -121,6 +121,8 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     positions = math.prod((x if transposed else out).shape[2:])
     scale = x.shape[0] * positions * math.prod(weight.shape[2:])
     if groups > 1 and 1 in (per_in, per_out):
+        if outs is None and per_in == 1:  # transposed: the weight has the input's channels alone
+            outs = ins
         _remove_groups(tr, label, outs, ins, groups)
         if id(weight) in tr.leaves:
             tr.leaves[id(weight)].whole_groups = True
@@ -132,6 +134,8 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
                 tr.slots.couple_blocks(slots, groups)
         scale /= groups
         counted = [(outs, c_out), (ins if ins is not None else label, c_in)]
+    if groups > 1:
+        _count_sizes(tr, weight, groups, ins if ins is not None else label, outs, 1 in (per_in, per_out))
     axes = [place(slots, d, len(counted)) for d, (slots, _) in enumerate(counted) if slots is not None]
     tr.count_work(tuple(axes), [n for _, n in counted], scale)
     factors: Factors = () if outs is None else (place(outs, 1, out.ndim),)
@@ -177,6 +181,21 @@ def _conv_slots(
             tr.use(mark.leaf, own, consumed=dim == col)
         found.append(own if own is None or dim == 0 else np.tile(own, groups))
     return found[0], found[1]
+
+
+def _count_sizes(
+    tr: Tracer, weight: Tensor, groups: int, ins: IntArray | None, outs: IntArray | None, whole: bool
+) -> None:
+    """A grouped convolution whose weight is computed (a weight norm): no shape of a tensor tells its sizes."""
+    module, leaf = tr.module, tr.leaves.get(id(weight))
+    if not isinstance(module, nn.modules.conv._ConvNd) or (leaf is not None and leaf.groups == groups):
+        return
+    for slots, attribute in ((ins, "in_channels"), (outs, "out_channels")):
+        if slots is not None and len(slots) == getattr(module, attribute):
+            tr.width(slots, attribute)
+    of_groups = ins if ins is not None else outs
+    if whole and of_groups is not None and module.groups == groups:
+        tr.width(of_groups.reshape(groups, -1)[:, 0], "groups")
 
 
 def _leaf_axis(tr: Tracer, leaf: Leaf, dim: int, groups: int) -> IntArray | None:
