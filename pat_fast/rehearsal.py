@@ -26,6 +26,7 @@ from .plan.thin import Standing, Thin, Values
 from .plan.trace import fixed_outputs
 from .plan.types import Axis, BoolArray, IntArray, Kept, Plan, TensorMap, is_grouped
 from .plan.verify import FINE, TOLERANCE, channel_order, distance
+from .plan.walk import named_modules, named_tensors
 from .surgery.modules import Change, apply_changes, attribute_changes
 
 FEW = 4  # units of a group that are kept at least: of fewer, too many orders are alike
@@ -38,7 +39,7 @@ def rehearse(plan: Plan, model: nn.Module, example_inputs: Any, smaller: Any = N
 
     The model itself is not written to. It runs on the inputs ``smaller``, if there are such and it takes them.
     """
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+    if any(isinstance(m, torch.jit.ScriptModule) for _, m in named_modules(model)):
         return False  # it reads its tensors past what stands in for them
     try:
         return _Rehearsal(plan, model, [smaller] * (smaller is not None) + [example_inputs], seed).holds()
@@ -53,7 +54,8 @@ class _Rehearsal:
         self._binding = Binding(plan, model)
         self._generator = np.random.default_rng(seed)
         self._values = Values(seed)
-        self._exact = all(p.dtype in _FLOATS for p in model.parameters() if p.is_floating_point())
+        parameters = named_tensors(named_modules(model), "_parameters")
+        self._exact = all(p.dtype in _FLOATS for _, p in parameters if p.is_floating_point())
         self._lone = 0  # the most kinds of one unit that a group has
 
     def holds(self) -> bool:
@@ -185,7 +187,7 @@ class _Rehearsal:
             parameters = {k: nn.Parameter(t, t.is_floating_point()) for k, t in small.items()}
             try:
                 apply_changes(attribute_changes(self._binding, kept, self.model), undo)
-                for module in self.model.modules():
+                for _, module in named_modules(self.model):
                     for own, new in ((module._parameters, parameters), (module._buffers, small)):
                         _exchange(own, new)
                 yield
@@ -210,7 +212,7 @@ class _Rehearsal:
             new = self._values.like(tensor, shape, one.name, self._fan_in(one.name, shape))
             small[id(tensor)] = new
             large[id(tensor)] = Thin(new, one.shape, where, columns, 0.0 if one.is_parameter else 1.0)
-        for module in self.model.modules():
+        for _, module in named_modules(self.model):
             if isinstance(module, nn.RNNBase):
                 continue  # keeps its tensors in a list, too
             for name, parameter in module._parameters.items():

@@ -34,6 +34,7 @@ from .types import (
     by_first_use,
     fold_fixed,
 )
+from .walk import named_modules, named_tensors
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
@@ -77,7 +78,8 @@ def _check_model(model: nn.Module) -> None:
             f"the model is wrapped in {type(model).__name__}; build the plan of the model inside (its .module), and "
             "wrap it after pruning"
         )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    modules = named_modules(model)
+    for name, tensor in (*named_tensors(modules, "_parameters"), *named_tensors(modules, "_buffers")):
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise PlanError(f"{name} has no shape yet (a lazy layer); run one forward first")
         if tensor.is_meta:
@@ -87,7 +89,7 @@ def _check_model(model: nn.Module) -> None:
                 f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which cannot be cut like a plain tensor; "
                 "prune first, then quantize or shard"
             )
-    for name, module in model.named_modules():
+    for name, module in modules:
         if "quantized" in type(module).__module__.split("."):
             raise PlanError(f"{name} is a quantized {type(module).__name__}; prune first, then quantize")
 
@@ -172,7 +174,7 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
             tensors.append(TensorMap(leaf.name, leaf.is_parameter, shape, leaf.groups, leaf.whole_groups, axes))
     mapped = {t.name for t in tensors}
     numbers.frozen += _unused_as_they_are(model, leaves, mapped, solution)
-    other = sum(p.numel() for n, p in model.named_parameters() if n not in mapped)
+    other = sum(leaf.tensor.numel() for leaf in tracer.leaves.values() if leaf.is_parameter and leaf.name not in mapped)
     work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel(a) for a in w.axes))) for w in tracer.work)
     widths = {c.symbol: Width(*_place(c.symbol), channel(c.slots), c.per) for c in (*tracer.widths, *counts)}
     plan = Plan(
@@ -293,7 +295,7 @@ def _layer(name: str) -> str:
 
 def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
     """A weight that is multiplied inside a module of unknown kind stays: its attributes are not known."""
-    closed = [name for name, m in model.named_modules() if isinstance(m, CLOSED)]
+    closed = [name for name, m in named_modules(model) if isinstance(m, CLOSED)]
     if not closed:
         return
     for leaf in leaves:

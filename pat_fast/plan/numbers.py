@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .hollow import READS
 from .labels import IntArray, Slots, Solution, varying
+from .walk import named_modules
 
 if TYPE_CHECKING:
     from .trace import Tracer
@@ -291,7 +292,7 @@ class NumberWatch(TorchFunctionMode):
         undo: list[Planted] = []
         seen: set[int] = set()
         try:
-            for path, module in model.named_modules():
+            for path, module in named_modules(model):
                 if not type(module).__module__.startswith("torch.nn"):  # the sizes of PyTorch's layers are known
                     self._plant(module.__dict__, path, "", undo)
                 for name, value in list(module.__dict__.items()):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .walk import named_modules
+
 
 def torch_prunings_order(
     model: nn.Module, forward: Callable[[], list[torch.Tensor]], layers: tuple[type[nn.Module], ...]
@@ -21,7 +23,7 @@ def torch_prunings_order(
     takes maps from its own trace.
     """
     graph = _graph()()
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_modules(model)}
     found = graph._trace(model, None, lambda *_: forward(), output_transform=None)
     return [names[m] for m in found if isinstance(m, layers) and m in names]
 

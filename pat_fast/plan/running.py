@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .walk import named_modules
+
 
 class Call(NamedTuple):
     """Example inputs that are positional and keyword arguments both."""
@@ -37,7 +39,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Restored: the train/eval flag and the attributes of every module (also what its lists and dicts hold), buffers,
     ``requires_grad``, and the random state.
     """
-    modules = list(model.modules())
+    modules = [m for _, m in named_modules(model)]
     attributes = [_Snapshot(m) for m in modules]
     own = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
     buffers = [(b, b._version, b.detach().clone()) for b in own.values()]
@@ -74,7 +76,9 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self._now = vars(module)
         self._before = self._now.copy()
-        self._held = [(v, v.copy() if v else ()) for v in self._before.values() if type(v) in _HELD]
+        held = [v for v in self._before.values() if type(v) in _HELD]
+        self._full = [(v, v.copy()) for v in held if v]
+        self._empty = [v for v in held if not v]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -82,8 +86,11 @@ class _Snapshot:
         if not _same(now, before):
             now.clear()
             now.update(before)
-        for value, content in self._held:
-            if (value or content) and not _same(value, content):
+        if any(self._empty):
+            for value in self._empty:
+                value.clear()
+        for value, content in self._full:
+            if not _same(value, content):
                 if isinstance(value, list):
                     value[:] = content
                 else:
@@ -91,7 +98,7 @@ class _Snapshot:
                     value.update(content)
 
 
-_HELD = (dict, OrderedDict, list, set)
+_HELD = frozenset({dict, OrderedDict, list, set})
 
 
 def _same(one: Any, two: Any) -> bool:

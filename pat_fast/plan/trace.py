@@ -28,6 +28,7 @@ from .hollow import Hollow
 from .labels import Factors, IntArray, Slots, is_phantom, place, varying
 from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
+from .walk import named_modules, named_tensors
 
 # Kinds of modules -> a forward in ordinary PyTorch ops, for tracing; see register_layer.
 EQUIVALENTS: dict[type[nn.Module], Callable[..., Any]] = {}
@@ -98,14 +99,18 @@ class Tracer(TorchDispatchMode):
         self.shares: list[tuple[IntArray, IntArray]] = []  # labels, and those of a tensor that meets all of a kind
         self._marks: Noted[Mark] = Noted()
         self._poisoned: Noted[tuple[Factors, str]] = Noted()
-        self._modules = dict(model.named_modules())
+        self._modules = dict(named_modules(model))
         self._model = model
         self._path: list[str] = []
         self._op = ""
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.leaves.setdefault(id(parameter), Leaf([], parameter, True)).names.append(name)
-        for name, buffer in model.named_buffers(remove_duplicate=False):
-            self.leaves.setdefault(id(buffer), Leaf([], buffer, False)).names.append(name)
+        every = named_modules(model, once=False)
+        for name, tensor, is_parameter in (
+            *((n, t, True) for n, t in named_tensors(every, "_parameters")),
+            *((n, t, False) for n, t in named_tensors(every, "_buffers")),
+        ):
+            if id(tensor) not in self.leaves:
+                self.leaves[id(tensor)] = Leaf([], tensor, is_parameter)
+            self.leaves[id(tensor)].names.append(name)
 
     def forget(self) -> None:
         """Let go of all tensors: the tracer is in a reference cycle, and who holds a parameter may matter to others."""
@@ -336,7 +341,7 @@ class Tracer(TorchDispatchMode):
         """Run modules of registered kinds by what was registered as equivalent to their forward."""
         changed = []
         try:
-            for module in self._model.modules():
+            for module in self._modules.values() if EQUIVALENTS else ():
                 forward = next((EQUIVALENTS[k] for k in type(module).__mro__ if k in EQUIVALENTS), None)
                 if forward is not None:
                     changed.append((module, vars(module).get("forward")))
