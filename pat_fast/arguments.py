@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .criteria import Criterion, GroupNorm, Magnitude
-from .errors import ConfigError, check, did_you_mean
+from .errors import ConfigError, check, did_you_mean, named_options
 from .regularizers import (
     BNScaleRegularizer,
     GroupNormRegularizer,
@@ -76,17 +76,10 @@ def make_regularizer(given: Any, strength: float, criterion: Criterion | None = 
         ConfigError: it is no regulariser, or an option is unknown or out of range.
     """
     if isinstance(given, (str, Mapping)):
-        options = {"name": given} if isinstance(given, str) else dict(given)
-        name = options.pop("name", None)
-        check_choice("regularizer", name, tuple(REGULARIZERS))
-        takes = inspect.signature(REGULARIZERS[name]).parameters
-        known = [option for option in takes if option != "criterion"]
-        for option in options:
-            if option not in known:
-                hint = did_you_mean(option, known) or f"; it has {', '.join(known)}"
-                raise ConfigError(f"regularizer: {name!r} has no option {option!r}{hint}")
+        name, options = named_options("regularizer", given, REGULARIZERS, hidden=("criterion",))
         options.setdefault("strength", strength)
-        if "criterion" in takes and isinstance(criterion, (GroupNorm, Magnitude)):
+        shares = "criterion" in inspect.signature(REGULARIZERS[name]).parameters
+        if shares and isinstance(criterion, (GroupNorm, Magnitude)):
             options["criterion"] = criterion
         return REGULARIZERS[name](**options)
     if given is not None and (isinstance(given, type) or not callable(getattr(given, "apply", None))):

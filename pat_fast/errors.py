@@ -1,9 +1,10 @@
-"""The exceptions that pat_fast raises. Everything a caller may want to catch is a :class:`PatError`."""
+"""The exceptions that pat_fast raises, all of them a :class:`PatError`, and the checks that raise them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -58,3 +59,31 @@ def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:
     if not near:
         return ""
     return "; did you mean " + " or ".join(repr(n) for n in near) + "?"
+
+
+def named_options(
+    argument: str,
+    given: str | Mapping[str, Any],
+    known: Mapping[str, Callable[..., Any]],
+    others: str = "",
+    hidden: Collection[str] = (),
+) -> tuple[str, dict[str, Any]]:
+    """The name and the options of a choice: ``"name"``, or ``{"name": ..., options}``.
+
+    Args:
+        known: what can be chosen; the options are its parameters, but for those that are ``hidden``.
+        others: what else the argument takes, to end the list in the message.
+    Raises:
+        ConfigError: an unknown name or option.
+    """
+    options = dict(given) if isinstance(given, Mapping) else {"name": given}
+    name = options.pop("name", None)
+    if name not in list(known):
+        hint = did_you_mean(str(name), known)
+        raise ConfigError(f"{argument}: expected one of {', '.join(known)}{others}, got {name!r}{hint}")
+    takes = [option for option in inspect.signature(known[name]).parameters if option not in hidden]
+    for option in options:
+        if option not in takes:
+            hint = did_you_mean(option, takes) or f"; it has {', '.join(takes) or 'none'}"
+            raise ConfigError(f"{argument}: {name!r} has no option {option!r}{hint}")
+    return name, options

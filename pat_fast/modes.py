@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import ConfigError, check, did_you_mean
+from .errors import ConfigError, check, named_options
 from .masks import Mask, zero_filters
 from .plan.bind import Binding
 from .plan.types import Plan
@@ -269,14 +268,5 @@ def make_mode(given: Any) -> Mode:
     Raises:
         ConfigError: an unknown name or option, or a value out of range.
     """
-    options = dict(given) if isinstance(given, Mapping) else {"name": given}
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in MODES:
-        hint = did_you_mean(str(name), MODES)
-        raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {name!r}{hint}")
-    takes = inspect.signature(MODES[name]).parameters
-    for option in options:
-        if option not in takes:
-            hint = did_you_mean(option, takes) or f"; it has {', '.join(takes) or 'none'}"
-            raise ConfigError(f"mode: {name!r} has no option {option!r}{hint}")
+    name, options = named_options("mode", given, MODES)
     return MODES[name](**options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from itertools import pairwise
 from numbers import Integral
 from typing import Any
 
-from .errors import ConfigError, check, did_you_mean
+from .errors import ConfigError, check, named_options
 
 Curve = Callable[[float], float]
 
@@ -149,18 +148,7 @@ def make_curve(given: Any) -> Curve:
     if callable(given) and not isinstance(given, type):
         curve: Curve = given
         return curve
-    options = dict(given) if isinstance(given, Mapping) else {"name": given}
-    name = options.pop("name", None)
-    if name not in list(CURVES):
-        raise ConfigError(
-            f"schedule: expected one of {', '.join(CURVES)} or a function, got {name!r}"
-            + did_you_mean(str(name), CURVES)
-        )
-    takes = inspect.signature(CURVES[name]).parameters
-    for option in options:
-        if option not in takes:
-            hint = did_you_mean(option, takes) or f"; it has {', '.join(takes) or 'none'}"
-            raise ConfigError(f"schedule: {name!r} has no option {option!r}{hint}")
+    name, options = named_options("schedule", given, CURVES, " or a function")
     return CURVES[name](**options)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, PlanError, did_you_mean
+from ..errors import ConfigError, PlanError, named_options
 from ..plan.bind import Binding
 from .activation import Activation
 from .activation_taylor import ActivationTaylor
@@ -47,8 +47,7 @@ def make_criterion(given: Any, p: float | None = None) -> Criterion:
         ConfigError: an unknown name or option, or a combination that makes no sense.
     """
     if isinstance(given, (str, Mapping)):
-        options = {"name": given} if isinstance(given, str) else dict(given)
-        return _named(options.pop("name", None), options, p)
+        return _named(*named_options("importance", given, CRITERIA), p)
     if p is not None:
         raise ConfigError(f"p: expected None beside an importance that is made already, got {p!r}; give it there")
     if not isinstance(given, type) and callable(getattr(given, "score", None)):
@@ -62,19 +61,11 @@ def make_criterion(given: Any, p: float | None = None) -> Criterion:
     )
 
 
-def _named(name: Any, options: dict[str, Any], p: float | None) -> Criterion:
-    if name not in list(CRITERIA):
-        known = ", ".join(CRITERIA)
-        raise ConfigError(f"importance: expected one of {known}, got {name!r}{did_you_mean(str(name), CRITERIA)}")
-    takes = inspect.signature(CRITERIA[name]).parameters
-    for option in options:
-        if option not in takes:
-            hint = did_you_mean(option, takes) or f"; it has {', '.join(takes)}"
-            raise ConfigError(f"importance: {name!r} has no option {option!r}{hint}")
+def _named(name: str, options: dict[str, Any], p: float | None) -> Criterion:
     if name == "mac_aware":
         return MACAware(make_criterion(options.pop("criterion", "group_norm"), p), **options)
     if p is not None:
-        if "p" not in takes:
+        if "p" not in inspect.signature(CRITERIA[name]).parameters:
             raise ConfigError(f"p: expected None with the importance {name!r}, which has no exponent, got {p!r}")
         if options.get("p", p) != p:
             raise ConfigError(f"p: expected one exponent, got {p!r} and {options['p']!r} in importance")

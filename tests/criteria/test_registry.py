@@ -86,9 +86,9 @@ def test_a_state_of_another_model_or_mode_is_refused() -> None:
         pat.Pruner(Small(), 0.5, end_epoch=2, example_inputs=small_inputs()).load_state_dict(larger)
     pruner = pat.Pruner(Small(), 0.5, end_epoch=2, example_inputs=small_inputs())
     state = pruner.state_dict()
-    with pytest.raises(pat.ConfigError, match="mode: the state was saved with masks off"):
+    with pytest.raises(pat.ConfigError, match="mode: the state was saved with 'prune', expected 'mask'"):
         pat.Pruner(Small(), 0.5, end_epoch=2, example_inputs=small_inputs(), mode="mask").load_state_dict(state)
-    with pytest.raises(pat.ConfigError, match="expected version 1, got 7"):
+    with pytest.raises(pat.ConfigError, match="expected version 2, got 7"):
         pruner.load_state_dict({**state, "version": 7})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -150,3 +151,11 @@ def checked_indices(layer: str, idxs: Any, size: int | None) -> list[int]:
             f"{layer}: expected indices from 0 to {(size or 0) - 1}, got {wrong[:8] if given else 'none'}"
         )
     return list(dict.fromkeys(int(i) for i in given))
+
+
+def deprecated(name: str, value: Any, instead: str, current: Any) -> Any:
+    """``value``, with a warning, of an argument that Torch-Pruning has renamed; ``current`` if it was not given."""
+    if value is None:
+        return current
+    warnings.warn(f"{name} is deprecated; use {instead}", stacklevel=4)
+    return value

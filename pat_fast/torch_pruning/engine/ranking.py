@@ -166,6 +166,14 @@ def nearest(units: int, left: int, least: int, width: int, multiple: int) -> int
     return min(max(round(left / step) * step, -(-most // step) * step), units)
 
 
+def head_counts(scores: Sequence[Scores], left: int) -> list[int]:
+    """How many heads of each layer go when ``left`` of all stay, ranked together."""
+    together = np.concatenate(scores)
+    going = np.zeros(len(together), dtype=np.bool_)
+    going[np.argsort(together, kind="stable")[: max(len(together) - left, 0)]] = True
+    return [int(g.sum()) for g in np.split(going, np.cumsum([len(s) for s in scores])[:-1])]
+
+
 def choose_heads(scores: Sequence[Scores], counts: Sequence[int]) -> list[BoolArray]:
     """The ``counts[i]`` least important heads of each layer; none of a layer that would lose all of them."""
     gone = []

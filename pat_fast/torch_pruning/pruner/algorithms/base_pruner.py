@@ -20,10 +20,11 @@ from ....plan.types import BoolArray
 from ....selection import protected_units, unit_scores
 from ..._groups import member_order
 from ...engine import arguments, layerwise
+from ...engine.arguments import deprecated
 from ...engine.graph import History, LiveGraph
 from ...engine.groups import PlanGroup
 from ...engine.planned import Planned, unit_means
-from ...engine.ranking import Candidate, choose, choose_heads
+from ...engine.ranking import Candidate, choose, choose_heads, head_counts
 from ...engine.scoring import depends_on_order, scores_plans
 from ...engine.shaping import Attention, Spec
 from ...engine.state import Engine
@@ -76,10 +77,10 @@ class BasePruner(_Original):
     ) -> None:
         arguments.check_model(model)
         arguments.check_importance(importance)
-        pruning_ratio = _deprecated("ch_sparsity", ch_sparsity, "pruning_ratio", pruning_ratio)
-        pruning_ratio_dict = _deprecated("ch_sparsity_dict", ch_sparsity_dict, "pruning_ratio_dict", pruning_ratio_dict)
+        pruning_ratio = deprecated("ch_sparsity", ch_sparsity, "pruning_ratio", pruning_ratio)
+        pruning_ratio_dict = deprecated("ch_sparsity_dict", ch_sparsity_dict, "pruning_ratio_dict", pruning_ratio_dict)
         if channel_groups:
-            _deprecated("channel_groups", channel_groups, "in_channel_groups and out_channel_groups", None)
+            deprecated("channel_groups", channel_groups, "in_channel_groups and out_channel_groups", None)
         arguments.check_ratio("pruning_ratio", pruning_ratio)
         arguments.check_ratio("max_pruning_ratio", max_pruning_ratio)
         arguments.check_ratio("head_pruning_ratio", head_pruning_ratio)
@@ -449,11 +450,7 @@ class BasePruner(_Original):
         counts = []
         if self.global_pruning and chosen:
             ratio = self.per_step_head_pruning_ratio[self.current_step]
-            together = np.concatenate(scores)
-            count = len(together) - int(self.initial_total_heads * (1 - ratio))
-            going = np.zeros(len(together), dtype=np.bool_)
-            going[np.argsort(together, kind="stable")[: max(count, 0)]] = True
-            counts = [int(g.sum()) for g in np.split(going, np.cumsum([len(s) for s in scores])[:-1])]
+            counts = head_counts(scores, int(self.initial_total_heads * (1 - ratio)))
         else:
             for p, own in zip(chosen, scores, strict=True):
                 assert p.attention is not None
@@ -504,10 +501,3 @@ class BasePruner(_Original):
     def load_pruning_history(self, pruning_history: History) -> None:
         """Redo a history on the unpruned model."""
         self.DG.load_pruning_history(pruning_history)
-
-
-def _deprecated(name: str, value: Any, instead: str, current: Any) -> Any:
-    if value is None:
-        return current
-    warnings.warn(f"{name} is deprecated; use {instead}", stacklevel=4)
-    return value
