@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
-from .discovery import subclasses
+from .discovery import living, subclasses
 from .errors import ConfigError, SurgeryError
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ class Averages:
             return []
         if not self._searched:
             self._searched = True
-            kinds = subclasses(AveragedModel)
-            self._candidates.update([o for o in gc.get_objects() if type(o) in kinds])
+            self._candidates.update(living(AveragedModel))
         wanted = _signature(model)
         undecided = [c for c in self._candidates if _inner(c, wanted) is not None]
         if undecided:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -156,9 +157,8 @@ class Discovery:
         if self._searches and model is not None:
             known = held(self._ours)
             if any(id(p) not in known for p in model.parameters() if p.requires_grad):
-                kinds = subclasses(Optimizer)
-                for thing in [o for o in gc.get_objects() if type(o) in kinds]:
-                    self._is_ours(thing)
+                for optimizer in living(Optimizer):
+                    self._is_ours(optimizer)
         return list(self._ours)
 
     def close(self) -> None:
@@ -238,6 +238,12 @@ def subclasses(cls: type[Any]) -> set[type]:
     """``cls`` and everything that is derived from it."""
     found: set[type] = {cls}
     return found.union(*(subclasses(sub) for sub in cls.__subclasses__()))
+
+
+def living(cls: type[Any]) -> list[Any]:
+    """All objects of the process that are of ``cls`` or of a class derived from it."""
+    objects, kinds = gc.get_objects(), subclasses(cls)
+    return list(compress(objects, map(kinds.__contains__, map(type, objects))))  # no bytecode for each of a million
 
 
 def _through(method: weakref.WeakMethod[Any]) -> Any:

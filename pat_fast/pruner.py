@@ -36,7 +36,7 @@ from .regularizers.stepping import at_weights, loss_scale
 from .report import Changes, Counts, StepReport, changes, joined, make_report
 from .schedules import Curve, Schedule
 from .selection import Scope, check_any
-from .surgery import prune, register_state_layout
+from .surgery import prepare, prune, register_state_layout
 from .targets import Goal, Target
 
 if TYPE_CHECKING:
@@ -454,6 +454,8 @@ class Pruner:
     def _build(self, example_inputs: Any) -> None:
         plan = build_plan(self.model, example_inputs, verify=self._verify)
         binding = bind(plan, self.model)
+        if self._mode.name in ("prune", "hybrid"):
+            prepare(binding)
         eligible, skipped = self._scope.apply(plan)
         check_any(plan, eligible, skipped)
         self.goal.start(binding, eligible, example_inputs)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .errors import ConfigError, PlanError, did_you_mean
-from .plan.types import Group, Plan
+from .plan.types import ChannelArray, Group, Plan
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
@@ -115,7 +115,7 @@ def _owners_of_outputs(plan: Plan) -> list[list[str]]:
     found: list[list[str]] = [[] for _ in plan.groups]
     for tensor, axis in plan.axes():
         if axis.role != "in":
-            for i in np.unique(plan.group_of[axis.channels[axis.channels >= 0]]).tolist():
+            for i in plan.holds(axis.channels)[2]:
                 found[i].append(tensor.name.rpartition(".")[0])
     return found
 
@@ -161,14 +161,19 @@ def protected_units(plan: Plan, scores: FloatArray, min_channels: int) -> BoolAr
 
 def _narrow_axes(plan: Plan) -> list[tuple[NDArray[np.int64], int]]:
     """Units of each axis that its group's best channels might leave empty, and how many it needs."""
-    found: dict[bytes, tuple[NDArray[np.int64], int]] = {}
+    needed: dict[int, tuple[ChannelArray, int]] = {}  # most axes share their vectors
     for tensor, axis in plan.axes():
         least = 2 if plan.least(tensor, axis) > 1 else 1
-        if least == 1 and (axis.channels < 0).any():
+        known = needed.get(id(axis.channels))
+        if known is None or known[1] < least:
+            needed[id(axis.channels)] = (axis.channels, least)
+    found: dict[bytes, tuple[NDArray[np.int64], int]] = {}
+    for channels, least in needed.values():
+        if least == 1 and channels.min(initial=0) < 0:
             continue
-        key = axis.channels.tobytes()
+        key = channels.tobytes()
         if key not in found or found[key][1] < least:
-            found[key] = (np.unique(plan.unit[axis.channels[axis.channels >= 0]]), least)
+            found[key] = (np.unique(plan.unit[channels[channels >= 0]]), least)
     return list(found.values())
 
 

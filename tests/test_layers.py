@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import pat_fast as pat
 from pat_fast.plan import bind
 from pat_fast.plan.trace import EQUIVALENTS
-from pat_fast.surgery import prune
+from pat_fast.surgery import prepare, prune
 from pat_fast.surgery.modules import SIZES
 from tests.helpers import masked_copy, random_keep
 
@@ -112,3 +112,26 @@ def test_what_register_layer_refuses() -> None:
         pat.register_layer(nn.Linear)
     with pytest.raises(pat.PlanError, match="parameter name, dimension"):
         pat.register_layer(nn.Linear, sizes={"nf": "weight"})  # type: ignore[dict-item]
+
+
+def test_sizes_that_are_registered_after_a_binding_are_followed() -> None:
+    class Counted(nn.Linear):
+        """Keeps a third size, of which nothing is known at first."""
+
+        def __init__(self, n_in: int, n_out: int) -> None:
+            super().__init__(n_in, n_out)
+            self.width = n_out
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Counted(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    plan = pat.build_plan(model, torch.randn(2, 4))
+    binding = bind(plan, model)
+    prepare(binding)
+    try:
+        pat.register_layer(
+            Counted,
+            sizes={"in_features": ("weight", 1), "out_features": ("weight", 0), "width": ("weight", 0)},
+        )
+        prune(binding, random_keep(plan, 1, 0.5))
+    finally:
+        SIZES.pop(Counted, None)
+    assert model[2].width == model[2].out_features == len(model[2].weight) < 6

@@ -145,15 +145,19 @@ class Ruled:
     Attributes:
         tensors: (tensor of the plan, module, name in it, rule) wherever a size follows from a tensor.
         unruled: modules and attributes of the plan's widths that no rule knows.
+        rules: that were known then; others may be registered since.
     """
 
     tensors: list[tuple[int, str, str, SizeRule]]
     unruled: list[tuple[nn.Module, str]]
+    rules: dict[type[nn.Module], SizeRule]
 
 
 def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
     """Where the modules of ``binding`` keep sizes; it follows from what is known of the binding ``before`` a prune."""
     found: Ruled | None = binding.derived.get("ruled")
+    if found is not None and found.rules != SIZES:
+        found = binding.derived["ruled"] = _tabulate(binding)
     if found is None:
         found = _tabulate(binding) if before is None else _follow(tabulate(before), binding)
         binding.derived["ruled"] = found
@@ -161,7 +165,7 @@ def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
 
 
 def _tabulate(binding: Binding) -> Ruled:
-    found = Ruled([], [])
+    found = Ruled([], [], dict(SIZES))
     for number, tensor in enumerate(binding.plan.tensors):
         for name in binding.aliases(tensor.name):
             path, _, local = as_published(name).rpartition(".")
@@ -181,7 +185,7 @@ def _tabulate(binding: Binding) -> Ruled:
 def _follow(before: Ruled, binding: Binding) -> Ruled:
     rows = binding.plan.shapes.rows
     number = dict(zip(rows.tolist(), range(len(rows)), strict=True))
-    return Ruled([(number[i], *rest) for i, *rest in before.tensors if i in number], before.unruled)
+    return Ruled([(number[i], *rest) for i, *rest in before.tensors if i in number], before.unruled, before.rules)
 
 
 def as_published(name: str) -> str:
