@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
 
-from torch import nn
-
 from .criteria import Criterion, GroupNorm, Magnitude
 from .errors import ConfigError, check, did_you_mean, named_options
 from .regularizers import (
@@ -25,12 +23,6 @@ REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     "growing": GrowingRegularizer,
     "proximal": ProximalGroupLasso,
 }
-
-
-def check_model(model: object) -> None:
-    """Raise :class:`ConfigError` unless ``model`` is a module."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_count(name: str, value: Any, least: int) -> None:

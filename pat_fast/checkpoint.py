@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import CheckpointError, PatError
+from .errors import CheckpointError, PatError, check_model
 from .structure import Structure, describe, holder, is_pruned, like, remember
 from .surgery.modules import Change, as_published, rule_of, sizes
 from .surgery.prune import set_tensor
@@ -41,6 +41,7 @@ def save(
     Raises:
         CheckpointError: the file cannot be written, or a tensor or a value cannot be kept without pickle.
     """
+    check_model(model)
     path = Path(path)
     named = tensors_of(model)
     first: dict[int, str] = {}
@@ -70,6 +71,7 @@ def load(path: str | Path, model: nn.Module, *, device: torch.device | str | Non
         CheckpointError: the file is missing, damaged, of another format or of another model; the model is
             then as it was.
     """
+    check_model(model)
     path = Path(path)
     named = tensors_of(model)
     changes: list[Change] = []

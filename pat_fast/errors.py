@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from torch import nn
+
 
 class PatError(Exception):
     """Base class of every error that pat_fast raises on purpose.
@@ -87,3 +89,9 @@ def named_options(
             hint = did_you_mean(option, takes) or f"; it has {', '.join(takes) or 'none'}"
             raise ConfigError(f"{argument}: {name!r} has no option {option!r}{hint}")
     return name, options
+
+
+def check_model(model: object) -> None:
+    """Raise :class:`ConfigError` unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

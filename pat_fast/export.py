@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .checkpoint import write_whole
-from .errors import ExportError, check
+from .errors import ExportError, check, check_model
 from .measure import evaluating
 from .optional import require
 from .structure import describe
@@ -85,6 +85,8 @@ def export_onnx(
         MissingPackage: onnx, onnxruntime or, for ``"dynamo"``, onnxscript is not installed.
         ExportError: the model cannot be exported, or the file computes something else.
     """
+    check_model(model)
+    _check_tolerance(tolerance)
     check("exporter", exporter, lambda v: v in ("dynamo", "torchscript"), "'dynamo' or 'torchscript'")
     onnx = require("onnx", "onnx", "export_onnx")
     require("onnxruntime", "onnx", "export_onnx")
@@ -103,7 +105,9 @@ def export_onnx(
     content = written.SerializeToString()
     onnx.checker.check_model(content)
     quantized = any(node.op_type == "DequantizeLinear" for node in written.graph.node)
-    error, share = _compared(case, runner(content), math.inf if quantized else tolerance)
+    with _failures("loading what was exported in onnxruntime"):
+        run = runner(content)
+    error, share = _compared(case, run, math.inf if quantized else tolerance)
     if quantized:
         for optimize in (False, True):
             _check_integers(case, runner(content, optimize=optimize), optimize)
@@ -131,6 +135,8 @@ def export_program(
     Raises:
         ExportError: the model cannot be exported or compiled, or the file computes something else.
     """
+    check_model(model)
+    _check_tolerance(tolerance)
     check("format", format, lambda v: v in ("export", "aot_inductor"), "'export' or 'aot_inductor'")
     case = Case(model, example_inputs)
     program = case.program()
@@ -156,6 +162,10 @@ def export_program(
     return ExportReport(path, format, path.stat().st_size, *result[0], case.batches)
 
 
+def _check_tolerance(value: float) -> None:
+    check("tolerance", value, lambda v: v >= 0, "a number, at least 0")
+
+
 # Inputs and outputs
 
 
@@ -174,7 +184,7 @@ class Case:
         if self.by_name:
             self.names, given = list(example_inputs), list(example_inputs.values())
         else:
-            given = [example_inputs] if isinstance(example_inputs, Tensor) else list(example_inputs)
+            given = list(example_inputs) if isinstance(example_inputs, Sequence) else [example_inputs]
             self.names = [f"input_{i}" for i in range(len(given))] if len(given) > 1 else ["input"]
         if not given or not all(isinstance(x, Tensor) and x.ndim for x in given):
             raise ExportError("example_inputs: expected a tensor, or a tuple or dict of tensors with a batch dimension")

@@ -20,12 +20,13 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .arguments import check_callback, check_count, check_model, check_target, check_unit, make_regularizer
+from .arguments import check_callback, check_count, check_target, check_unit, make_regularizer
 from .averages import Averages
 from .criteria import Criterion, Watching, checked_scores, make_criterion
 from .criteria.accumulator import Accumulator
 from .discovery import Discovery, Inputs, as_list, check_held, held
 from .distributed import Peers, unwrapped
+from .errors import check_model
 from .limits import Ranking, Ratios, RoundTo, Rules
 from .masks import Mask
 from .modes import make_mode
@@ -471,6 +472,7 @@ class Pruner:
         return self.goal.counts(self.binding.plan, self._mode.left())
 
     def _select(self, binding: Binding, fraction: float) -> NDArray[np.bool_]:
+        binding.check()
         plan = binding.plan
         scores = checked_scores(self.criterion, binding)
         eligible = self._eligible.cpu().numpy()

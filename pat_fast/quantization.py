@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ExportError, check
+from .errors import ExportError, check, check_model
 from .export import Case, quietly
 from .layers import register_layer
 from .optional import require
@@ -46,6 +46,7 @@ def prepare_qat(
         ExportError: the model cannot be exported or prepared.
         ConfigError: there is no such quantizer.
     """
+    check_model(model)
     require("torchao.quantization.pt2e", "qat", "prepare_qat")
     check("weight_bits", weight_bits, lambda v: type(v) is int and 2 <= v <= 8, "an integer in 2 .. 8")
     import copy  # what is exported shares its weights

@@ -51,6 +51,8 @@ def load_config(
     """
     if isinstance(source, Mapping):
         data, where = dict(source), ""
+    elif not isinstance(source, (str, Path)):
+        raise ConfigError(f"configuration: expected a path or a dict, got {type(source).__name__}")
     else:
         data, where = _read_json(Path(source)), str(source)
     for key, value in (overrides or {}).items():

@@ -259,6 +259,7 @@ def _alike(parameter: Tensor) -> bool:
     return bool(first.amin() == first.amax()) and bool(parameter.amin() == parameter.amax())
 
 
+@torch.enable_grad()  # an optimizer's hook, which may call, runs without
 def _backward(out: list[Tensor]) -> None:
     """Run a backward; the gradients are dropped with the tensors that get them."""
     loss = sum(t.float().sum() for t in out if t.grad_fn is not None)

@@ -204,10 +204,14 @@ class Schedule:
         at_once = isinstance(self.function, Constant) and not isinstance(self.function, OneShot)
         if epoch < self.start or (epoch == self.start and not at_once) or isinstance(self.function, OneShot):
             return 0.0
-        value = float(self.function((epoch - self.start) / (self.end - self.start)))
-        if not 0.0 <= value <= 1.0:
-            raise ConfigError(f"schedule: the curve must return a fraction in 0 .. 1, got {value} at epoch {epoch}")
-        return value
+        value = self.function((epoch - self.start) / (self.end - self.start))
+        try:
+            fraction = float(value)
+        except (TypeError, ValueError):
+            fraction = math.nan
+        if not 0.0 <= fraction <= 1.0:
+            raise ConfigError(f"schedule: the curve must return a fraction in 0 .. 1, got {value!r} at epoch {epoch}")
+        return fraction
 
     def due(self, epoch: int) -> bool:
         """Whether to prune after ``epoch``."""

@@ -405,6 +405,9 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path, "a\0b"):
         with pytest.raises(pat.CheckpointError, match="cannot read"):
             pat.load(path, model)
+    for attempt in (pat.save, lambda model, path: pat.load(path, model)):
+        with pytest.raises(pat.ConfigError, match=r"expected a torch\.nn\.Module, got type"):
+            attempt(Small, tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_s16", "conv1d"])

@@ -187,6 +187,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "expected a JSON object {...}, got [1]" in problem(path, TrainConfig)
     path.write_bytes(b"\xff\xfe\x00")
     assert "UTF-8" in problem(path, TrainConfig)
+    assert "expected a path or a dict, got list" in problem([1], PruneConfig)  # type: ignore[arg-type]
     path.write_text("[" * 100_000)
     assert "expected" in problem(path, TrainConfig)
 

@@ -149,6 +149,14 @@ def test_bad_input_is_told(tmp_path: Path) -> None:
         pat.export_program(Small(), small_inputs(), tmp_path / "a.bin")
     with pytest.raises(pat.ExportError, match="example_inputs must have the batch first"):
         pat.export_onnx(Fixed(), torch.randn(2, 4), tmp_path / "a.onnx")
+    with pytest.raises(pat.ExportError, match="a tensor, or a tuple or dict of tensors"):
+        pat.export_onnx(Small(), None, tmp_path / "a.onnx")
+    with pytest.raises(pat.ConfigError, match=r"expected a torch\.nn\.Module, got int"):
+        pat.export_onnx(3, small_inputs(), tmp_path / "a.onnx")  # type: ignore[arg-type]
+    with pytest.raises(pat.ConfigError, match="tolerance: expected a number, at least 0, got -1"):
+        pat.export_program(Small(), small_inputs(), tmp_path / "a.pt2", tolerance=-1)
+    with pytest.raises(pat.ExportError, match="in onnxruntime failed"):
+        pat.export_onnx(Small().bfloat16(), small_inputs(dtype=torch.bfloat16), tmp_path / "a.onnx", simplify=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(pat.ExportError, match=r"cannot write .*file/a\.onnx"):
         pat.export_onnx(Small(), small_inputs(), tmp_path / "file" / "a.onnx", exporter="torchscript", simplify=False)

@@ -569,3 +569,11 @@ def test_scores_that_make_no_sense(scores: list[float], message: str) -> None:
     pruner = pat.Pruner(model, 0.5, example_inputs=small_inputs(), importance=Constant(scores), regularizer=None)
     untouched(model, sgd(model), pat.PlanError, message, pruner.step)
     assert pruner.epoch == 0
+
+
+def test_a_model_that_another_pruner_changed_is_refused_by_name() -> None:
+    model = Small()
+    one, other = (pat.Pruner(model, 0.5, end_epoch=3, example_inputs=small_inputs()) for _ in range(2))
+    one.step()
+    with pytest.raises(pat.PlanError, match=r"was changed .*by another pruner"):
+        other.step()

@@ -83,8 +83,8 @@ def test_bad_schedules(arguments: dict[str, Any], message: str) -> None:
         Schedule(**arguments)
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
-def test_a_curve_that_leaves_its_bounds(value: float) -> None:
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), None])
+def test_a_curve_that_leaves_its_bounds(value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"the curve must return a fraction in 0 .. 1, got {value} at epoch 3"):
         Schedule(lambda t: value, 0, 10).fraction(3)
 

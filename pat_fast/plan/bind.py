@@ -219,7 +219,7 @@ class Binding:
             if tensor.shape != tensor_map.shape:
                 raise PlanError(
                     f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the "
-                    "model was changed since the plan was bound; build a new plan"
+                    "model was changed since the plan was bound (by another pruner?); build a new plan, or pruner"
                 )
         if not self._is_whole():
             raise PlanError(

@@ -124,6 +124,15 @@ def test_an_unusual_forward_is_pruned_all_the_same(kind: type[Chain]) -> None:
     assert model.body[0].out_features < 8
 
 
+def test_a_plan_that_is_made_in_an_optimizers_hook_is_proven_at_once() -> None:
+    """Such a hook runs without gradients; the proof takes a backward."""
+    model = nn.Sequential(*layers())
+    with torch.no_grad():
+        plan = pat.build_plan(model, X)
+    assert "verified" in plan.notes[-1]
+    assert "group by group" not in plan.notes[-1]
+
+
 def test_what_a_forward_keeps_in_its_module_is_gone_after_planning() -> None:
     model = ChangesItself()
     pat.build_plan(model, X)
