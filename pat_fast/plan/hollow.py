@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Hollow:
         Raises:
             ValuesRead: it read values.
         """
-        if not self._made or not any(t in self._made for t in inputs):
+        if not self._made or not self._made.any(inputs):
             return
         if _reads(func, indices):
             self.stop()
@@ -90,10 +91,15 @@ def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _reads(func: Any, indices: Any) -> bool:
     """Whether what ``func`` gives depends on more of its inputs than their shapes."""
-    if func.namespace != "aten":
-        return True  # nothing is known of it
     if indices is not None:
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+    return _reads_values(func)
+
+
+@cache
+def _reads_values(func: Any) -> bool:
+    if func.namespace != "aten":
+        return True  # nothing is known of it
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -25,6 +26,14 @@ class Noted(Generic[T]):
     def __contains__(self, tensor: Tensor) -> bool:
         found = self._found.get(id(tensor))
         return found is not None and found[0]() is tensor
+
+    def any(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether something is noted of one of ``tensors``."""
+        for tensor in tensors:
+            found = self._found.get(id(tensor))
+            if found is not None and found[0]() is tensor:
+                return True
+        return False
 
     def __setitem__(self, tensor: Tensor, value: T) -> None:
         self._found[id(tensor)] = (TensorWeakRef(tensor), value)

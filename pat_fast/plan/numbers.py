@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,6 +182,7 @@ _SIZED = {
     "view": 1, "reshape": 1, "expand": 1, "new_zeros": 1, "new_ones": 1, "new_empty": 1, "new_full": 1, "zeros": 0,
     "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0,
 }  # fmt: skip
+_NO_NUMBERS = {Tensor, nn.Parameter, type(None), int, bool, float, str, torch.dtype, torch.device}
 _FRESH = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full", "rand", "randn"}
 
 
@@ -202,7 +204,7 @@ class NumberWatch(TorchFunctionMode):
             self.tracer.hollow.look(args[0])
         numbers: list[Number] = []
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if not isinstance(value, Tensor) and value is not None:
+            if type(value) not in _NO_NUMBERS and not isinstance(value, Tensor):
                 numbers += self._numbers(value)
         if not numbers:
             out = func(*args, **kwargs)
@@ -296,7 +298,7 @@ class NumberWatch(TorchFunctionMode):
                 if not type(module).__module__.startswith("torch.nn"):  # the sizes of PyTorch's layers are known
                     self._plant(module.__dict__, path, "", undo)
                 for name, value in list(module.__dict__.items()):
-                    if type(value).__name__.endswith("Config") and hasattr(value, "__dict__") and id(value) not in seen:
+                    if _is_config(type(value)) and hasattr(value, "__dict__") and id(value) not in seen:
                         seen.add(id(value))
                         self._plant(value.__dict__, path, f"{name}.", undo)
             yield
@@ -311,6 +313,11 @@ class NumberWatch(TorchFunctionMode):
         for name, planted in numbered(space, number):
             undo.append((space, name, space[name]))
             space[name] = planted
+
+
+@cache
+def _is_config(kind: type) -> bool:
+    return kind.__name__.endswith("Config")
 
 
 def numbered(

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,16 +35,23 @@ EQUIVALENTS: dict[type[nn.Module], Callable[..., Any]] = {}
 _INDEX = torch.ops.aten.index.Tensor
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """The tensors among an op's arguments or results; these are nested in lists at most."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, (tuple, list)):
         for item in value:
             if isinstance(item, Tensor):
-                yield item
+                found.append(item)
             elif isinstance(item, (tuple, list)):
-                yield from _tensors(item)
+                found += _tensors(item)
+    return found
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func._schema.name)
 
 
 @dataclass
@@ -121,14 +128,14 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = list(_tensors((args, tuple(kwargs.values())) if kwargs else args))
+        inputs = _tensors((args, tuple(kwargs.values())) if kwargs else args)
         out = None
         if self.hollow is not None and not kwargs:
             out = self.hollow.run(func, args)
             out = self.hollow.skip(func, args) if out is None else out
         if out is None:
             out = func(*args, **kwargs)
-        results = list(_tensors(out))
+        results = _tensors(out)
         if self.hollow is not None:
             indices = args[1] if func is _INDEX else None
             self.hollow.follow(func, inputs, results, indices)
@@ -146,9 +153,11 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         from . import rules
 
-        if not any(self.labelled(t) or t in self._poisoned for t in inputs):
+        leaves = self.leaves
+        used = self._marks.any(inputs) or any(id(t) in leaves for t in inputs)
+        if not used and not (self._poisoned and self._poisoned.any(inputs)):
             return
-        self._op = func._schema.name
+        self._op = _name(func)
         rule = rules.find(func)
         if results and not any(t.numel() for t in results):
             return

@@ -6,6 +6,7 @@ rule: PyTorch tags them. An op without a rule is a barrier.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ SHAPE_ONLY = {f"aten::{kind}_like" for kind in ("zeros", "ones", "empty", "full"
 }
 
 
+@cache
 def find(func: Any) -> Rule | None:
     """The rule for ``func``, or None."""
     name = func._schema.name
