@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -298,7 +298,7 @@ class NumberWatch(TorchFunctionMode):
                 if not type(module).__module__.startswith("torch.nn"):  # the sizes of PyTorch's layers are known
                     self._plant(module.__dict__, path, "", undo)
                 for name, value in list(module.__dict__.items()):
-                    if _is_config(type(value)) and hasattr(value, "__dict__") and id(value) not in seen:
+                    if _is_config(cast(Any, type(value))) and hasattr(value, "__dict__") and id(value) not in seen:
                         seen.add(id(value))
                         self._plant(value.__dict__, path, f"{name}.", undo)
             yield
@@ -316,8 +316,8 @@ class NumberWatch(TorchFunctionMode):
 
 
 @cache
-def _is_config(kind: type) -> bool:
-    return kind.__name__.endswith("Config")
+def _is_config(kind: Any) -> bool:
+    return bool(kind.__name__.endswith("Config"))
 
 
 def numbered(
