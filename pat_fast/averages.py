@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
-from .discovery import living, subclasses
+from .discovery import living, remove_hooks, subclasses
 from .errors import ConfigError, SurgeryError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Averages:
                     seen.add(module)
 
             self._handles.append(register_module_module_registration_hook(made))
-            weakref.finalize(pruner, _remove, self._handles).atexit = False
+            weakref.finalize(pruner, remove_hooks, self._handles).atexit = False
 
     def current(self) -> list[nn.Module]:
         """The copies, each with the names of the model's tensors.
@@ -81,7 +81,7 @@ class Averages:
 
     def close(self) -> None:
         """Look for no more of them."""
-        _remove(self._handles)
+        remove_hooks(self._handles)
 
 
 def _as_list(given: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
@@ -90,12 +90,6 @@ def _as_list(given: nn.Module | Sequence[nn.Module] | None) -> list[nn.Module]:
         if not isinstance(copy, nn.Module):
             raise ConfigError(f"averaged: expected modules that are copies of the model, got {type(copy).__name__}")
     return found
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

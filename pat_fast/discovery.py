@@ -136,7 +136,7 @@ class Discovery:
         self._stepping: list[weakref.ref[Optimizer]] = []
         self._searches = given is None
         self._handles: list[Any] = []
-        weakref.finalize(pruner, _remove, self._handles).atexit = False
+        weakref.finalize(pruner, remove_hooks, self._handles).atexit = False
         optimizers = as_list(given)
         for optimizer in optimizers:
             self._ours[optimizer] = True
@@ -163,7 +163,7 @@ class Discovery:
 
     def close(self) -> None:
         """Take the hooks off."""
-        _remove(self._handles)
+        remove_hooks(self._handles)
 
     def _is_ours(self, optimizer: Optimizer) -> bool:
         if optimizer in self._ours:
@@ -228,7 +228,8 @@ def _overflowed(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def _remove(handles: list[Any]) -> None:
+def remove_hooks(handles: list[Any]) -> None:
+    """Take the hooks off and forget them."""
     for handle in handles:
         handle.remove()
     handles.clear()

@@ -5,10 +5,13 @@ What is written has a free batch size, and was run and compared with PyTorch bef
 
 from __future__ import annotations
 
+import copy
+import io
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,8 +278,6 @@ def output_names(output: Any, count: int) -> list[str]:
 
 def _in_onnx(case: Case, exporter: str, opset: int) -> Any:
     """The model in ONNX, by one of PyTorch's exporters."""
-    import io
-
     import onnx
 
     plain = _Plain(case)
@@ -312,8 +313,6 @@ def _simplified(written: Any, case: Case) -> tuple[Any, bool]:
         slim = require("onnxslim", "onnx", "export_onnx(simplify=True)").slim
     except ImportError:
         return written, False
-    import copy
-
     try:
         simple = slim(copy.deepcopy(written))
         before, after = runner(written.SerializeToString()), runner(simple.SerializeToString())
@@ -409,14 +408,10 @@ def _failures(what: str) -> Iterator[None]:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without the exporters' warnings and chatter, none of which is about the model."""
-    import contextlib
-    import io
-    import logging
-
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -6,6 +6,9 @@ shapes are fixed; :func:`fake_quantize_linear` trains linear layers under the sa
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import importlib
 from typing import Any
 
 import torch
@@ -49,13 +52,12 @@ def prepare_qat(
     check_model(model)
     require("torchao.quantization.pt2e", "qat", "prepare_qat")
     check("weight_bits", weight_bits, lambda v: type(v) is int and 2 <= v <= 8, "an integer in 2 .. 8")
-    import copy  # what is exported shares its weights
-
     with quietly():
         from torchao.quantization.pt2e import allow_exported_model_train_eval
         from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
         chosen = _quantizer(quantizer, weight_bits) if isinstance(quantizer, str) else quantizer
+        # What is exported shares its weights with the model.
         exported = Case(copy.deepcopy(model), example_inputs).program(training=True).module(check_guards=False)
         try:
             prepared = prepare_qat_pt2e(exported, chosen)
@@ -78,8 +80,6 @@ def convert_qat(prepared: torch.fx.GraphModule) -> torch.fx.GraphModule:
         ExportError: ``prepared`` is not what :func:`prepare_qat` returned.
     """
     require("torchao.quantization.pt2e", "qat", "convert_qat")
-    import copy
-
     with quietly():
         from torchao.quantization.pt2e import FakeQuantizeBase, allow_exported_model_train_eval
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
@@ -102,9 +102,6 @@ def convert_qat(prepared: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 def _quantizer(name: str, bits: int) -> Any:
     """torchao's quantizer of that name, with weights of ``bits`` bits per output channel."""
-    import dataclasses
-    import importlib
-
     check("quantizer", name, lambda v: v in QUANTIZERS, f"one of {', '.join(QUANTIZERS)}")
     module = importlib.import_module(f"torchao.quantization.pt2e.quantizer.{QUANTIZERS[name][0]}")
     default = getattr(module, f"get_default_{name}_inductor_quantization_config")
@@ -120,7 +117,8 @@ def _quantizer(name: str, bits: int) -> Any:
 def fake_quantized(weight: Tensor, levels: float) -> Tensor:
     """``weight [out, ...]`` rounded to ``-levels .. levels`` steps, symmetrically per output channel.
 
-    The gradient passes straight through (Bengio et al. 2013). The steps are those of the weight as it is.
+    The gradient passes straight through: Bengio et al., "Estimating or Propagating Gradients Through Stochastic
+    Neurons", 2013, https://arxiv.org/abs/1308.3432. The steps are those of the weight as it is.
     """
     own = weight.detach()
     step = (own.abs().amax(1, keepdim=True) / levels).clamp_min(torch.finfo(own.dtype).tiny)

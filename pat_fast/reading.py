@@ -62,7 +62,7 @@ def load_config(
     except ValidationError as error:
         # A value that may be of several types is one problem, not one for each of them.
         found = (_whole(item, cls, data) for item in error.errors(include_url=False))
-        problems = dict.fromkeys(_describe(item, cls, data) for item in found)
+        problems = dict.fromkeys(_describe(item, cls) for item in found)
         raise ConfigError(_headline(list(problems), where)) from None
 
 
@@ -163,7 +163,7 @@ def _whole(error: ErrorDetails, cls: type[BaseModel], data: Any) -> ErrorDetails
     return error
 
 
-def _describe(error: ErrorDetails, cls: type[BaseModel], data: Any) -> str:
+def _describe(error: ErrorDetails, cls: type[BaseModel]) -> str:
     """One problem as ``key.path: expected ..., got ...``."""
     loc = error["loc"]
     if error["type"] == "pat_fast":

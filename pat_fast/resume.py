@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import random
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -109,6 +108,8 @@ def save_training(path: str | Path, *, extra: Mapping[str, Any] | None = None, *
     Raises:
         CheckpointError: the file cannot be written, or a state holds what only pickle can store.
     """
+    from .checkpoint import write_whole
+
     path = Path(path)
     for name, part in parts.items():
         if not callable(getattr(part, "state_dict", None)) or not callable(getattr(part, "load_state_dict", None)):
@@ -119,24 +120,19 @@ def save_training(path: str | Path, *, extra: Mapping[str, Any] | None = None, *
         "random": _random_state(),
         "extra": dict(extra or {}),
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w+b") as file:
-                torch.save(content, file)
-                length = file.tell()
-                _check_plain(file)
-                file.seek(length)
-                file.write(MAGIC + length.to_bytes(8, "big") + _checksum(file, length))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w+b") as file:
+            torch.save(content, file)
+            length = file.tell()
+            _check_plain(file)
+            file.seek(length)
+            file.write(MAGIC + length.to_bytes(8, "big") + _checksum(file, length))
+            file.flush()
+            os.fsync(file.fileno())
+
+    write_whole(path, write)
+    _sync_folder(path.parent)
 
 
 def load_training(path: str | Path, **parts: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "structure": PLAN | {"surgery"},
     "checkpoint": PLAN | {"structure", "surgery"},
     "pretrained": {"errors"},
-    "distributed": PLAN | {"cost", "criteria", "surgery"},
+    "distributed": PLAN | {"cost", "criteria", "discovery", "surgery"},
     "modes": PLAN | {"masks", "schedules", "surgery"},
     "optional": {"errors"},
     "export": PLAN | {"checkpoint", "measure", "optional", "structure", "surgery"},

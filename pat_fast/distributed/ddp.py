@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
+from ..discovery import subclasses
 from ..errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -38,17 +39,10 @@ def _kinds() -> tuple[type[Any], ...]:
 def wrappers(model: nn.Module) -> list[DistributedDataParallel]:
     """The live wrappers that train parameters of ``model``, the outermost first."""
     own = {id(p) for p in model.parameters()}
-    kinds = {sub for kind in _kinds() for sub in _subclasses(kind)}
+    kinds = {sub for kind in _kinds() for sub in subclasses(kind)}
     found = [thing for thing in gc.get_objects() if type(thing) in kinds and "module" in thing._modules]
     found = [ddp for ddp in found if not own.isdisjoint(id(p) for p in ddp.parameters())]
     return sorted(found, key=lambda ddp: -len(list(ddp.modules())))
-
-
-def _subclasses(cls: type[Any]) -> set[type[Any]]:
-    found = {cls}
-    for sub in cls.__subclasses__():
-        found |= _subclasses(sub)
-    return found
 
 
 def check_rebuildable(ddp: DistributedDataParallel) -> None:

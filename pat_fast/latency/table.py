@@ -209,7 +209,12 @@ class Tables:
             with tempfile.NamedTemporaryFile(
                 "w", dir=self.path.parent, suffix=".tmp", delete=False, encoding="utf-8"
             ) as file:
-                json.dump(data, file)
-            os.replace(file.name, self.path)
+                temporary = Path(file.name)
+                try:
+                    json.dump(data, file)
+                    file.close()
+                    temporary.replace(self.path)
+                finally:
+                    temporary.unlink(missing_ok=True)
         except OSError as error:
             log.warning("pat_fast: %s cannot be written (%s); layers will be measured again", self.path, error)

@@ -1,0 +1,143 @@
+"""What the pruner refuses: arguments, models and inputs; nothing is changed then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pat_fast as pat
+from tests.helpers import Small, small_inputs
+from tests.training import no_hooks_left, sgd, train_one_epoch, untouched
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    with no_hooks_left():
+        yield
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"target_sparsity": 1.0}, r"target_sparsity: expected a number in \[0, 1\), got 1.0"),
+    ({"target_sparsity": -0.1}, r"target_sparsity: expected a number in \[0, 1\), got -0.1"),
+    ({"target_sparsity": float("nan")}, r"target_sparsity: .* got nan"),
+    ({"target_sparsity": "half"}, r"target_sparsity: .* got 'half'"),
+    ({"mac_target": 0.0}, r"mac_target: expected a number in \(0, 1\], or None, got 0.0"),
+    ({"mac_target": 1.5}, r"mac_target: .* got 1.5"),
+    ({"start_epoch": 5, "end_epoch": 4}, r"end_epoch: expected at least start_epoch \(5\), got 4"),
+    ({"start_epoch": -1}, r"start_epoch: expected a whole number, at least 0, got -1"),
+    ({"start_epoch": "5"}, r"start_epoch: expected a whole number, at least 0, got '5'"),
+    ({"interval": 0}, r"interval: expected at least 1 epoch, got 0"),
+    ({"round_to": 0}, r"round_to: expected a whole number, at least 1, got 0"),
+    ({"round_to": 2.5}, r"round_to: .* got 2.5"),
+    ({"min_channels": 0}, r"min_channels: expected a whole number, at least 1, got 0"),
+    ({"schedule": "liner"}, r"schedule: expected one of linear, .* got 'liner'; did you mean 'linear'"),
+    ({"unit": "batch"}, r"unit: expected one of epoch, step, got 'batch'"),
+    ({"unit": "step", "auto": False}, r"unit: expected 'epoch' with auto=False, got 'step'"),
+    ({"mode": "masked"}, r"mode: expected one of prune, mask, soft, hybrid, got 'masked'; did you mean 'mask'\?"),
+    ({"ranking": "locale"}, r"ranking: expected one of global, local, .*, got 'locale'; did you mean 'local'"),
+    ({"ranking": None}, r"ranking: expected one of global, local, .*, got None"),
+    ({"importance": "groupnorm"}, r"importance: expected one of group_norm, .*, got 'groupnorm'; did you mean"),
+    ({"importance": 3}, r"importance: expected one of 'group_norm', .* or an object with score\(binding\), got 3"),
+    ({"regularizer": "group"}, r"regularizer: expected one of group_norm, .* got 'group'; did you mean 'group_norm'"),
+    ({"regularizer": 3}, r"regularizer: expected 'group_norm', .* None or an object with apply\(\), got 3"),
+    ({"reg_strength": -1e-4}, r"strength: expected a number, at least 0, got -0.0001"),
+    ({"p": 0}, r"p: expected a positive number"),
+    ({"layers_to_prune": ["iner"]}, r"layers_to_prune: 'iner' matches no layer .* did you mean 'inner'"),
+    ({"layers_to_prune": []}, r"layers_to_prune: expected at least one name, got an empty list"),
+    ({"layers_to_prune": "inner"}, r"layers_to_prune: expected a list of layers, got 'inner'"),
+    ({"ignored_layers": ["haed"]}, r"ignored_layers: 'haed' matches no layer .* did you mean 'head'\?"),
+    ({"ignored_layers": [nn.Linear(1, 1)]}, r"ignored_layers: Linear is not a part of the model"),
+    ({"optimizer": "sgd"}, r"optimizer: expected a torch.optim.Optimizer, got str"),
+    ({"optimizer": []}, r"optimizer: 9 of the model's 9 trained parameters are not in it \(such as stem.weight\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
+@pytest.mark.parametrize("inputs", [None, small_inputs()])
+def test_bad_arguments_change_nothing(arguments: dict[str, Any], message: str, inputs: Tensor | None) -> None:
+    model = Small()
+    optimizer = sgd(model)
+    train_one_epoch(model, optimizer)
+    untouched(model, optimizer, pat.ConfigError, message, lambda: pat.Pruner(model, example_inputs=inputs, **arguments))
+
+
+@pytest.mark.parametrize("thing", [None, 3, "model", nn.Linear, [nn.Linear(1, 1)]])
+def test_not_a_module(thing: Any) -> None:
+    with pytest.raises(pat.ConfigError, match=r"model: expected a torch.nn.Module, got \w+"):
+        pat.Pruner(thing)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.randn(2, 5, 8, 8), r"forward fails on the example inputs \(\(2, 5, 8, 8\)\): RuntimeError"),
+        ((small_inputs(), small_inputs()), r"forward fails on the example inputs \(\(4, 3, 8, 8\), \(4, 3, 8, 8\)\):"),
+        ({"y": small_inputs()}, r"unexpected keyword argument 'y'"),
+        (3, r"forward fails on the example inputs \(int\)"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs: Any, message: str) -> None:
+    model = Small()
+    optimizer = sgd(model)
+    untouched(model, optimizer, pat.PlanError, message, lambda: pat.Pruner(model, example_inputs=inputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        (nn.Sequential(nn.ReLU()), torch.randn(2, 3), r"nothing of this model can be pruned; it has no layers"),
+        (nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3), r"can be pruned; 0: is an output of the model"),
+    ],
+)
+def test_a_model_without_prunable_layers(model: nn.Module, inputs: Tensor, message: str) -> None:
+    optimizer = torch.optim.SGD([*model.parameters(), torch.zeros(1)], lr=0.1)
+    untouched(model, optimizer, pat.PlanError, message, lambda: pat.Pruner(model, example_inputs=inputs))
+
+
+def test_layers_that_hold_nothing_to_prune() -> None:
+    with pytest.raises(pat.PlanError, match=r"nothing of this model can be pruned; head: is an output .*outer: not"):
+        pat.Pruner(Small(), example_inputs=small_inputs(), layers_to_prune=["head"])
+
+
+def test_a_step_before_any_forward() -> None:
+    model = Small()
+    optimizer = sgd(model)
+    pruner = pat.Pruner(model, 0.5, end_epoch=1)
+    for act in (pruner.step, pruner.finalize, pruner.regularize, lambda: pruner.DG):
+        untouched(model, optimizer, pat.PlanError, r"no forward of the model was seen yet.*run one batch first", act)
+    train_one_epoch(model, optimizer)
+    assert pruner.step().channels == (28, 14)
+
+
+class Constant:
+    def __init__(self, scores: Sequence[float]) -> None:
+        self.scores = torch.tensor(scores)
+
+    def score(self, binding: Any) -> Tensor:
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([1.0] * 3, r"one score per channel \(28\).*got shape \(3,\)"),
+        ([float("nan")] * 28, r"with 28 NaN; did the training diverge"),
+    ],
+)
+def test_scores_that_make_no_sense(scores: list[float], message: str) -> None:
+    model = Small()
+    pruner = pat.Pruner(model, 0.5, example_inputs=small_inputs(), importance=Constant(scores), regularizer=None)
+    untouched(model, sgd(model), pat.PlanError, message, pruner.step)
+    assert pruner.epoch == 0
+
+
+def test_a_model_that_another_pruner_changed_is_refused_by_name() -> None:
+    model = Small()
+    one, other = (pat.Pruner(model, 0.5, end_epoch=3, example_inputs=small_inputs()) for _ in range(2))
+    one.step()
+    with pytest.raises(pat.PlanError, match=r"was changed .*by another pruner"):
+        other.step()
