@@ -17,48 +17,61 @@ def torch_prunings_order(
 ) -> list[str]:
     """Names of the modules of the kinds ``layers`` in the order in which Torch-Pruning visits them.
 
-    ``forward`` runs ``model`` and returns its outputs. Torch-Pruning's own hooks say which module made which node of
-    the autograd graph, and its walk is followed here; its index maps are not made. The maps (slices, reshapes) are what
-    makes its queries quadratic on DenseNet and endless on rotary embeddings, and they do not know shapes; pat_fast
-    takes maps from its own trace.
+    ``forward`` runs ``model`` and returns its outputs. As in Torch-Pruning, hooks on modules of the kinds that it knows
+    say which of them made which node of the autograd graph, and its walk over that graph is followed. Its nodes and
+    index maps are not made. The maps (slices, reshapes) are what makes its queries quadratic on DenseNet and endless on
+    rotary embeddings, and they do not know shapes; pat_fast takes maps from its own trace.
     """
-    graph = _graph()()
+    module_of: dict[Any, nn.Module] = {}
+
+    def record(module: nn.Module, _: Any, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) and not isinstance(out, _PACKED) else out
+        module_of[(out.data if isinstance(out, _PACKED) else out).grad_fn] = module
+
     names = {module: name for name, module in named_modules(model)}
-    found = graph._trace(model, None, lambda *_: forward(), output_transform=None)
-    return [names[m] for m in found if isinstance(m, layers) and m in names]
+    known = _known()
+    handles = [m.register_forward_hook(record) for m in names if isinstance(m, known)]
+    outputs = forward()
+    for handle in handles:
+        handle.remove()
+    entered: dict[nn.Module, None] = {}
+    visited: set[Any] = set()
+    for output in outputs:
+        _visit(output.grad_fn, module_of, entered, visited)
+    return [names[m] for m in entered if isinstance(m, layers) and m in names]
+
+
+_PACKED: type[Any] = torch.nn.utils.rnn.PackedSequence
 
 
 @cache
-def _graph() -> Any:
+def _known() -> tuple[type, ...]:
+    """The kinds of modules that Torch-Pruning has a pruner for."""
     import torch_pruning as tp  # here, so that `import pat_fast` does not cost it
+    from torch_pruning import ops
 
-    class Graph(tp.DependencyGraph):
-        """Torch-Pruning's graph without edges, and without nodes that are not of a module."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.unwrapped_parameters: list[Any] = []
-
-        def _trace_computational_graph(
-            self, module2node: Any, output: Any, gradfn2module: Any, reused: Any, visited: Any = ()
-        ) -> None:
-            """Enter modules in ``module2node`` when Torch-Pruning would: a node's inputs in order, the last first."""
-            stack = [output.grad_fn]
-            _enter(stack[0], gradfn2module, module2node)
-            while stack:
-                node = stack.pop()
-                if node in visited:
-                    continue
-                visited.add(node)
-                for source, _ in getattr(node, "next_functions", ()):
-                    if source is not None:
-                        _enter(source, gradfn2module, module2node)
-                        stack.append(source)
-
-    return Graph
+    kinds: set[type] = set()
+    for number in tp.DependencyGraph().REGISTERED_PRUNERS:
+        found = ops.type2class(number)
+        kinds.update(found if isinstance(found, tuple) else (found,))
+    return tuple(kind for kind in kinds if issubclass(kind, nn.Module))
 
 
-def _enter(node: Any, module_of: dict[Any, nn.Module], entered: dict[nn.Module, Any]) -> None:
-    module = module_of.get(node)
-    if module is not None:
-        entered.setdefault(module, None)
+def _visit(
+    root: Any, module_of: dict[Any, nn.Module], entered: dict[nn.Module, None], visited: set[Any]
+) -> None:
+    """Enter modules when Torch-Pruning would: the inputs of a node in their order, then on from the last of them."""
+    stack = [root]
+    if root in module_of:
+        entered.setdefault(module_of[root])
+    while stack:
+        node = stack.pop()
+        if node in visited:
+            continue
+        visited.add(node)
+        for source, _ in getattr(node, "next_functions", ()):
+            if source is not None:
+                module = module_of.get(source)
+                if module is not None:
+                    entered.setdefault(module)
+                stack.append(source)
