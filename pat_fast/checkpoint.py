@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import CheckpointError, PatError, check_model
+from .errors import CheckpointError, ConfigError, PatError, check_model
 from .structure import Structure, describe, holder, is_pruned, like, remember
 from .surgery.modules import Change, as_published, rule_of, sizes
 from .surgery.prune import set_tensor
@@ -70,8 +70,14 @@ def load(path: str | Path, model: nn.Module, *, device: torch.device | str | Non
     Raises:
         CheckpointError: the file is missing, damaged, of another format or of another model; the model is
             then as it was.
+        ConfigError: ``device`` is not here.
     """
     check_model(model)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without it
+            raise ConfigError(f"device: expected one that this machine has, got {device!r} ({error})") from error
     path = Path(path)
     named = tensors_of(model)
     changes: list[Change] = []

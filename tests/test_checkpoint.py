@@ -429,6 +429,13 @@ def test_weights_tied_in_the_model_but_not_in_the_file(tmp_path: Path) -> None:
     refused((tmp_path / "tied").read_bytes(), tmp_path / "tied", "are one tensor in the file, but not", loose)
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99", 1.5])
+def test_a_device_that_is_not_there_is_refused(device: Any, tmp_path: Path) -> None:
+    pat.save(Small(), tmp_path / "model")
+    with pytest.raises(pat.ConfigError, match=r"device: expected one that this machine has, got"):
+        pat.load(tmp_path / "model", Small(), device=device)
+
+
 def test_a_device_that_fails_changes_nothing(good: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tensors are on their device before the first is put into the model."""
     (tmp_path / "file").write_bytes(good)

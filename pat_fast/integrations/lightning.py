@@ -71,7 +71,7 @@ class PruningCallback(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Remove what is only masked when pruning is over."""
-        if self.pruner is not None and self.pruner.done:
+        if self.pruner is not None and self.pruner.done and self.pruner.is_ready:  # a run that was over had no forward
             self.pruner.finalize()
 
     def state_dict(self) -> dict[str, Any]:

@@ -76,5 +76,5 @@ class PruningCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove what is only masked when pruning is over."""
-        if self.pruner is not None and self.pruner.done:
+        if self.pruner is not None and self.pruner.done and self.pruner.is_ready:  # a run that was over had no forward
             self.pruner.finalize()

@@ -55,6 +55,14 @@ def test_a_training_prunes_and_resumes_to_the_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_training_that_was_over_may_be_resumed(tmp_path: Path) -> None:
+    model, _ = train(tmp_path / "whole")
+    resumed, again = train(tmp_path / "resumed", tmp_path / "whole/checkpoint-8")
+    assert again.reports == []
+    assert same(weights(resumed), weights(model))
+
+
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(pat.CheckpointError, match="cannot read"):
         train(tmp_path, tmp_path / "nothing")
