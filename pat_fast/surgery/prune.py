@@ -92,6 +92,7 @@ def prune(
             forget_compiled()
             if then is not None:
                 then(smaller)
+            undo.clear()  # an interrupt that has waited is raised at the end of this block: the prune is done
     except BaseException as error:
         with uninterrupted(), ExitStack() as steps:  # which takes all of them, the last first, even if one fails
             for step in undo:
