@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from torch_pruning.pruner import function
 
 import pat_fast.torch_pruning as tp
 from pat_fast import ConfigError, PlanError
+from pat_fast.bench.subject import at_most
 from tests.torch_pruning.against import quiet
 from tests.torch_pruning.nets import Net, X, both, make
 
@@ -228,20 +226,6 @@ def test_layer_pruners_of_the_process_stay_as_they_were() -> None:
     box.pruning_dim = -1
 
 
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.slow
 def test_rotary_embeddings_come_to_an_end() -> None:
     transformers = pytest.importorskip("transformers")
@@ -251,7 +235,7 @@ def test_rotary_embeddings_come_to_an_end() -> None:
     )  # fmt: skip
     inputs = {"input_ids": torch.randint(0, 50, (1, 6))}
     arguments = {"output_transform": lambda out: out.logits.sum()}
-    with pytest.raises(TimeoutError), at_most(5.0), quiet():
+    with pytest.raises(TimeoutError), at_most(5.0, "Torch-Pruning"), quiet():
         make(original, transformers.LlamaForCausalLM(config), inputs, in_channel_groups={}, **arguments)
     model = transformers.LlamaForCausalLM(config)
     attention = model.model.layers[0].self_attn
