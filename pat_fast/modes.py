@@ -31,6 +31,7 @@ class Mode:
     """
 
     name: str
+    shrinks: bool  # while the pruning goes on, not only when it ends
     binding: Binding
     mask: Mask | None = None  # of channels that are held at zero
     copies: Callable[[], Iterable[nn.Module]] = tuple  # averages of the model, from which the same channels go
@@ -97,6 +98,7 @@ class Prune(Mode):
     """``"prune"``: channels leave the model at each step."""
 
     name = "prune"
+    shrinks = True
 
     def cut(self, keep: BoolArray | None, step: int, done: bool, optimizers: Optimizers) -> BoolArray | None:
         return None if keep is None or keep.all() else keep
@@ -110,6 +112,7 @@ class HardMask(Mode):
     """
 
     name = "mask"
+    shrinks = False
 
     def __init__(self, shrink: bool = False) -> None:
         check("mode: shrink", shrink, lambda v: isinstance(v, bool), "true or false")
@@ -163,6 +166,7 @@ class Hybrid(HardMask):
     """
 
     name = "hybrid"
+    shrinks = True
 
     def __init__(self, steps: int = 5) -> None:
         super().__init__(shrink=True)

@@ -455,7 +455,7 @@ class Pruner:
     def _build(self, example_inputs: Any) -> None:
         plan = build_plan(self.model, example_inputs, verify=self._verify)
         binding = bind(plan, self.model)
-        if self._mode.name in ("prune", "hybrid"):
+        if self._mode.shrinks:
             prepare(binding)
         eligible, skipped = self._scope.apply(plan)
         check_any(plan, eligible, skipped)
