@@ -315,6 +315,6 @@ class Goal:
         return [root for root in self.roots if self.limits.scope(root) == scope]
 
     def _alive(self, plan: Plan, keep: BoolArray, roots: Iterable[str] | None = None) -> int:
-        """Living channels of these groups, or of all that may be pruned; a group's last channel counts too."""
-        found = {g.root: int(keep[g.start : g.stop].sum()) for g in plan.groups}
+        """Living channels of these groups, or of all that may be pruned; a group's last unit counts too."""
+        found = plan.lone() | {g.root: int(keep[g.start : g.stop].sum()) for g in plan.groups}
         return sum(found.get(root, 1) for root in (self.roots if roots is None else roots))

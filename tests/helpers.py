@@ -60,12 +60,15 @@ def small_inputs(batch: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def random_keep(plan: Plan, seed: int, ratio: float = 0.3) -> np.ndarray:
-    """A random keep vector that respects units and empties no axis."""
+    """A random keep vector that respects units and empties no axis.
+
+    Of coupled channels two units stay, so that a plan lowered afresh still sees that they are (see `Plan.shrink`).
+    """
     rng = np.random.default_rng(seed)
     kept = rng.random(plan.n_units) > ratio
     for group in plan.groups:
         units = np.unique(plan.unit[group.start : group.stop])
-        kept[units[: plan.least_units(group)]] = True
+        kept[units[: max(plan.least_units(group), 1 if len(units) == group.channels else 2)]] = True
         step = plan.unit_step(group)
         spared = units[~kept[units]]
         kept[spared[: -int(kept[units].sum()) % step]] = True

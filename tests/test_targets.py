@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import pat_fast as pat
+from benchmarks.models.attention import ViT
 from pat_fast.limits import Rules
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.running import call
@@ -196,3 +197,18 @@ def test_a_resumed_target_goes_by_the_dense_model() -> None:
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(pat.ConfigError, match=message):
         pat.Pruner(nn.Linear(2, 2), end_epoch=2, **options)
+
+
+def test_channels_of_a_last_head_are_counted() -> None:
+    """A budget in channels is exact after a group has come down to one head, which leaves the plan."""
+    torch.manual_seed(0)
+    model = ViT(image=8, patch=2, dim=16, depth=1, num_heads=2, head_dim=6, hidden=12, num_classes=3)
+    options = {"target_sparsity": 0.5, "ranking": "local", "end_epoch": 2, "regularizer": None}
+    pruner = pat.Pruner(model, example_inputs=torch.randn(2, 3, 8, 8), **options)
+    dense = pruner.goal.dense[0]
+    pruner.step()
+    pruner.step()
+    assert model.blocks[0].attn.q.out_features == 6
+    alive = np.ones(pruner.plan.n_channels, dtype=np.bool_)
+    assert pruner.plan.lone() == {"blocks.0.attn.v": 12}
+    assert pruner.goal.counts(pruner.plan, alive)[0] == pruner.plan.n_channels + 12 == dense // 2

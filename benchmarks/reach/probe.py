@@ -195,12 +195,15 @@ def _output_dim(module: nn.Module) -> int | None:
 
 
 def keep_for(plan: Plan, ratio: float, seed: int = 0) -> Keep:
-    """Without ``ratio`` of the units of every group, chosen at random; what must stay, stays."""
+    """Without ``ratio`` of the units of every group, chosen at random; what must stay, stays.
+
+    Two units of coupled channels stay: of one head a plan lowered afresh sees no heads.
+    """
     rng = np.random.default_rng(seed)
     kept = np.ones(plan.n_units, dtype=np.bool_)
     for group in plan.groups:
         units = np.unique(plan.unit[group.start : group.stop])
-        spare = len(units) - plan.least_units(group)
+        spare = len(units) - max(plan.least_units(group), 1 if len(units) == group.channels else min(len(units), 2))
         step = plan.unit_step(group)
         kept[rng.permutation(units)[: min(round(ratio * len(units)), spare) // step * step]] = False
     for tensor, axis in plan.axes():

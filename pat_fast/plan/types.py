@@ -29,6 +29,9 @@ BoolArray = NDArray[np.bool_]
 IndexArray = NDArray[np.int64]
 IntArray = IndexArray
 
+# Why a group stays that prunes have brought down to its least.
+LONE, LONE_UNIT = "one channel is left", "one unit is left"
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -247,10 +250,7 @@ class Plan:
         return group.multiple // math.gcd(group.multiple, size)
 
     def least_units(self, group: Group) -> int:
-        """How many units of ``group`` must stay: one, or two where units are of several channels.
-
-        With one head left, or one channel in each block, a network obeys the rules of another plan.
-        """
+        """How many units of ``group`` must stay: one, or as many as its kernels need a multiple of."""
         return int(self.least_units_of_groups[self.group_of[group.start]])
 
     @cached_property
@@ -259,7 +259,7 @@ class Plan:
         units = self.group_units
         channels = np.array([g.channels for g in self.groups], dtype=np.int64)
         multiple = np.array([g.multiple for g in self.groups], dtype=np.int64)
-        return np.maximum(np.where(units == channels, 1, np.minimum(units, 2)), multiple * units // channels)
+        return np.maximum(1, multiple * units // channels)
 
     def least(self, tensor: TensorMap, axis: Axis) -> int:
         """How many indices of ``axis`` must stay: one, or two per group of a grouped convolution.
@@ -273,19 +273,33 @@ class Plan:
     def movable(self, kept: Kept) -> BoolArray:
         """The channels ``[N]`` that are channels of :meth:`shrink`'s plan, too, in the same order.
 
-        A group's last channel has no choice left: it is fixed.
+        A group's last unit has no choice left: it is fixed.
         """
-        left = np.bincount(self.group_of[kept.keep], minlength=len(self.groups))
-        return kept.keep & (left[self.group_of] > 1)
+        return kept.keep & (self._units_left(kept) > 1)[self.group_of]
+
+    def _units_left(self, kept: Kept) -> IndexArray:
+        """Units of each group ``[G]`` that stay."""
+        left = np.bincount(self.unit[kept.keep], minlength=self.n_units) > 0
+        return np.bincount(self.unit_home[left], minlength=len(self.groups))
 
     def shrink(self, kept: Kept) -> Plan:
-        """The plan of the model after a prune (see :meth:`check_keep`). Equal to a plan lowered afresh."""
-        left = np.bincount(self.group_of[kept.keep], minlength=len(self.groups))
-        movable = kept.keep & (left[self.group_of] > 1)
+        """The plan of the model after a prune (see :meth:`check_keep`). Equal to a plan lowered afresh.
+
+        But for one thing: a view of one head looks like no heads, so a plan lowered afresh may take the channels
+        inside the last head for units of their own. Here the last unit stays whole.
+        """
+        movable = self.movable(kept)
+        left = np.bincount(self.group_of[kept.keep & ~movable], minlength=len(self.groups))
         lonely = tuple(
-            Frozen(g.root, 1, "one channel is left") for g, n in zip(self.groups, left.tolist(), strict=True) if n == 1
+            Frozen(g.root, n, LONE if n == 1 else LONE_UNIT)
+            for g, n in zip(self.groups, left.tolist(), strict=True)
+            if n
         )
         return self._renumbered(kept, movable, lonely)
+
+    def lone(self) -> dict[str, int]:
+        """Channels of the groups that prunes have left one unit, by their roots."""
+        return {f.layer: f.channels for f in self.frozen if f.reason in (LONE, LONE_UNIT)}
 
     def _renumbered(self, kept: Kept, movable: BoolArray, frozen: tuple[Frozen, ...]) -> Plan:
         """The plan with the channels ``~kept`` gone and, of the rest, only ``movable [N]`` still free."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.models.attention import ViT
 from pat_fast import PlanError, build_plan
 from pat_fast.plan import Plan, bind
 from pat_fast.plan.running import call
@@ -317,3 +318,31 @@ def test_half_a_unit_is_refused() -> None:
     keep[0] = False
     with pytest.raises(PlanError, match="channels of a unit are kept or removed together"):
         plan.check_keep(keep)
+
+
+def test_the_last_head_stays_whole() -> None:
+    """One of four heads may be left. What is predicted keeps it; a plan lowered afresh sees no heads in its view."""
+    model = ViT(image=8, patch=2, dim=16, depth=1, num_heads=4, head_dim=6, hidden=12, num_classes=3).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    plan = build_plan(model, x)
+    heads = group(plan, "blocks.0.attn.v")
+    keep = np.ones(plan.n_channels, dtype=np.bool_)
+    keep[heads.start : heads.stop] = plan.unit[heads.start : heads.stop] == plan.unit[heads.stop - 1]
+    twin = masked_copy(model, plan, keep)
+    smaller = prune(bind(plan, model), keep).plan
+    assert model.blocks[0].attn.q.out_features == 6
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-9, atol=1e-9)
+    assert smaller.lone() == {"blocks.0.attn.v": 12}
+    assert [f.reason for f in smaller.frozen if f.layer == "blocks.0.attn.v"] == ["one unit is left"]
+    keep[heads.start : heads.stop] = False
+    with pytest.raises(PlanError, match="keep leaves 0 of 4 units; at least 1 must stay"):
+        plan.check_keep(keep)
+
+
+def test_the_last_channel_of_every_block_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1))
+    plan = build_plan(model, small_inputs())
+    smaller = prune(bind(plan, model), plan.unit == 2).plan
+    assert smaller.lone() == {"0": 2}
+    assert not smaller.groups
+    assert not build_plan(model, small_inputs()).groups

@@ -14,7 +14,7 @@ import pat_fast as pat
 from pat_fast.plan import bind
 from pat_fast.plan.running import call
 from pat_fast.surgery import prune
-from tests.helpers import canonical, random_keep
+from tests.helpers import canonical, masked_copy, random_keep
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,3 +153,35 @@ def test_sizes_that_the_code_takes_from_one_another_shrink_together() -> None:
     assert "segformer.stages.0.blocks.0.attention.sequence_reduction.sequence_reduction" in group.layers
     sizes = np.bincount(plan.unit[group.start : group.stop])
     assert set(sizes[sizes > 0].tolist()) == {2}
+
+
+@pytest.mark.parametrize("family", ["llama-sdpa", "llama-eager", "gpt2-sdpa", "bert-eager"])
+def test_one_head_may_be_left_and_stays_whole(family: str) -> None:
+    """Of grouped queries one key-value head with its queries. A plan lowered afresh may cut inside the last head."""
+    build, inputs, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model, x = build().double().eval(), inputs()
+    plan = pat.build_plan(model, x)
+    keep = np.ones(plan.n_channels, dtype=np.bool_)
+    attentions = [g for g in plan.groups if "attention.self" in g.root or ".self_attn" in g.root or ".attn" in g.root]
+    for group in attentions:
+        keep[group.start : group.stop] = plan.unit[group.start : group.stop] == plan.unit[group.stop - 1]
+    twin = masked_copy(model, plan, keep)
+    smaller = prune(bind(plan, model), keep).plan
+    torch.testing.assert_close(call(model, x).logits, call(twin, x).logits, rtol=1e-9, atol=1e-9)
+    left = {g.root: int(keep[g.start : g.stop].sum()) for g in attentions}
+    assert len(left) == 2
+    assert smaller.lone() == left
+    assert not {g.root for g in smaller.groups} & set(left)
+    assert smaller.params() == sum(p.numel() for p in model.parameters())
+    afresh = pat.build_plan(model, x)
+    assert (afresh.macs(), afresh.params()) == (smaller.macs(), smaller.params())
+    assert {g.root for g in smaller.groups} == {g.root for g in afresh.groups} - set(left)
+    if family.startswith("llama"):
+        assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)
+    else:
+        assert (model.config.n_head if family == "gpt2-sdpa" else model.config.num_attention_heads) == 1
+    if hasattr(model, "generate") and "bert" not in family:
+        mask = torch.ones_like(x["input_ids"])
+        out = model.generate(**x, attention_mask=mask, max_new_tokens=3, do_sample=False)
+        torch.testing.assert_close(out, twin.generate(**x, attention_mask=mask, max_new_tokens=3, do_sample=False))

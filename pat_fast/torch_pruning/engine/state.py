@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ...discovery import Discovery
 from ...errors import PlanError
 from ...plan import Binding, Plan
-from ...plan.types import BoolArray, IndexArray
+from ...plan.types import BoolArray, IndexArray, Kept
 from ...surgery import prepare, prune
 from .axes import Axes
 from .shaping import Spec, lower
@@ -106,8 +106,7 @@ class Engine:
         """Remove the channels ``~keep``; see :func:`pat_fast.surgery.prune`."""
         plan = self.plan
         self._set(prune(self.binding, keep, self.optimizers()))
-        left = np.bincount(plan.group_of[keep], minlength=len(plan.groups))
-        survivors = np.flatnonzero(keep & (left[plan.group_of] > 1))  # a group's last channel leaves the plan
+        survivors = np.flatnonzero(plan.movable(Kept(keep)))
         if len(survivors) != self.plan.n_channels:
             raise PlanError("the plan of the pruned model lost channels that were kept; build a new pruner")
         self.born = self.born[survivors]

@@ -390,7 +390,8 @@ class BasePruner(_Original):
     def _least(self, number: int, units: int, channels: int) -> int:
         plan = self.engine.plan
         group = plan.groups[number]
-        least = 1 if units == channels or group.root in self.engine.attentions else min(units, plan.least_units(group))
+        least = 1 if units == channels or group.root in self.engine.attentions else min(units, 2)
+        least = max(least, plan.least_units(group))
         blocks = {name for name, _ in group.members}
         grouped = (t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks)
         return min(units, 2) if units != channels and any(grouped) else least
