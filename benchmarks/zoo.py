@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.attention import ConvNeXt, TextClassifier, ViT
-from benchmarks.models.odd import Conv1dNet, Conv3dNet, DepthMultiplierNet
+from benchmarks.models.odd import Conv1dNet, Conv3dNet, DepthMultiplierNet, Tagger
 from benchmarks.models.plain import (
     VGG,
     DenseNet,
@@ -209,6 +209,7 @@ ZOO: dict[str, Entry] = {
     "vit_s16": Entry(ViT, partial(ViT, **_vit), _image(32)),
     "vit_s16_fused": Entry(partial(ViT, fused_qkv=True), partial(ViT, **_vit, fused_qkv=True), _image(32)),
     "text": Entry(TextClassifier, partial(TextClassifier, vocab=50, dim=20, hidden=28), _tokens),
+    "tagger": Entry(Tagger, partial(Tagger, vocab=50, dim=12, hidden=10, top=14), _tokens),
     "conv1d": Entry(Conv1dNet, partial(Conv1dNet, widths=(12, 20, 14)), _signal),
     "conv3d": Entry(Conv3dNet, partial(Conv3dNet, widths=(12, 20, 24), norm_groups=4), _volume),
 }

@@ -190,6 +190,8 @@ class _Rehearsal:
                 for _, module in named_modules(self.model):
                     for own, new in ((module._parameters, parameters), (module._buffers, small)):
                         _exchange(own, new)
+                    if isinstance(module, nn.RNNBase):  # keeps its tensors in a list, too
+                        module._flat_weights[:] = [parameters.get(id(t), t) for t in module._flat_weights]
                 yield
             finally:
                 apply_changes(list(reversed(undo)), [])
@@ -213,8 +215,6 @@ class _Rehearsal:
             small[id(tensor)] = new
             large[id(tensor)] = Thin(new, one.shape, where, columns, 0.0 if one.is_parameter else 1.0)
         for _, module in named_modules(self.model):
-            if isinstance(module, nn.RNNBase):
-                continue  # keeps its tensors in a list, too
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in small and _alike(parameter):
                     new = self._values.like(parameter, parameter.shape, name, parameter.shape[-1])

@@ -101,6 +101,11 @@ def masked_copy(model: nn.Module, plan: Plan, keep: np.ndarray) -> nn.Module:
     return copied
 
 
+def is_weight(local: str) -> bool:
+    """Whether a tensor called ``local`` in its module is a weight; recurrent layers have several."""
+    return local == "weight" or local.startswith(("weight_ih", "weight_hh", "weight_hr"))
+
+
 def canonical(plan: Plan) -> dict[str, Any]:
     """A plan as plain data, without what depends on history (frozen reasons) or on order alone."""
     return {

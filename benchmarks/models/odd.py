@@ -1,4 +1,4 @@
-"""Networks with layers that the classics do not use: 1-d and 3-d convolutions, depthwise multipliers."""
+"""Networks with layers that the classics do not use: 1-d and 3-d convolutions, depthwise multipliers, recurrence."""
 
 from __future__ import annotations
 
@@ -107,3 +107,19 @@ class DepthMultiplierNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))
+
+
+class Tagger(nn.Module):
+    """Embedding, two layers of LSTM in both directions, a GRU; [B, L] tokens -> [B, L, num_classes]."""
+
+    def __init__(
+        self, vocab: int = 30522, dim: int = 256, hidden: int = 512, top: int = 256, num_classes: int = 17
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, dim)
+        self.lstm = nn.LSTM(dim, hidden, num_layers=2, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(2 * hidden, top, batch_first=True)
+        self.head = nn.Linear(top, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.gru(self.lstm(self.embed(tokens))[0])[0])

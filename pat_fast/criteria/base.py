@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, did_you_mean
 from ..ops import channel_reduce
 from ..plan.bind import Binding, Tiles
+from ..plan.recurrent import weight_or_bias
 from ..plan.types import Axis, Plan, TensorMap
 from .accumulator import Accumulator
 from .group_norm import SCORED
@@ -105,7 +106,8 @@ class MemberCriterion:
     def _counts(self, binding: Binding, tensor_map: TensorMap) -> bool:
         names = ("weight", "bias") if self.bias else ("weight",)
         return tensor_map.is_parameter and any(
-            local in names and isinstance(owner, self.types) for owner, local in binding.owners(tensor_map.name)
+            isinstance(owner, self.types) and weight_or_bias(owner, local) in names
+            for owner, local in binding.owners(tensor_map.name)
         )
 
     def _counts_axis(self, tensor_map: TensorMap, axis: Axis) -> bool:

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from ..errors import check
 from ..ops import channel_reduce
 from ..plan.bind import Binding
+from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
 
-SCORED = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+SCORED = (nn.modules.conv._ConvNd, nn.Linear, *RECURRENT, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
 def is_scored(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
-    """Weights of convolutions, linear layers, batch and layer norms count; biases do not."""
-    return local == "weight" and isinstance(owner, SCORED)
+    """Weights of convolutions, linear and recurrent layers, batch and layer norms count; biases do not."""
+    return isinstance(owner, SCORED) and weight_or_bias(owner, local) == "weight"
 
 
 class GroupNorm:

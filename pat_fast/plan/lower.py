@@ -20,6 +20,7 @@ from .hollow import Hollow, ValuesRead
 from .labels import PHANTOM, IntArray, Solution, varying
 from .numbers import Symbol, resolve
 from .order import torch_prunings_order
+from .recurrent import Packing, couple_layers, is_plain, recurrent_layers
 from .running import call, undisturbed
 from .trace import Leaf, Tracer, fixed_outputs
 from .types import (
@@ -38,8 +39,6 @@ from .walk import named_modules, named_tensors
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
-# Inside these the code relies on the sizes of the whole: their parameters stay.
-CLOSED = (nn.MultiheadAttention, nn.RNNBase)
 
 
 def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
@@ -125,6 +124,8 @@ class _Attempt:
                 if self._with_numbers:
                     stack.enter_context(tracer.numbers.planted(self._model))
                     stack.enter_context(tracer.numbers)
+                if recurrent_layers(self._model):
+                    stack.enter_context(Packing())
                 stack.enter_context(tracer)
                 out = call(self._model, self._inputs)
         except Exception as error:  # kept: raised here it would leave Torch-Pruning's hooks in the model
@@ -156,6 +157,7 @@ def _batch(inputs: Any) -> int:
 def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, notes: tuple[str, ...]) -> Plan:
     leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
     _freeze_unknown_owners(model, tracer, leaves)
+    _couple_recurrent(model, tracer, leaves)
     _choose_units(tracer)
     _freeze_third_axes(tracer, leaves)
     solution, counts = resolve(tracer.numbers, tracer.slots)
@@ -295,7 +297,7 @@ def _layer(name: str) -> str:
 
 def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
     """A weight that is multiplied inside a module of unknown kind stays: its attributes are not known."""
-    closed = [name for name, m in named_modules(model) if isinstance(m, CLOSED)]
+    closed = [name for name, m in named_modules(model) if _is_closed(m)]
     if not closed:
         return
     for leaf in leaves:
@@ -304,6 +306,20 @@ def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf])
         if reason is not None:
             for slots in leaf.axes.values():
                 tracer.slots.freeze(slots, reason)
+
+
+def _is_closed(module: nn.Module) -> bool:
+    """Whether its code relies on the sizes of the whole, so that its parameters stay."""
+    return isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and not is_plain(module))
+
+
+def _couple_recurrent(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
+    """The layers and directions of a recurrent module have one width."""
+    layers = recurrent_layers(model)
+    if layers:
+        by_name = {name: leaf for leaf in leaves for name in leaf.names}
+        for path, module in layers:
+            couple_layers(module, path, by_name, tracer.slots)
 
 
 def _why_kept(model: nn.Module, closed: list[str], leaf: Leaf, name: str) -> str | None:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .trace import Tracer
 
 
+# Of PyTorch's layers, whose sizes are known, those that first states are made for, in the sizes that they keep.
+_STATEFUL = (nn.RNNBase, nn.RNNCellBase)
+
+
 @dataclass(frozen=True)
 class Symbol:
     """Where a number stands: ``attribute`` (``"config.hidden_size"`` for one of a config) of a module.
@@ -295,7 +299,7 @@ class NumberWatch(TorchFunctionMode):
         seen: set[int] = set()
         try:
             for path, module in named_modules(model):
-                if not type(module).__module__.startswith("torch.nn"):  # the sizes of PyTorch's layers are known
+                if not type(module).__module__.startswith("torch.nn") or isinstance(module, _STATEFUL):
                     self._plant(module.__dict__, path, "", undo)
                 for name, value in list(module.__dict__.items()):
                     if _is_config(cast(Any, type(value))) and hasattr(value, "__dict__") and id(value) not in seen:

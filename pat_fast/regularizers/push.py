@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops import channel_axpy_, channel_scale_
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
 from ..plan.bind import Binding, Tiles
+from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
 
 
@@ -41,17 +42,17 @@ class Regularizer(Protocol):
 
 Wanted = Callable[[TensorMap, nn.Module, str], bool]
 NORMS = (nn.modules.batchnorm._BatchNorm,)
-REGULARIZED = (nn.modules.conv._ConvNd, nn.Linear, *NORMS)
+REGULARIZED = (nn.modules.conv._ConvNd, nn.Linear, *RECURRENT, *NORMS)
 
 
 def is_regularized(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
-    """Weights of convolutions, linear layers and batch norms."""
-    return local == "weight" and isinstance(owner, REGULARIZED) and tensor_map.is_parameter
+    """Weights of convolutions, linear and recurrent layers and batch norms."""
+    return isinstance(owner, REGULARIZED) and weight_or_bias(owner, local) == "weight" and tensor_map.is_parameter
 
 
 def is_regularized_bias(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
     """Biases of the same."""
-    return local == "bias" and isinstance(owner, REGULARIZED) and tensor_map.is_parameter
+    return isinstance(owner, REGULARIZED) and weight_or_bias(owner, local) == "bias" and tensor_map.is_parameter
 
 
 def is_norm_weight(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..plan import recurrent
 from ..plan.bind import Binding
 from ..plan.types import Kept, Width
 
@@ -71,6 +72,33 @@ def _dimensions(**of: tuple[str, int]) -> Callable[[Any, str, Shape, int], dict[
     return sizes
 
 
+def _recurrent_sizes(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
+    if local == "weight_ih_l0":
+        return {"input_size": shape[1], "hidden_size": shape[0] // recurrent.gates(module)}
+    return {"proj_size": shape[0]} if local == "weight_hr_l0" else {}
+
+
+def _recurrent_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
+    kind, _, place = local.partition("_l")
+    rows = sizes["hidden_size"] * recurrent.gates(module)
+    out = sizes["proj_size"] or sizes["hidden_size"]
+    enters = out * (1 + module.bidirectional) if place.partition("_")[0] != "0" else sizes["input_size"]
+    shapes = {
+        "weight_ih": (rows, enters),
+        "weight_hh": (rows, out),
+        "weight_hr": (out, sizes["hidden_size"]),
+        "bias_ih": (rows,),
+        "bias_hh": (rows,),
+    }
+    return shapes.get(kind)
+
+
+def _cell_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
+    rows = module.weight_ih.shape[0] // module.hidden_size * sizes["hidden_size"]
+    shapes = {"weight_ih": (rows, sizes["input_size"]), "weight_hh": (rows, sizes["hidden_size"])}
+    return shapes.get(local, (rows,) if local.startswith("bias_") else None)
+
+
 SIZES: dict[type[nn.Module], SizeRule] = {
     nn.modules.conv._ConvNd: SizeRule(("in_channels", "out_channels", "groups"), _conv_sizes, _conv_shape),
     nn.Linear: SizeRule(
@@ -82,6 +110,12 @@ SIZES: dict[type[nn.Module], SizeRule] = {
         ("num_embeddings", "embedding_dim"),
         _dimensions(num_embeddings=("weight", 0), embedding_dim=("weight", 1)),
         lambda module, sizes, local: (sizes["num_embeddings"], sizes["embedding_dim"]) if local == "weight" else None,
+    ),
+    nn.RNNBase: SizeRule(("input_size", "hidden_size", "proj_size"), _recurrent_sizes, _recurrent_shape),
+    nn.RNNCellBase: SizeRule(
+        ("input_size", "hidden_size"),
+        _dimensions(input_size=("weight_ih", 1), hidden_size=("weight_hh", 1)),
+        _cell_shape,
     ),
     nn.PReLU: SizeRule(
         ("num_parameters",), _dimensions(num_parameters=("weight", 0)), _vector_shape("num_parameters")

@@ -10,6 +10,7 @@ from torch import Tensor
 from pat_fast.criteria import MemberCriterion
 from pat_fast.plan import Binding
 from pat_fast.plan.types import Axis, TensorMap, is_grouped
+from tests.helpers import is_weight
 
 Elements = Callable[[str, Tensor], Tensor]
 
@@ -29,7 +30,7 @@ def members(
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in plan.groups]
     for tensor_map in plan.tensors:
         module, local = binding.owner(tensor_map.name)
-        if local != "weight" or not isinstance(module, types):
+        if not is_weight(local) or not isinstance(module, types):
             continue
         own = elements(tensor_map.name, binding.tensors[tensor_map.name]).detach().double()
         for axis in tensor_map.axes:

@@ -16,7 +16,7 @@ from pat_fast import ConfigError, GroupNorm
 from pat_fast.criteria import SCORED
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.types import is_grouped
-from tests.helpers import Case, Small, small_inputs
+from tests.helpers import Case, Small, is_weight, small_inputs
 
 # Torch-Pruning gives a depthwise weight no score, and sums a grouped one's inputs over all groups.
 RIGHT_IN_TORCH_PRUNING = (
@@ -55,7 +55,7 @@ def slow_scores(binding: Binding, p: float) -> Tensor:
     members = torch.zeros(len(plan.groups), dtype=torch.float64)
     for tensor_map in plan.tensors:
         module, local = binding.owner(tensor_map.name)
-        if local != "weight" or not isinstance(module, SCORED):
+        if not is_weight(local) or not isinstance(module, SCORED):
             continue
         weight = binding.tensors[tensor_map.name].detach().double()
         for axis in tensor_map.axes:

@@ -255,7 +255,7 @@ def test_a_bare_parameter_that_is_multiplied_is_a_layer_of_its_own_name() -> Non
     assert ("kernel", 0) in plan.groups[[g.root for g in plan.groups].index("first")].members
 
 
-def test_attention_and_recurrence_modules_stay_whole() -> None:
+def test_attention_modules_stay_whole() -> None:
     class Closed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -272,8 +272,9 @@ def test_attention_and_recurrence_modules_stay_whole() -> None:
     model = Closed()
     ids = torch.randint(0, 11, (2, 5))
     plan = build_plan(model, ids)
-    assert [g.root for g in plan.groups] == ["mlp.0"]
-    prune(bind(plan, model), np.arange(10) < 6)
+    assert [g.root for g in plan.groups] == ["mlp.0", "lstm.weight_ih_l0"]
+    prune(bind(plan, model), np.arange(16) % 10 < 6)
+    assert (model.attention.embed_dim, model.lstm.hidden_size) == (8, 6)
     assert model(ids).shape == (2, 5, 3)
 
 

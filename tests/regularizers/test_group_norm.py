@@ -16,7 +16,7 @@ from pat_fast import ConfigError, GroupNorm, GroupNormRegularizer
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.types import is_grouped
 from pat_fast.regularizers import REGULARIZED
-from tests.helpers import Case, Small, small_inputs
+from tests.helpers import Case, Small, is_weight, small_inputs
 from tests.regularizers.helpers import grads, zero_grads
 
 STRENGTH = 1e-2
@@ -77,7 +77,8 @@ def test_gradients_are_those_of_loops(case: Case) -> None:
     for name, p in case.model.named_parameters():
         owner, _, local = name.rpartition(".")
         expected = start[name]
-        if name in mapped and local == "weight" and isinstance(case.model.get_submodule(owner), REGULARIZED):
+        module = case.model.get_submodule(owner)
+        if name in mapped and is_weight(local) and isinstance(module, REGULARIZED):
             expected = expected + slow_gradient(binding, name, gamma, STRENGTH)
         torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-12, msg=name)
 
