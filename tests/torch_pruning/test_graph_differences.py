@@ -90,7 +90,23 @@ class Recurrent(nn.Module):
         return self.fc(self.hidden(y[:, -1]).relu())
 
 
-def test_an_lstm_is_left_whole() -> None:
+def test_what_a_bare_parameter_makes_is_left_whole() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 6)
+            self.kernel = nn.Parameter(torch.randn(6, 5))
+            self.last = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x) @ self.kernel)
+
+    model = Bare()
+    make(tp, model, torch.randn(3, 4), ignored_layers=[model.last]).step()
+    assert (model.first.out_features, tuple(model.kernel.shape)) == (3, (3, 5))
+
+
+def test_an_lstm_keeps_its_hidden_units() -> None:
     inputs = torch.randn(2, 5, 6)
     broken = Recurrent()
 
@@ -102,7 +118,7 @@ def test_an_lstm_is_left_whole() -> None:
         prune_and_run()
     model = Recurrent()
     make(tp, model, inputs).step()
-    assert (model.lstm.hidden_size, model.hidden.out_features) == (8, 4)
+    assert (model.lstm.input_size, model.lstm.hidden_size, model.hidden.out_features) == (4, 8, 4)
     assert model(inputs).shape == (2, 3)
 
 

@@ -63,6 +63,10 @@ def lower(model: nn.Module, spec: Spec) -> tuple[Plan, dict[str, Attention]]:
     held = [names.get(id(p)) for p in spec.held]
     stay = [i for i, g in enumerate(plan.groups) if any(name in held for name, _ in g.members)]
     plan = plan.freeze(stay, "holds a parameter that is in ignored_layers")
+    paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    layers = {*paths, *(f"{path} transposed" for path in paths)}
+    bare = [i for i, g in enumerate(plan.groups) if not layers.issuperset((g.root, *g.layers))]
+    plan = plan.freeze(bare, "is made by a tensor of which Torch-Pruning's groups know no layer")
     plan, attentions = _by_index(model, plan, spec.num_heads or {})
     return _declared_blocks(model, plan, spec, attentions), attentions
 
