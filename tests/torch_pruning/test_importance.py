@@ -20,8 +20,8 @@ from pat_fast.torch_pruning._groups import is_depthwise
 from tests.torch_pruning.groups import close, plan_of, randomize_grads_
 
 NORMALIZERS_ = [*(n for n in NORMALIZERS if n != "sentinel"), "sentinel_0.3", None]
-# Torch-Pruning cannot trace the channel shuffle (ZeroDivisionError), and takes a row of an LSTM for a hidden unit, which
-# has four.
+# Torch-Pruning cannot trace the channel shuffle (ZeroDivisionError), and takes a row of an LSTM for a hidden unit, of
+# which each has four.
 MODELS = [name for name in ZOO if name not in ("shufflenet_v2", "tagger")]
 # Groups of Torch-Pruning that no group of ours equals. The channels of attention: it couples q, k, v and the
 # projection index by index, the plan knows heads. A split: it couples both halves. A depth multiplier: it has no
