@@ -34,7 +34,7 @@ Inputs = Annotated[
         "--input",
         metavar="SHAPE[:DTYPE]",
         help="An example input's shape, batch first, such as 1,16:int64. Repeat it for several inputs; "
-        "by default 1,3,224,224.",
+        "by default an image (1,3,224,224), or what a network of Transformers reads.",
     ),
 ]
 FactoryArgs = Annotated[str, typer.Option(help="Keyword arguments of the factory, a JSON object.")]
@@ -116,10 +116,11 @@ def plan(
         example = _examples(inputs)
 
         from . import build_plan
-        from .factory import build_model
+        from .factory import build_model, default_inputs
 
         model = build_model(factory, keywords, "FACTORY")
         planned = _schedule(schedule) if schedule is not None else None
+        example = example or default_inputs(model)
         _show_plan(build_plan(model, example if len(example) > 1 else example[0]))
         if planned is not None:
             typer.echo(planned)
@@ -326,7 +327,7 @@ def env() -> None:
 
 
 def _examples(inputs: list[str] | None) -> tuple[torch.Tensor, ...]:
-    return tuple(_example(text) for text in inputs or ("1,3,224,224",))
+    return tuple(_example(text) for text in inputs or ())
 
 
 def _schedule(text: str) -> str:

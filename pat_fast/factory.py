@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean
 
@@ -95,6 +96,20 @@ def of_transformers(model_type: str, **fields: Any) -> Any:
         near = did_you_mean(model_type, CONFIG_MAPPING)
         raise ConfigError(f"transformers:{model_type}: expected a model type of Transformers, got {model_type!r}{near}")
     return AutoModel.from_config(AutoConfig.for_model(model_type, **fields))
+
+
+def default_inputs(model: nn.Module) -> tuple[Tensor, ...]:
+    """Example inputs for a network of which none are known: 16 tokens if it says that it reads such, else an image.
+
+    Channels and size of the image are those of the network's ``config``, if it has one that says them.
+    """
+    if getattr(model, "main_input_name", "") == "input_ids":
+        return (torch.zeros(1, 16, dtype=torch.int64),)
+    config = getattr(model, "config", None)
+    channels, size = (getattr(config, name, None) for name in ("num_channels", "image_size"))
+    sizes = size if isinstance(size, (list, tuple)) else [size] * 2
+    shape = (1, channels or 3, *(s or 224 for s in sizes))
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)),)
 
 
 @contextmanager

@@ -222,6 +222,21 @@ def test_plan_refuses_a_bad_schedule() -> None:
     assert "schedule: expected one of linear, cubic" in result.stderr
 
 
+def test_plan_gives_a_network_of_transformers_what_it_reads() -> None:
+    pytest.importorskip("transformers")
+    text = {"n_layer": 1, "n_embd": 24, "n_head": 3, "vocab_size": 50}
+    image = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 20}
+    image |= {"image_size": 32, "patch_size": 8, "num_channels": 1}
+    for kind, args, layers in (
+        ("gpt2", text, ("h.0.mlp.c_fc", "h.0.attn.c_attn")),  # a cache among the outputs holds no heads
+        ("vit", image, ("layers.0.mlp.fc1", "layers.0.attention.q_proj")),
+    ):
+        result = invoke("plan", f"transformers:{kind}", "--args", json.dumps(args))
+        assert result.exit_code == 0, result.output
+        free = result.stdout.partition("frozen")[0]
+        assert all(layer in free for layer in layers), result.stdout
+
+
 def test_plan_finds_a_network_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
     (tmp_path / "my_network_file.py").write_text(source)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean
-from ..factory import build_model
+from ..factory import build_model, default_inputs
 from .kernels import Shape
 
 Inputs = tuple[Tensor, ...]
@@ -77,7 +77,7 @@ def find(name: str, inputs: Sequence[Tensor], args: Mapping[str, Any], small: bo
 
     Args:
         name: of a list of shapes, of a network of the zoo, or ``package.module:factory``.
-        inputs: example inputs of a factory's network.
+        inputs: example inputs of a factory's network; by default what it seems to read.
         args: keyword arguments of the factory.
         small: take the zoo's small version.
 
@@ -86,7 +86,8 @@ def find(name: str, inputs: Sequence[Tensor], args: Mapping[str, Any], small: bo
     """
     if ":" in name:
         model = vary_(build_model(name, args, "MODEL"))
-        return Model(name, lambda: _shapes(model), lambda: (copy.deepcopy(model), tuple(inputs)))
+        given = tuple(inputs) or default_inputs(model)
+        return Model(name, lambda: _shapes(model), lambda: (copy.deepcopy(model), given))
     if name in SHAPES:
         return Model(name, SHAPES[name])
     found = zoo()

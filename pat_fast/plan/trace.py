@@ -415,11 +415,12 @@ def _independent(factors: list[IntArray]) -> Factors:
 def fixed_outputs(out: Any) -> list[Tensor]:
     """The tensors of what a model returned that must keep their shapes.
 
-    All of them, except where one is called logits (of a ``ModelOutput``, say): what comes with logits are by-products
-    for another call of the same model (caches, hidden states), which may be as wide as the model is.
+    All of them, except by-products for another call of the same model, which may be as wide as the model is: caches,
+    and what comes with logits (of a ``ModelOutput``, say), such as hidden states.
     """
-    if isinstance(out, dict) and any(str(k).endswith("logits") for k in out):
-        out = [v for k, v in out.items() if str(k).endswith(("logits", "loss"))]
+    if isinstance(out, dict):
+        wanted = ("logits", "loss") if any(str(k).endswith("logits") for k in out) else ""
+        out = [v for k, v in out.items() if str(k).endswith(wanted) and not type(v).__name__.endswith("Cache")]
     return output_tensors(out)
 
 
