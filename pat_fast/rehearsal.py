@@ -145,12 +145,12 @@ class _Rehearsal:
         large, small = self._tensors(kept, self._moves(keep))
         precision = nullcontext() if self._exact else InDouble()
         expected = self._expected(large, precision)
-        with self._smaller(kept, small), torch.set_grad_enabled(backward), precision:
+        with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision:
             out = fixed_outputs(call(self.model, self._inputs[0]))
         if distance(expected, [t.detach() for t in out]) > (FINE if self._exact else TOLERANCE):
             return None
         if backward:
-            _backward(out)
+            _backward(out, own)
         return [t.shape for t in expected]
 
     def _expected(self, large: dict[int, Thin], precision: Any) -> list[Tensor]:
@@ -172,16 +172,16 @@ class _Rehearsal:
             for m in self.plan.tensors
             for t in (self._binding.tensors[m.name],)
         }
-        with self._smaller(kept, small):
+        with self._smaller(kept, small) as own:
             out = fixed_outputs(call(self.model, self._inputs[0]))
         if [t.shape for t in out] != shapes:
             return False
-        _backward(out)
+        _backward(out, own)
         return True
 
     @contextmanager
-    def _smaller(self, kept: Kept, small: dict[int, Tensor]) -> Iterator[None]:
-        """The model with tensors of ``small`` in the places of its own (known by their ids)."""
+    def _smaller(self, kept: Kept, small: dict[int, Tensor]) -> Iterator[list[Tensor]]:
+        """The model with tensors of ``small`` in the places of its own (known by their ids); those with gradients."""
         undo: list[Change] = []
         with undisturbed(self.model):
             parameters = {k: nn.Parameter(t, t.is_floating_point()) for k, t in small.items()}
@@ -192,7 +192,7 @@ class _Rehearsal:
                         _exchange(own, new)
                     if isinstance(module, nn.RNNBase):  # keeps its tensors in a list, too
                         module._flat_weights[:] = [parameters.get(id(t), t) for t in module._flat_weights]
-                yield
+                yield [p for p in parameters.values() if p.requires_grad]
             finally:
                 apply_changes(list(reversed(undo)), [])
 
@@ -260,11 +260,11 @@ def _alike(parameter: Tensor) -> bool:
 
 
 @torch.enable_grad()  # an optimizer's hook, which may call, runs without
-def _backward(out: list[Tensor]) -> None:
-    """Run a backward; the gradients are dropped with the tensors that get them."""
+def _backward(out: list[Tensor], own: list[Tensor]) -> None:
+    """Run a backward to the tensors ``own``, with which the gradients are dropped; the model's own get none."""
     loss = sum(t.float().sum() for t in out if t.grad_fn is not None)
     if isinstance(loss, Tensor):
-        loss.backward()
+        loss.backward(inputs=own)
 
 
 class _Places:

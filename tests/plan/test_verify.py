@@ -30,6 +30,18 @@ def test_plans_of_the_zoo_prove_themselves(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, case.model.parameters(), strict=True))
 
 
+def test_a_proof_leaves_gradients_alone(case: Case) -> None:
+    """It takes a backward, which must not reach what the plan has no map of (the last bias, say)."""
+    given = {name: torch.randn_like(p) for i, (name, p) in enumerate(case.model.named_parameters()) if i % 2}
+    for name, p in case.model.named_parameters():
+        p.grad = given[name].clone() if name in given else None
+        p.register_hook(lambda grad: pytest.fail("a hook of the model saw the gradient of a proof"))
+    pat.build_plan(case.model, case.inputs)
+    for name, p in case.model.named_parameters():
+        assert (p.grad is None) == (name not in given), name
+        assert name not in given or torch.equal(p.grad, given[name]), name
+
+
 def change(plan: Plan, number: int, axis: int, channels: np.ndarray) -> Plan:
     """``plan`` with the channels of one axis of one tensor replaced."""
     tensors = list(plan.tensors)
