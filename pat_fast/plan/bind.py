@@ -5,6 +5,7 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -162,6 +163,7 @@ class Binding:
             named = after.tensors
             self.modules, self._names, self._parts = after.modules, after._names, after._parts
         self.tensors: dict[str, Tensor] = {}
+        self._shapes = [m.shape for m in plan.tensors]
         for tensor_map in plan.tensors:
             found = named.get(tensor_map.name)
             if found is None or found.shape != tensor_map.shape:
@@ -184,7 +186,7 @@ class Binding:
     @property
     def is_true(self) -> bool:
         """Whether the tensors still have the shapes that the plan knows."""
-        return all(self.tensors[m.name].shape == m.shape for m in self.plan.tensors)
+        return [t.shape for t in self.tensors.values()] == self._shapes
 
     def _named(self) -> dict[str, Tensor]:
         """All parameters and buffers of the model by name, tied ones under each of theirs."""
@@ -209,13 +211,15 @@ class Binding:
         return self.is_true and self._is_whole()
 
     def _is_whole(self) -> bool:
-        return all(list(now.items()) == then for now, then in self._parts) and all(
-            held.get(local) is tensor for held, local, tensor in self.places
-        )
+        for now, then in self._parts:
+            if list(now.items()) != then:
+                return False
+        held = [of.get(local) for of, local, _ in self.places]
+        return all(map(operator.is_, held, [tensor for *_, tensor in self.places]))
 
     def check(self) -> None:
         """Raise :class:`PlanError` if the model was changed since by others."""
-        for tensor_map, tensor in zip(self.plan.tensors, self.tensors.values(), strict=True):
+        for tensor_map, tensor in () if self.is_true else zip(self.plan.tensors, self.tensors.values(), strict=True):
             if tensor.shape != tensor_map.shape:
                 raise PlanError(
                     f"{tensor_map.name} has shape {tuple(tensor.shape)}, the plan expects {tensor_map.shape}: the "

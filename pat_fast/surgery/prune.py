@@ -30,7 +30,7 @@ from .optimizer import StateTensor, check_state, state_tensors
 from .record import note_prune, restorer
 from .undo import Undo, uninterrupted
 
-__all__ = ["dense_strides", "prepare", "prune", "set_tensor"]
+__all__ = ["Smaller", "dense_strides", "prepare", "prune", "prune_checked", "set_tensor"]
 
 LAYOUT = "layout"  # what a binding keeps it under
 
@@ -48,7 +48,36 @@ class Cut:
     new: list[Tensor] = field(default_factory=list)
 
 
-@torch.no_grad()
+@dataclass
+class Smaller:
+    """The binding to a model after a prune, made when it is called for: a pruner's last prune needs none.
+
+    Attributes:
+        before: the binding before the prune.
+        kept: what stayed.
+        strides: of the tensors after it.
+        plan: the plan after it, if it is known.
+    """
+
+    before: Binding
+    kept: Kept
+    strides: list[tuple[int, ...]]
+    plan: Plan | None = None
+
+    def __call__(self) -> Binding:
+        """The binding.
+
+        Raises:
+            PlanError: tensors of the model came to have other shapes since.
+        """
+        before = self.before
+        plan = before.plan.shrink(self.kept) if self.plan is None else self.plan
+        smaller = Binding(plan, before.model, after=before)
+        tabulate(smaller, before)
+        smaller.derived[LAYOUT] = before.derived[LAYOUT].smaller(before.plan, plan, self.strides)
+        return smaller
+
+
 def prune(
     binding: Binding,
     keep: Tensor | NDArray[np.bool_],
@@ -77,6 +106,31 @@ def prune(
     keep = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
     kept = binding.plan.check_keep(keep)
     plan = binding.plan.shrink(kept)
+    made: list[Binding] = []
+
+    def finish(smaller: Smaller) -> None:
+        smaller.plan = plan
+        made.append(smaller())
+        if then is not None:
+            then(made[0])
+
+    prune_checked(binding, kept, optimizers, ready, copies, finish)
+    return made[0]
+
+
+@torch.no_grad()
+def prune_checked(
+    binding: Binding,
+    kept: Kept,
+    optimizers: Iterable[Optimizer] = (),
+    ready: Callable[[], None] | None = None,
+    copies: Iterable[nn.Module] = (),
+    then: Callable[[Smaller], None] | None = None,
+) -> Smaller:
+    """As :func:`prune`, to what ``binding.plan.check_keep`` has let pass; the smaller binding is made when asked for.
+
+    ``then`` is called with what is returned.
+    """
     sizes, _ = binding.plan.shapes.left(kept)
     bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
     cuts = _cuts(bindings, sizes, list(optimizers))
@@ -88,7 +142,7 @@ def prune(
         if ready is not None:
             ready()
         with uninterrupted():
-            smaller = _change(cuts, changes, bindings, kept, plan, undo)
+            smaller = _change(cuts, changes, bindings, kept, undo)
             forget_compiled()
             if then is not None:
                 then(smaller)
@@ -106,9 +160,7 @@ def prune(
     return smaller
 
 
-def _change(
-    cuts: list[Cut], changes: list[Change], bindings: list[Binding], kept: Kept, plan: Plan, undo: list[Undo]
-) -> Binding:
+def _change(cuts: list[Cut], changes: list[Change], bindings: list[Binding], kept: Kept, undo: list[Undo]) -> Smaller:
     """Swap the new tensors in, set the attributes; what takes each step back is appended to ``undo`` first."""
     blank: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     nodes = _accumulators([c.tensor for c in cuts if c.tensor.requires_grad])
@@ -118,15 +170,10 @@ def _change(
     attributes: list[Change] = []
     undo.append(lambda: apply_changes(list(reversed(attributes)), []))
     apply_changes(changes, attributes)
-    undo += [restorer(b.model) for b in bindings]
+    undo += [restorer(b.modules.values()) for b in bindings]
     for bound in bindings:
         note_prune(bound, kept)
-    smaller, *_ = [Binding(plan, b.model, after=b) for b in bindings]
-    before = bindings[0]
-    tabulate(smaller, before)
-    strides = [t.stride() for t in before.tensors.values()]
-    smaller.derived[LAYOUT] = before.derived[LAYOUT].smaller(before.plan, plan, strides)
-    return smaller
+    return Smaller(bindings[0], kept, [t.stride() for t in bindings[0].tensors.values()])
 
 
 def prepare(binding: Binding) -> None:
@@ -134,6 +181,7 @@ def prepare(binding: Binding) -> None:
     layout_of(binding)
     tabulate(binding)
     binding.plan.macs()
+    binding.plan.check_keep(np.ones(binding.plan.n_channels, dtype=np.bool_))
 
 
 def layout_of(binding: Binding) -> Layout:

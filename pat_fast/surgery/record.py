@@ -5,10 +5,10 @@ It lies in the modules' own dictionaries, so that copies, wrappers and submodule
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import compress
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..plan.bind import Binding
@@ -35,13 +35,12 @@ def note_prune(binding: Binding, kept: Kept) -> None:
         record["dense"] = {"channels": plan.n_channels, "params": plan.params(), "macs": plan.macs()}
     record["prunes"] = record.get("prunes", 0) + 1
     channels: dict[str, dict[str, Any]] = record.setdefault("channels", {})
-    keep = kept.keep.tolist()
     for group in plan.groups:
-        known = channels.get(group.root)
+        known, left = channels.get(group.root), kept.keep[group.start : group.stop]
         if known is None or len(known["kept"]) != group.channels:  # a plan of another build: its own count
-            known = {"of": group.channels, "kept": list(range(group.channels))}
-        left = compress(known["kept"], keep[group.start : group.stop])
-        channels[group.root] = {"of": known["of"], "kept": list(left)}
+            channels[group.root] = {"of": group.channels, "kept": np.flatnonzero(left).tolist()}
+        else:
+            channels[group.root] = {"of": known["of"], "kept": np.asarray(known["kept"])[left].tolist()}
 
 
 def of(module: nn.Module) -> Record:
@@ -64,15 +63,19 @@ def records(model: nn.Module) -> Iterator[tuple[str, Record]]:
             yield name, vars(module)[KEY]
 
 
-def restorer(model: nn.Module) -> Callable[[], None]:
-    """What puts the records of ``model`` back to what they are now; nothing in them is changed in place but dicts."""
-    before = [(m, {k: dict(v) if isinstance(v, dict) else v for k, v in vars(m).get(KEY, {}).items()})
-              for m in model.modules()]  # fmt: skip
+def restorer(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """What puts the records of ``modules`` back to what they are now; nothing in them is changed in place but dicts."""
+    modules = list(modules)
+    before = [
+        (module, {k: dict(v) if isinstance(v, dict) else v for k, v in record.items()})
+        for module in modules
+        if (record := vars(module).get(KEY))
+    ]
 
     def restore() -> None:
-        for module, record in before:
+        for module in modules:
             vars(module).pop(KEY, None)
-            if record:
-                vars(module)[KEY] = record
+        for module, record in before:
+            vars(module)[KEY] = record
 
     return restore

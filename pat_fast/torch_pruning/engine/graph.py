@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch_pruning.dependency import DependencyGraph, Group, Node
 from ...errors import ConfigError, PatError, PlanError
 from ...plan.running import undisturbed
 from ...plan.trace import output_tensors
-from ...plan.types import BoolArray
+from ...plan.types import BoolArray, ChannelArray
 from . import layerwise
 from .arguments import check_customized, checked_indices
 from .groups import GroupMaker, Root
@@ -22,6 +23,35 @@ from .shaping import Spec, run
 from .state import Engine, whole_units
 
 History = list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The prunes of a step, group by group.
+
+    ``prunes``: name of the root layer, whether its outputs went, channels along that side ``[n]``, where the group's
+    channels start, and which of them went ``[channels]``. ``n_channels``: of the plan.
+    """
+
+    prunes: Sequence[tuple[str, bool, ChannelArray, int, BoolArray]]
+    n_channels: int
+
+    def entries(self) -> History:
+        """As Torch-Pruning has them: indices are those after the prunes that stand before."""
+        keep = np.ones(self.n_channels, dtype=np.bool_)
+        found: History = []
+        for name, out, axis, start, gone in self.prunes:
+            stop = start + len(gone)
+            if len(axis) == len(gone) and axis[0] == start and (np.diff(axis) == 1).all():
+                idxs = np.flatnonzero(gone)
+            else:
+                own = np.flatnonzero((axis >= start) & (axis < stop))
+                earlier = np.cumsum((axis >= 0) & ~keep[axis])
+                idxs = own[gone[axis[own] - start]]
+                idxs = idxs - earlier[idxs]
+            found.append([name, out, idxs.tolist()])
+            keep[start:stop] &= ~gone
+        return found
 
 
 class LiveGraph(DependencyGraph):
@@ -52,6 +82,7 @@ class LiveGraph(DependencyGraph):
             self.register_customized_layer(kind, pruner)
         self.maker = GroupMaker(self)
         self.layerwise_prunes = 0
+        self.foreign: tuple[Any, int, bool] | None = None  # see layerwise.any_foreign
 
     # Tracing
 
@@ -274,6 +305,22 @@ class LiveGraph(DependencyGraph):
         return list(found.values())
 
     # History
+
+    @property
+    def _pruning_history(self) -> History:
+        """What Torch-Pruning keeps under this name; lists of indices are made when they are asked for."""
+        while self._noted:
+            self._history += self._noted.pop(0).entries()
+        return self._history
+
+    @_pruning_history.setter
+    def _pruning_history(self, history: History) -> None:
+        self._history = history
+        self._noted: list[Noted] = []
+
+    def note(self, noted: Noted) -> None:
+        """Note a step."""
+        self._noted.append(noted)
 
     def history_entry(self, root: Root, gone: BoolArray) -> list[Any]:
         """What Torch-Pruning notes of a prune: the root layer, whether its outputs went, and which."""

@@ -39,11 +39,14 @@ def is_foreign(graph: LiveGraph, module: Any) -> bool:
 
 def any_foreign(graph: LiveGraph) -> bool:
     """Whether the model has such a layer."""
-    engine = graph.__dict__.get("engine")  # not yet, while the pruner is built
-    modules = graph.model.modules() if engine is None else engine.binding.modules.values()
-    if not graph.CUSTOMIZED_PRUNERS:
-        return any(isinstance(m, FOREIGN) for m in modules)
-    return any(is_foreign(graph, m) for m in modules)
+    engine = graph.__dict__.get("engine")
+    if engine is None:  # not yet, while the pruner is built
+        return any(is_foreign(graph, m) for m in graph.model.modules())
+    modules, known = engine.binding.modules, graph.foreign
+    if known is None or known[0] is not modules or known[1] != len(graph.CUSTOMIZED_PRUNERS):
+        found = any(is_foreign(graph, m) for m in modules.values())
+        known = graph.foreign = (modules, len(graph.CUSTOMIZED_PRUNERS), found)
+    return known[2]
 
 
 class LayerwiseGroup(Group):

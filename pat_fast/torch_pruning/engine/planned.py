@@ -8,9 +8,32 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...plan.types import BoolArray, IndexArray
+from ...plan.types import BoolArray, Group, IndexArray
 from .ranking import Candidate
 from .shaping import Attention
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of a group of the plan before its channels are scored.
+
+    Attributes:
+        number: among the plan's groups.
+        group: of the plan.
+        unit: see :class:`Planned`; None where every channel is one.
+        every: ``unit`` with the channels' numbers in the place of None.
+        units: how many there are.
+        least, multiple: see :class:`Candidate`.
+        attention: set if it is one that the user has named.
+    """
+
+    number: int
+    group: Group
+    unit: IndexArray | None
+    every: IndexArray
+    units: int
+    least: int
+    attention: Attention | None
 
 
 @dataclass
@@ -18,6 +41,7 @@ class Planned:
     """A group of the plan in a ranking.
 
     Attributes:
+        number: among the plan's groups.
         root: its root layer.
         born: lifelong names of its channels ``[n]``.
         unit: the unit of each, counted from 0 ``[n]``; an attention's extra channels, the last, have none.
@@ -27,6 +51,7 @@ class Planned:
         heads_gone: bool ``[heads]``, if heads are pruned.
     """
 
+    number: int
     root: str
     born: IndexArray
     unit: IndexArray
@@ -38,14 +63,18 @@ class Planned:
     def gone(self, prune_dims: bool) -> BoolArray:
         """Its channels that go: bool ``[n]``; none if nothing would be left."""
         if self.attention is None and self.candidate.units == len(self.born):  # a unit is a channel
-            gone = self.candidate.gone
-            return np.zeros_like(gone) if gone.all() else gone
+            return self.candidate.gone
         mask = self.candidate.gone[self.unit] & (self.attention is None or prune_dims)
         extra = np.zeros(len(self.born) - len(mask), dtype=np.bool_)
         if self.heads_gone is not None:
             mask = mask | np.repeat(self.heads_gone, len(mask) // len(self.heads_gone))
             extra = np.tile(self.heads_gone, len(extra) // len(self.heads_gone))
         return np.concatenate([mask, extra]) & ~mask.all()
+
+    def any_goes(self, prune_dims: bool) -> bool:
+        """Whether a channel goes."""
+        plain = self.attention is None and self.candidate.units == len(self.born)
+        return self.candidate.going > 0 if plain else bool(self.gone(prune_dims).any())
 
     def head_scores(self) -> Any:
         """Mean score of each head: ``[heads]``."""

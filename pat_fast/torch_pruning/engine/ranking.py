@@ -35,6 +35,7 @@ class Candidate:
         least: units that must stay if any goes.
         multiple: what its channels must stay a multiple of, because a kernel needs it.
         gone: bool ``[U]``, what was chosen.
+        going: how many these are.
     """
 
     name: str
@@ -46,19 +47,14 @@ class Candidate:
     least: int = 1
     multiple: int = 1
     gone: BoolArray = field(init=False)
-
-    def __post_init__(self) -> None:
-        unknown = np.isnan(self.scores)
-        if unknown.any():
-            self.scores = np.where(unknown, np.inf, self.scores)
-        self.gone = np.zeros(len(self.scores), dtype=np.bool_)
+    going: int = field(default=0, init=False)
 
     @property
     def units(self) -> int:
         return len(self.scores)
 
     def ranked(self) -> NDArray[np.int64]:
-        """Units from the least important to the most; ties in order."""
+        """Units from the least important to the most, those without a score last; ties in order."""
         return np.argsort(self.scores, kind="stable")
 
 
@@ -71,43 +67,44 @@ def choose(candidates: Sequence[Candidate], initial: dict[str, int], round_to: i
     for candidate in candidates:
         scopes.setdefault(candidate.scope, []).append(candidate)
     for name, members in scopes.items():
-        total = sum(c.units for c in members)
+        bounds = np.cumsum([0, *(c.units for c in members)])
+        total = int(bounds[-1])
         left = int(initial.setdefault(name, total) * (1 - members[0].ratio))
-        if total > left:
-            _take(members, total - left)
-        for candidate in members:
-            _settle(candidate, round_to)
+        gone = _taken(members, bounds, total - left) if total > left else np.zeros(total, dtype=np.bool_)
+        going = _count(gone, bounds).tolist()
+        starts = bounds.tolist()
+        for i, candidate in enumerate(members):
+            candidate.gone, candidate.going = gone[starts[i] : starts[i + 1]], going[i]
+            if candidate.going:
+                _settle(candidate, round_to)
 
 
-def _take(members: Sequence[Candidate], count: int) -> None:
-    """Mark the ``count`` least important units of all ``members`` together."""
+def _count(gone: BoolArray, bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many of each candidate's units are ``gone``."""
+    return np.diff(np.searchsorted(np.flatnonzero(gone), bounds))
+
+
+def _taken(members: Sequence[Candidate], bounds: NDArray[np.int64], count: int) -> BoolArray:
+    """The ``count`` least important units of all ``members`` together, whose units ``bounds`` tell apart."""
     scores = np.concatenate([c.scores for c in members])
-    if any(c.cap for c in members):
-        scores = scores.copy()
-        start = 0
-        for c in members:
+    scores[np.isnan(scores)] = np.inf
+    for c, start in zip(members, bounds.tolist(), strict=False):
+        if c.cap:
             scores[start + c.ranked()[c.units - c.cap :]] = np.inf
-            start += c.units
     count = min(count, int((scores < np.inf).sum()))
     if not count:
-        return
+        return np.zeros(len(scores), dtype=np.bool_)
     threshold = np.partition(scores, count - 1)[count - 1]
-    _share_out(members, scores <= threshold)
-    if sum(int(c.gone.sum()) for c in members) == count and not any(c.gone.all() for c in members):
-        return
+    gone: BoolArray = scores <= threshold
+    going = _count(gone, bounds)
+    if going.sum() == count and (going < np.diff(bounds)).all():
+        return gone
     # More is tied at the threshold than is asked for, or a group would be gone altogether for a rounding error.
     near = np.abs(scores - threshold) <= NEAR * abs(threshold)
     gone = (scores <= threshold) & ~near
     tied = np.flatnonzero(near)
     gone[tied[np.argsort(_share(members)[tied], kind="stable")[: count - int(gone.sum())]]] = True
-    _share_out(members, gone)
-
-
-def _share_out(members: Sequence[Candidate], gone: BoolArray) -> None:
-    start = 0
-    for candidate in members:
-        candidate.gone = gone[start : start + candidate.units]
-        start += candidate.units
+    return gone
 
 
 def _share(members: Sequence[Candidate]) -> NDArray[np.float64]:
@@ -122,24 +119,27 @@ def _share(members: Sequence[Candidate]) -> NDArray[np.float64]:
 
 def _settle(candidate: Candidate, round_to: int | None) -> None:
     """Round what is left, and leave the group alone if nothing would be."""
-    going = int(candidate.gone.sum())
-    if not going:
-        return
-    if going == candidate.units:
+    if candidate.going == candidate.units:
         _warn(candidate, "all of its channels are among the least important; it is left as it is in this step")
-        candidate.gone[:] = False
+        _set(candidate, 0)
         return
     least = max(candidate.least, candidate.cap)
-    left = max(candidate.units - going, least)
+    left = max(candidate.units - candidate.going, least)
     if candidate.multiple > 1:
         left = nearest(candidate.units, left, least, candidate.width, math.lcm(round_to or 1, candidate.multiple))
     elif round_to:
         left = rounded(candidate.units, left, least, candidate.width, round_to)
         if left == candidate.units:
             _warn(candidate, f"it has {candidate.width} channels, and cannot be pruned to a multiple of {round_to}")
-    if left != candidate.units - going:
-        candidate.gone = np.zeros(candidate.units, dtype=np.bool_)
-        candidate.gone[candidate.ranked()[: candidate.units - left]] = True
+    if left != candidate.units - candidate.going:
+        _set(candidate, candidate.units - left)
+
+
+def _set(candidate: Candidate, going: int) -> None:
+    """Let the ``going`` least important units go."""
+    candidate.gone = np.zeros(candidate.units, dtype=np.bool_)
+    candidate.gone[candidate.ranked()[:going]] = True
+    candidate.going = going
 
 
 def rounded(units: int, left: int, least: int, width: int, round_to: int) -> int:

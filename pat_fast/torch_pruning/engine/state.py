@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from torch.optim import Optimizer
 from ...discovery import Discovery
 from ...errors import PlanError
 from ...plan import Binding, Plan
-from ...plan.types import BoolArray, IndexArray, Kept
-from ...surgery import prepare, prune
+from ...plan.types import BoolArray, IndexArray
+from ...surgery import Smaller, prepare, prune_checked
 from .axes import Axes
 from .shaping import Spec, lower
 
@@ -40,6 +39,10 @@ class Engine:
         followers: gives what else is kept for each parameter, laid out as an optimizer's state is.
     """
 
+    _binding: Binding
+    _born: IndexArray
+    _axes: Axes | None = None
+    _smaller: Smaller | None = None  # what the last prune has left, until it is asked for
     is_ready = False  # no hooks of the discovery: a drop-in pruner regularises when it is told to
 
     def __init__(
@@ -64,24 +67,50 @@ class Engine:
         plan, self.attentions = lower(self.model, self.spec)
         if self._left_alone:
             plan = leave_alone(plan, self._left_alone)
-        self._set(Binding(plan, self.model))
+        self._set(Binding(plan, self.model), np.arange(plan.n_channels))
         prepare(self.binding)
-        self.born = np.arange(plan.n_channels)
         self.lowered += 1
 
-    def _set(self, binding: Binding) -> None:
-        self.binding = binding
-        self.__dict__.pop("axes", None)
+    def _set(self, binding: Binding, born: IndexArray | None = None) -> None:
+        self._binding, self._smaller = binding, None
+        if born is not None:
+            self._born = born
+
+    def _follow(self) -> None:
+        """Bind the plan that the last prune has left, if that was not done yet."""
+        if self._smaller is not None:
+            smaller, self._smaller = self._smaller, None
+            try:
+                binding = smaller()
+            except PlanError:  # the model was changed by others since
+                self._lower()
+            else:
+                self._set(binding, self._born[np.flatnonzero(smaller.before.plan.movable(smaller.kept))])
+
+    @property
+    def binding(self) -> Binding:
+        """The plan, bound to the model."""
+        self._follow()
+        return self._binding
+
+    @property
+    def born(self) -> IndexArray:
+        """The lifelong names of the plan's channels: ``[N]``."""
+        self._follow()
+        return self._born
 
     @property
     def plan(self) -> Plan:
         """The plan of the model as it is."""
         return self.binding.plan
 
-    @cached_property
+    @property
     def axes(self) -> Axes:
         """Channels along the axes of the model's layers."""
-        return Axes(self.binding)
+        binding = self.binding
+        if self._axes is None or self._axes.binding is not binding:
+            self._axes = Axes(binding)
+        return self._axes
 
     def current(self) -> Binding:
         """The binding, made anew if the model was changed by others since.
@@ -105,11 +134,7 @@ class Engine:
     def prune(self, keep: BoolArray) -> None:
         """Remove the channels ``~keep``; see :func:`pat_fast.surgery.prune`."""
         plan = self.plan
-        self._set(prune(self.binding, keep, self.optimizers()))
-        survivors = np.flatnonzero(plan.movable(Kept(keep)))
-        if len(survivors) != self.plan.n_channels:
-            raise PlanError("the plan of the pruned model lost channels that were kept; build a new pruner")
-        self.born = self.born[survivors]
+        self._smaller = prune_checked(self.binding, plan.check_keep(keep), self.optimizers())
         self.pruned += 1
         for listener in self.listeners:
             listener(plan, keep)

@@ -16,14 +16,15 @@ from torch_pruning.pruner.algorithms.base_pruner import BasePruner as _Original
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
 from ....errors import PlanError, check
-from ....plan.types import BoolArray
+from ....plan import Plan
+from ....plan.types import BoolArray, ChannelArray
 from ....selection import protected_units, unit_scores
 from ..._groups import member_order
 from ...engine import arguments, layerwise
 from ...engine.arguments import deprecated
-from ...engine.graph import History, LiveGraph
+from ...engine.graph import History, LiveGraph, Noted
 from ...engine.groups import PlanGroup
-from ...engine.planned import Planned, unit_means
+from ...engine.planned import Planned, Standing, unit_means
 from ...engine.ranking import Candidate, choose, choose_heads, head_counts
 from ...engine.scoring import depends_on_order, scores_plans
 from ...engine.shaping import Attention, Spec
@@ -156,6 +157,7 @@ class BasePruner(_Original):
         self._heads_at_first: dict[str, int] = {}
         self._scopes: dict[tuple[int, str], tuple[str, nn.Module | None]] = {}
         self._open: tuple[int, dict[str, bool]] = (0, {})
+        self._stands: tuple[Plan, list[Standing]] | None = None
         self.layer_init_out_ch: dict[nn.Module, int | None] = {}
         self.layer_init_in_ch: dict[nn.Module, int | None] = {}
         for module in self.model.modules():
@@ -185,6 +187,7 @@ class BasePruner(_Original):
         """What does not change with the weights is worked out before the first step."""
         for group in self.engine.plan.groups:
             self.DG.maker.root(group)
+        self._standing()
         if callable(getattr(self.importance, "prepare", None)):
             self.importance.prepare(self.engine.binding)
         _ = self.engine.axes, self.engine.references()
@@ -232,21 +235,18 @@ class BasePruner(_Original):
         engine = self.engine
         plan = engine.plan
         keep = np.ones(plan.n_channels, dtype=np.bool_)
-        entries = []
-        numbers = {g.root: i for i, g in enumerate(plan.groups)}
-        for each in planned:
-            mask = each.gone(self.prune_head_dims)
-            group = plan.groups[numbers[each.root]]
-            entries.append(self._history_entry(numbers[each.root], mask, keep))
-            keep[group.start : group.stop] &= ~mask
-            self._adjust_fisher(numbers[each.root], mask)
+        masks = [each.gone(self.prune_head_dims) for each in planned]
+        noted = Noted([self._noted(each.number, m) for each, m in zip(planned, masks, strict=True)], plan.n_channels)
+        for each, mask in zip(planned, masks, strict=True):
+            group = plan.groups[each.number]
+            keep[group.start : group.stop] = ~mask
+            self._adjust_fisher(each.number, mask)
         if not keep.all():
             try:
                 engine.prune(keep)
             except PlanError:  # an axis that several groups share in part would be left empty
                 engine.prune(self._spared(keep, planned))
-        for entry in entries:
-            self.DG.record(entry)
+        self.DG.note(noted)
         for group in loose:
             group.prune()
         self._count_heads(planned)
@@ -266,9 +266,8 @@ class BasePruner(_Original):
         with torch.no_grad():
             planned, loose = self._decide()
         maker, engine = self.DG.maker, self.engine
-        numbers = {g.root: i for i, g in enumerate(engine.plan.groups)}
         for each in planned:
-            maker.structure(numbers[each.root])  # while the graph is that of the model as it is
+            maker.structure(each.number)  # while the graph is that of the model as it is
         lowered = engine.lowered
         for each in planned:
             engine.current()
@@ -282,18 +281,13 @@ class BasePruner(_Original):
             yield maker.part(number, channels)
         yield from loose
 
-    def _history_entry(self, number: int, mask: BoolArray, keep: BoolArray) -> list[Any]:
-        """What to note of a group's prune, in indices after those that were noted before it."""
+    def _noted(self, number: int, mask: BoolArray) -> tuple[str, bool, ChannelArray, int, BoolArray]:
+        """What to note of a group's prune; see :class:`Noted`."""
         group = self.engine.plan.groups[number]
         root = self.DG.maker.root(group)
         axis = self.engine.axes.of(root.module, root.out)
         assert axis is not None
-        if len(axis) == group.channels and (axis == np.arange(group.start, group.stop)).all():
-            return [self.DG.name_of(root.module), root.out, np.flatnonzero(mask).tolist()]
-        own = np.flatnonzero((axis >= group.start) & (axis < group.stop))
-        idxs = own[mask[axis[own] - group.start]]
-        earlier = np.cumsum((axis >= 0) & ~keep[axis])
-        return [self.DG.name_of(root.module), root.out, (idxs - earlier[idxs]).tolist()]
+        return self.DG.name_of(root.module), root.out, axis, group.start, mask
 
     def _adjust_fisher(self, number: int, mask: BoolArray) -> None:
         # Torch-Pruning's own OBDC keeps its sums by layer; what this package's gathers shrinks with the parameters.
@@ -334,7 +328,7 @@ class BasePruner(_Original):
                 ready.append(layerwise.group(self.DG, dep.target.module, dep.handler, idxs))
         order = list(dict.fromkeys(["DEFAULT_SCOPE", *(p.candidate.scope for p in planned)]))  # as Torch-Pruning goes
         planned = sorted(planned, key=lambda p: order.index(p.candidate.scope))
-        return [p for p in planned if p.gone(self.prune_head_dims).any()], ready
+        return [p for p in planned if p.any_goes(self.prune_head_dims)], ready
 
     def _scores(self) -> Tensor:
         """Importance of every channel of the plan ``[N]`` on the CPU; NaN where there is none."""
@@ -355,46 +349,66 @@ class BasePruner(_Original):
 
     def _planned(self) -> list[Planned]:
         engine = self.engine
-        plan, scores = engine.plan, self._scores()
-        values = scores.numpy()
+        scores = self._scores()
+        values, born = scores.numpy(), engine.born
         unknown = np.isnan(values)
-        some, all_single = bool(unknown.any()), plan.n_units == plan.n_channels
-        single = plan.unit_size[plan.unit] == 1
+        some = bool(unknown.any())
+        step_ratio = self.per_step_pruning_ratio[self.current_step]
         found = []
-        for number, group in enumerate(plan.groups):
-            if not self._is_open(number):
-                continue
+        for s in self._standing():
+            group = s.group
             if some and unknown[group.start : group.stop].all():
                 continue
             own = scores[group.start : group.stop]
-            attention = engine.attentions.get(group.root)
-            if attention is not None:
-                heads = self._heads.setdefault(group.root, attention.heads)
-                unit = np.tile(np.arange(group.channels // heads - attention.extras), heads)
-            elif all_single or single[group.start : group.stop].all():
-                unit = None
-            else:
-                unit = np.unique(plan.unit[group.start : group.stop], return_inverse=True)[1]
-            units = values[group.start : group.stop] if unit is None else unit_means(own[: len(unit)], unit)
-            unit = np.arange(group.channels) if unit is None else unit
-            scope, module = self._scope(number)
-            ratio = self.per_step_pruning_ratio[self.current_step]
+            units = values[group.start : group.stop] if s.unit is None else unit_means(own[: len(s.unit)], s.unit)
+            scope, module = self._scope(s.number)
+            ratio = step_ratio
             if module is not None:
                 ratio = self.get_target_pruning_ratio(module, step=self.current_step)
-            least = self._least(number, len(units), group.channels)
-            cap = self._cap(group.root, len(units))
-            candidate = Candidate(group.root, scope, ratio, units, len(unit), cap, least, group.multiple)
-            found.append(Planned(group.root, engine.born[group.start : group.stop], unit, own, candidate, attention))
+            cap = self._cap(group.root, s.units)
+            candidate = Candidate(group.root, scope, ratio, units, len(s.every), cap, s.least, group.multiple)
+            names = born[group.start : group.stop]
+            found.append(Planned(s.number, group.root, names, s.every, own, candidate, s.attention))
         return found
+
+    def _standing(self) -> list[Standing]:
+        """The groups that may be pruned."""
+        plan = self.engine.plan
+        if self._stands is None or self._stands[0] is not plan:
+            all_single = plan.n_units == plan.n_channels
+            single = plan.unit_size[plan.unit] == 1
+            found = []
+            for number, group in enumerate(plan.groups):
+                if self._is_open(number):
+                    own = slice(group.start, group.stop)
+                    found.append(self._stand(number, all_single or bool(single[own].all())))
+            self._stands = (plan, found)
+        return self._stands[1]
+
+    def _stand(self, number: int, single: bool) -> Standing:
+        plan = self.engine.plan
+        group = plan.groups[number]
+        attention = self.engine.attentions.get(group.root)
+        unit = None
+        if attention is not None:
+            heads = self._heads.setdefault(group.root, attention.heads)
+            unit = np.tile(np.arange(group.channels // heads - attention.extras), heads)
+        elif not single:
+            unit = np.unique(plan.unit[group.start : group.stop], return_inverse=True)[1]
+        units = group.channels if unit is None else int(unit.max()) + 1
+        every = np.arange(group.channels) if unit is None else unit
+        return Standing(number, group, unit, every, units, self._least(number, units, group.channels), attention)
 
     def _least(self, number: int, units: int, channels: int) -> int:
         plan = self.engine.plan
         group = plan.groups[number]
         least = 1 if units == channels or group.root in self.engine.attentions else min(units, 2)
         least = max(least, plan.least_units(group))
+        if units == channels:
+            return least
         blocks = {name for name, _ in group.members}
         grouped = (t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks)
-        return min(units, 2) if units != channels and any(grouped) else least
+        return min(units, 2) if any(grouped) else least
 
     def _cap(self, root: str, units: int) -> int:
         first = self._units_at_first.setdefault(root, units)
