@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_pruning.pruner.importance import Importance
+from torch_pruning.pruner.importance import ComputeMatGrad, Group, Importance
 
 from ..criteria import Normalizer, Reduction
 from ..criteria.accumulator import Accumulator
@@ -31,7 +31,9 @@ from ._magnitude import WEIGHTED, GroupMagnitudeImportance
 __all__ = [
     "ActivationImportance",
     "BNScaleImportance",
+    "ComputeMatGrad",
     "FPGMImportance",
+    "Group",
     "GroupHessianImportance",
     "GroupMagnitudeImportance",
     "GroupTaylorImportance",

@@ -44,12 +44,19 @@ def _name(model: nn.Module, module: Any) -> str:
     return next((n for n, m in model.named_modules() if m is module and n), type(module).__name__)
 
 
-def in_model(model: nn.Module, argument: str, module: Any) -> nn.Module:
-    """``module``, which must be a part of ``model``; raises :class:`ConfigError` otherwise."""
-    if not isinstance(module, nn.Module) or not any(m is module for m in model.modules()):
+def in_model(model: nn.Module, argument: str, module: Any, parts: set[int] | None = None) -> nn.Module:
+    """``module``, which must be a part of ``model``; raises :class:`ConfigError` otherwise.
+
+    ``parts``: the ``id`` of all of the model's, if that is known.
+    """
+    if not isinstance(module, nn.Module) or id(module) not in (_parts(model) if parts is None else parts):
         what = f"a {type(module).__name__} that is not a part of it" if isinstance(module, nn.Module) else repr(module)
         raise ConfigError(f"{argument}: expected modules of the model (as in model.named_modules()), got {what}")
     return module
+
+
+def _parts(model: nn.Module) -> set[int]:
+    return {id(m) for m in model.modules()}
 
 
 def split_ignored(model: nn.Module, ignored: Iterable[Any] | None) -> tuple[list[nn.Module], list[type], list[Tensor]]:
@@ -61,29 +68,30 @@ def split_ignored(model: nn.Module, ignored: Iterable[Any] | None) -> tuple[list
     modules: list[nn.Module] = []
     types: list[type] = []
     params: list[Tensor] = []
-    own = {id(p) for p in model.parameters()}
     if isinstance(ignored, (nn.Module, str)) or not isinstance(ignored, (Iterable, type(None))):
         raise ConfigError(
             f"ignored_layers: expected a list of layers, got {type(ignored).__name__}; put it in brackets"
         )
     for layer in ignored or ():
         if isinstance(layer, nn.Parameter):
-            if id(layer) not in own:
+            if not any(layer is p for p in model.parameters()):
                 raise ConfigError("ignored_layers: it holds a parameter that is not one of the model's")
             params.append(layer)
         elif isinstance(layer, type) and issubclass(layer, nn.Module):
             types.append(layer)
         else:
             modules.extend(in_model(model, "ignored_layers", layer).modules())
-    modules.extend(m for m in model.modules() if isinstance(m, tuple(types)))
+    if types:
+        modules.extend(m for m in model.modules() if isinstance(m, tuple(types)))
     return modules, types, params
 
 
 def checked_counts(model: nn.Module, argument: str, given: Mapping[Any, Any] | None) -> dict[nn.Module, int]:
     """A copy of a dict of modules to whole numbers, checked."""
     found = {}
+    parts = _parts(model) if given else None
     for module, count in (given or {}).items():
-        in_model(model, argument, module)
+        in_model(model, argument, module, parts)
         check_count(f"{argument}[{_name(model, module)}]", count)
         found[module] = int(count)
     return found
@@ -92,9 +100,10 @@ def checked_counts(model: nn.Module, argument: str, given: Mapping[Any, Any] | N
 def checked_ratios(model: nn.Module, argument: str, given: Mapping[Any, Any] | None) -> dict[Any, float]:
     """A copy of a dict of modules, or tuples of modules, to ratios, checked."""
     found = {}
+    parts = _parts(model) if given else None
     for key, ratio in (given or {}).items():
         for module in key if isinstance(key, tuple) else (key,):
-            in_model(model, argument, module)
+            in_model(model, argument, module, parts)
             check_ratio(f"{argument}[{_name(model, module)}]", ratio)
         found[key] = ratio
     return found
@@ -118,7 +127,7 @@ def check_customized(model: nn.Module, key: Any, pruner: Any) -> None:
 def check_unwrapped(model: nn.Module, unwrapped: Any) -> list[tuple[nn.Parameter, int]]:
     """``unwrapped_parameters`` as a list of (parameter, dimension), checked; a list or a dict may be given."""
     pairs = list(unwrapped.items()) if isinstance(unwrapped, Mapping) else [tuple(p) for p in unwrapped or ()]
-    own = {id(p) for p in model.parameters()}
+    own = {id(p) for p in model.parameters()} if pairs else set()
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], Tensor) or id(pair[0]) not in own:
             raise ConfigError("unwrapped_parameters: expected (parameter of the model, dimension) pairs")

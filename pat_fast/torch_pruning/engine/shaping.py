@@ -59,10 +59,11 @@ def lower(model: nn.Module, spec: Spec) -> tuple[Plan, dict[str, Attention]]:
     """
     with _reduced_forward(model, spec):
         plan = build_plan(model, spec.example_inputs)
-    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    held = [names.get(id(p)) for p in spec.held]
-    stay = [i for i, g in enumerate(plan.groups) if any(name in held for name, _ in g.members)]
-    plan = plan.freeze(stay, "holds a parameter that is in ignored_layers")
+    if spec.held:
+        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        held = [names.get(id(p)) for p in spec.held]
+        stay = [i for i, g in enumerate(plan.groups) if any(name in held for name, _ in g.members)]
+        plan = plan.freeze(stay, "holds a parameter that is in ignored_layers")
     paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
     layers = {*paths, *(f"{path} transposed" for path in paths)}
     bare = [i for i, g in enumerate(plan.groups) if not layers.issuperset((g.root, *g.layers))]
@@ -147,7 +148,7 @@ class _Sides:
         self._out: dict[str, ChannelArray] = {}
         self._groups: dict[tuple[str, int], set[int]] = {}
         for tensor, axis in plan.axes():
-            found = set(np.unique(plan.group_of[axis.channels[axis.channels >= 0]]).tolist())
+            found = set(plan.holds(axis.channels)[2])
             self._groups[tensor.name, axis.dim] = found
             layer = tensor.name.rpartition(".")[0]
             if axis.role == "out":
