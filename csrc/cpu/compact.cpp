@@ -1,6 +1,8 @@
 // channel_compact: gathers kept rows and columns. Moves bits, so it knows element sizes, not dtypes.
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <tuple>
 
 #include "engine.h"
 #include "parallel.h"
@@ -11,6 +13,9 @@ namespace {
 
 // Runs of neighbouring kept columns shorter than this many bytes are cheaper to move one by one.
 constexpr int64_t kRunBytes = 32;
+// Runs that are this long are copied faster than compressed, and columns of which fewer than one in so many stay are
+// faster picked out.
+constexpr int64_t kLongBytes = 256, kFew = 6;
 
 // One tile and its destination: n rows, c columns, k; the axis that is far apart in the source is rows.
 struct Move {
@@ -19,6 +24,11 @@ struct Move {
   Canonical src;
   int64_t n, c, k, stride, sc, sk;
   const int32_t *rows, *cols;  // kept; null: all
+  const uint16_t* masks;       // the same columns as bits of words of 4 bytes; null: not to be compressed
+
+  bool k_packed() const { return k == 1 || (src.sk == 1 && sk == 1); }
+  int64_t unit() const { return k_packed() ? k : 1; }  // elements that stay together
+  bool packed() const { return src.sc == unit() && (sc == unit() || c == 1); }
 };
 
 Move make_move(const Addresses& outs, const Addresses& xs, const Tile& source, Tile target, int64_t element_bytes,
@@ -73,12 +83,35 @@ void move_runs(const std::vector<Run>& runs, int64_t unit, const char* from, cha
   for (const Run& run : runs) std::memcpy(to + run.to * unit, from + run.from * unit, run.length * unit);
 }
 
+// Columns as bits, made once for all tiles that keep the same ones.
+class Masks {
+ public:
+  const uint16_t* of(const Move& m, int64_t element_bytes) {
+    const int64_t words = m.unit() * element_bytes / 4, length = m.src.c * words;
+    if (!m.cols || !m.packed() || m.unit() * element_bytes % 4 != 0 || m.c * kFew < m.src.c) return nullptr;
+    std::vector<uint16_t>& bits = made_[{m.cols, m.c, m.src.c, words}];
+    if (bits.empty()) {
+      bits.resize((length + 15) / 16);
+      int64_t runs = 0;
+      for (int64_t c = 0; c < m.c; ++c) {
+        runs += c == 0 || m.cols[c] != m.cols[c - 1] + 1;
+        for (int64_t w = m.cols[c] * words; w < (m.cols[c] + 1) * words; ++w)
+          bits[w / 16] = static_cast<uint16_t>(bits[w / 16] | 1u << (w % 16));
+      }
+      if (m.c * words * 4 >= kLongBytes * runs) bits.assign(1, 0);
+    }
+    return static_cast<int64_t>(bits.size()) * 16 < length ? nullptr : bits.data();
+  }
+
+ private:
+  std::map<std::tuple<const int32_t*, int64_t, int64_t, int64_t>, std::vector<uint16_t>> made_;
+};
+
 template <class T>
 void move_rows(const Move& m, int64_t r0, int64_t r1) {
-  const bool k_packed = m.k == 1 || (m.src.sk == 1 && m.sk == 1);
-  const int64_t unit = k_packed ? m.k : 1;  // elements that stay together
-  const bool packed = m.src.sc == unit && (m.sc == unit || m.c == 1);
-  const std::vector<Run> runs = packed ? runs_of(m.cols, m.c) : std::vector<Run>();
+  const bool k_packed = m.k_packed(), packed = m.packed();
+  const int64_t unit = m.unit();
+  const std::vector<Run> runs = packed && !m.masks ? runs_of(m.cols, m.c) : std::vector<Run>();
   const int64_t unit_bytes = unit * static_cast<int64_t>(sizeof(T));
   const bool long_runs =
       m.cols == nullptr || unit > 1 || m.c * unit_bytes >= kRunBytes * static_cast<int64_t>(runs.size());
@@ -92,7 +125,10 @@ void move_rows(const Move& m, int64_t r0, int64_t r1) {
     for (int64_t k = 0; k < (k_packed ? 1 : m.k); ++k) {
       const T* x = from + k * m.src.sk;
       T* y = to + k * m.sk;
-      if (long_runs) move_runs(runs, unit_bytes, reinterpret_cast<const char*>(x), reinterpret_cast<char*>(y));
+      if (m.masks)
+        kernels().compress(reinterpret_cast<uint32_t*>(y), m.c * unit_bytes / 4, reinterpret_cast<const uint32_t*>(x),
+                           m.src.c * unit_bytes / 4, m.masks);
+      else if (long_runs) move_runs(runs, unit_bytes, reinterpret_cast<const char*>(x), reinterpret_cast<char*>(y));
       else gather(m.cols, m.c, x, y);
     }
   }
@@ -103,10 +139,12 @@ void move_rows(const Move& m, int64_t r0, int64_t r1) {
 void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* tiles, const Tile* out_tiles,
                      int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads) {
   std::vector<Move> moves;
+  Masks masks;
   Plan plan;
   moves.reserve(n_tiles);
   for (int64_t i = 0; i < n_tiles; ++i) {
     moves.push_back(make_move(outs, xs, tiles[i], out_tiles[i], element_bytes, index));
+    if (kernels().compress) moves[i].masks = masks.of(moves[i], element_bytes);
     plan.bytes += moves[i].n * moves[i].c * moves[i].k * element_bytes;
   }
   const int64_t target = chunk_bytes(plan);

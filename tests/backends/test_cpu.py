@@ -85,13 +85,31 @@ def test_results_do_not_depend_on_the_thread_count(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-def test_compact(order: str, dtype: torch.dtype) -> None:
+def test_compact(order: str, dtype: torch.dtype, isa: str) -> None:
     cases.compact(cpu.OPS, order, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8], ids=str)
-def test_compact_moves_any_dtype(dtype: torch.dtype) -> None:
+def test_compact_moves_any_dtype(dtype: torch.dtype, isa: str) -> None:
     cases.compact_moves_bits(cpu.OPS, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [1, 2, 9])
+def test_compact_writes_nothing_behind_a_row(dtype: torch.dtype, kernel: int, isa: str) -> None:
+    """Columns that are kept in short runs: whole registers are moved, of rows of any length."""
+    generator = torch.Generator().manual_seed(0)
+    for columns in range(1, 80):
+        x = torch.randn(3, columns, kernel, generator=generator).to(dtype)
+        kept = torch.rand(columns, generator=generator).argsort()[: 1 + columns // 2].sort().values
+        rows, n = torch.tensor([0, 2]), len(kept)
+        flat = torch.full((2 * n * kernel + 16,), 7, dtype=dtype)
+        out = flat[: 2 * n * kernel].view(2, n, kernel)
+        before = torch.tensor([[0, 0, 3, columns, kernel, columns * kernel, kernel, 1, -1, -1]])
+        after = torch.tensor([[0, 0, 2, n, kernel, n * kernel, kernel, 1, 0, 2]])
+        cpu.channel_compact([out], [x], before, after, torch.cat([rows, kept]).int())
+        assert torch.equal(out, x[rows][:, kept])
+        assert (flat[2 * n * kernel :] == 7).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
