@@ -288,8 +288,8 @@ class LiveGraph(DependencyGraph):
         self, root: str, number: int, ignored: set[int], kinds: tuple[type, ...], roots: tuple[type, ...]
     ) -> bool:
         """Whether the plan's group ``number`` starts at a layer of ``roots`` and holds no ignored layer's outputs."""
-        model, group = self.model, self.engine.plan.groups[number]
-        if not any(isinstance(model.get_submodule(name), roots) for name in group.layers):
+        modules, group = self.engine.binding.modules, self.engine.plan.groups[number]
+        if not any(isinstance(modules[name], roots) for name in group.layers):
             return False
         return not any(id(m) in ignored or isinstance(m, kinds) for m in self.putting_out(number))
 
@@ -297,7 +297,7 @@ class LiveGraph(DependencyGraph):
         """Layers that put out channels of the plan's group ``number``: those that make them and their norms."""
         engine = self.engine
         group = engine.plan.groups[number]
-        found = {id(m): m for m in (self.model.get_submodule(name) for name in group.layers)}
+        found = {id(m): m for m in (engine.binding.modules[name] for name in group.layers)}
         for name, _ in group.members:
             owner, _local = engine.binding.owner(name)
             if not isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)) and not self.is_bare(owner):

@@ -14,7 +14,7 @@ from ...plan import Plan, build_plan
 from ...plan.labels import components
 from ...plan.running import call
 from ...plan.trace import output_tensors
-from ...plan.types import Axis, ChannelArray, IndexArray, by_first_use, fold_fixed
+from ...plan.types import Axis, ChannelArray, IndexArray, TensorMap, Width, WorkTerm, by_first_use, fold_fixed
 from .axes import out_dim
 
 
@@ -203,8 +203,9 @@ def merge_channels(plan: Plan, into: IndexArray) -> Plan:
             known[id(channels)] = np.where(channels < 0, np.int32(-1), number[channels]).astype(np.int32)
         return known[id(channels)]
 
-    def axes(of: Sequence[Axis]) -> tuple[Axis, ...]:
-        return tuple(replace(a, channels=renumber(a.channels)) for a in of)
+    def renumbered(t: TensorMap) -> TensorMap:
+        axes = tuple(Axis(a.dim, renumber(a.channels), a.role) for a in t.axes)
+        return TensorMap(t.name, t.is_parameter, t.shape, t.groups, t.whole_groups, axes)
 
     bounds = np.searchsorted(left, [[g.start, g.stop] for g in plan.groups])
     unit = by_first_use(plan.unit[left])
@@ -214,9 +215,9 @@ def merge_channels(plan: Plan, into: IndexArray) -> Plan:
         n_units=int(unit.max()) + 1,
         unit=unit,
         groups=tuple(replace(g, start=int(a), stop=int(b)) for g, (a, b) in zip(plan.groups, bounds, strict=True)),
-        tensors=tuple(replace(t, axes=axes(t.axes)) for t in plan.tensors),
-        work=tuple(fold_fixed(replace(w, axes=tuple(renumber(a) for a in w.axes))) for w in plan.work),
-        widths=tuple(replace(w, channels=renumber(w.channels)) for w in plan.widths),
+        tensors=tuple(map(renumbered, plan.tensors)),
+        work=tuple(fold_fixed(WorkTerm(w.scale, tuple(map(renumber, w.axes)))) for w in plan.work),
+        widths=tuple(Width(w.module, w.attribute, w.index, renumber(w.channels), w.per, w.told) for w in plan.widths),
     )
 
 

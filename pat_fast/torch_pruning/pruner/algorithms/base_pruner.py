@@ -160,9 +160,10 @@ class BasePruner(_Original):
         self._stands: tuple[Plan, list[Standing]] | None = None
         self.layer_init_out_ch: dict[nn.Module, int | None] = {}
         self.layer_init_in_ch: dict[nn.Module, int | None] = {}
-        for module in self.model.modules():
+        nothing = self.DG.REGISTERED_PRUNERS[ops.OPTYPE.ELEMENTWISE]
+        for module in {id(m): m for m in self.engine.binding.modules.values()}.values():
             pruner = self.DG.get_pruner_of_module(module)
-            if ops.module2type(module) == ops.OPTYPE.ELEMENTWISE and not self.DG.is_customized(module):
+            if pruner is nothing:
                 continue
             self.layer_init_out_ch[module] = pruner.get_out_channels(module)
             self.layer_init_in_ch[module] = pruner.get_in_channels(module)
