@@ -245,21 +245,25 @@ def attributes_from_widths(widths: Iterable[tuple[nn.Module, Width, int]]) -> li
 
     An attribute that is only told, and would have to be several numbers at once, stays.
     """
-    values: dict[tuple[int, str, int | None], set[int]] = {}
-    holders: dict[tuple[int, str, int | None], Any] = {}
+    values: dict[tuple[int, str, int | None], tuple[Any, set[int]]] = {}
     for module, width, left in widths:
-        *path, name = width.attribute.split(".")
-        holder: Any = reduce(getattr, path, module)
-        holders[id(holder), name, width.index] = holder
-        values.setdefault((id(holder), name, width.index), set()).add(left // width.per)
+        holder: Any = module
+        name = width.attribute
+        if "." in name:
+            *path, name = name.split(".")
+            holder = reduce(getattr, path, module)
+        key = id(holder), name, width.index
+        if key in values:
+            values[key][1].add(left // width.per)
+        else:
+            values[key] = holder, {left // width.per}
     changes: dict[tuple[int, str], Change] = {}
-    for (number, name, index), value in values.items():
+    for (number, name, index), (holder, value) in values.items():
         if len(value) > 1:
             continue
-        holder = holders[number, name, index]
-        now = changes[number, name][2] if (number, name) in changes else getattr(holder, name)
         new: Any = min(value)
         if index is not None:
+            now = changes[number, name][2] if (number, name) in changes else getattr(holder, name)
             entries = list(now)
             entries[index] = new
             new = type(now)(entries)
