@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...plan.types import BoolArray, Group, IndexArray
+from ...plan.types import BoolArray, ChannelArray, Group, IndexArray
 from .ranking import Candidate
 from .shaping import Attention
 
@@ -23,8 +23,9 @@ class Standing:
         unit: see :class:`Planned`; None where every channel is one.
         every: ``unit`` with the channels' numbers in the place of None.
         units: how many there are.
-        least, multiple: see :class:`Candidate`.
+        least: see :class:`Candidate`.
         attention: set if it is one that the user has named.
+        side: name of the layer that a history names, whether it is pruned by its outputs, channels along that side.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Standing:
     units: int
     least: int
     attention: Attention | None
+    side: tuple[str, bool, ChannelArray]
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Planned:
     """A group of the plan in a ranking.
 
     Attributes:
-        number: among the plan's groups.
+        standing: what was known of it.
         root: its root layer.
         born: lifelong names of its channels ``[n]``.
         unit: the unit of each, counted from 0 ``[n]``; an attention's extra channels, the last, have none.
@@ -51,7 +53,7 @@ class Planned:
         heads_gone: bool ``[heads]``, if heads are pruned.
     """
 
-    number: int
+    standing: Standing
     root: str
     born: IndexArray
     unit: IndexArray

@@ -17,7 +17,7 @@ from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
 from ....errors import PlanError, check
 from ....plan import Plan
-from ....plan.types import BoolArray, ChannelArray
+from ....plan.types import BoolArray
 from ....selection import protected_units, unit_scores
 from ..._groups import member_order
 from ...engine import arguments, layerwise
@@ -237,17 +237,18 @@ class BasePruner(_Original):
         plan = engine.plan
         keep = np.ones(plan.n_channels, dtype=np.bool_)
         masks = [each.gone(self.prune_head_dims) for each in planned]
-        noted = Noted([self._noted(each.number, m) for each, m in zip(planned, masks, strict=True)], plan.n_channels)
+        prunes = []
         for each, mask in zip(planned, masks, strict=True):
-            group = plan.groups[each.number]
+            group = each.standing.group
             keep[group.start : group.stop] = ~mask
-            self._adjust_fisher(each.number, mask)
+            prunes.append((*each.standing.side, group.start, mask))
+            self._adjust_fisher(each.standing.number, mask)
         if not keep.all():
             try:
                 engine.prune(keep)
             except PlanError:  # an axis that several groups share in part would be left empty
                 engine.prune(self._spared(keep, planned))
-        self.DG.note(noted)
+        self.DG.note(Noted(prunes, plan.n_channels))
         for group in loose:
             group.prune()
         self._count_heads(planned)
@@ -268,7 +269,7 @@ class BasePruner(_Original):
             planned, loose = self._decide()
         maker, engine = self.DG.maker, self.engine
         for each in planned:
-            maker.structure(each.number)  # while the graph is that of the model as it is
+            maker.structure(each.standing.number)  # while the graph is that of the model as it is
         lowered = engine.lowered
         for each in planned:
             engine.current()
@@ -281,14 +282,6 @@ class BasePruner(_Original):
             self._count_heads([each])
             yield maker.part(number, channels)
         yield from loose
-
-    def _noted(self, number: int, mask: BoolArray) -> tuple[str, bool, ChannelArray, int, BoolArray]:
-        """What to note of a group's prune; see :class:`Noted`."""
-        group = self.engine.plan.groups[number]
-        root = self.DG.maker.root(group)
-        axis = self.engine.axes.of(root.module, root.out)
-        assert axis is not None
-        return self.DG.name_of(root.module), root.out, axis, group.start, mask
 
     def _adjust_fisher(self, number: int, mask: BoolArray) -> None:
         # Torch-Pruning's own OBDC keeps its sums by layer; what this package's gathers shrinks with the parameters.
@@ -369,7 +362,7 @@ class BasePruner(_Original):
             cap = self._cap(group.root, s.units)
             candidate = Candidate(group.root, scope, ratio, units, len(s.every), cap, s.least, group.multiple)
             names = born[group.start : group.stop]
-            found.append(Planned(s.number, group.root, names, s.every, own, candidate, s.attention))
+            found.append(Planned(s, group.root, names, s.every, own, candidate, s.attention))
         return found
 
     def _standing(self) -> list[Standing]:
@@ -398,7 +391,11 @@ class BasePruner(_Original):
             unit = np.unique(plan.unit[group.start : group.stop], return_inverse=True)[1]
         units = group.channels if unit is None else int(unit.max()) + 1
         every = np.arange(group.channels) if unit is None else unit
-        return Standing(number, group, unit, every, units, self._least(number, units, group.channels), attention)
+        root = self.DG.maker.root(group)
+        axis = self.engine.axes.of(root.module, root.out)
+        assert axis is not None
+        side = self.DG.name_of(root.module), root.out, axis
+        return Standing(number, group, unit, every, units, self._least(number, units, group.channels), attention, side)
 
     def _least(self, number: int, units: int, channels: int) -> int:
         plan = self.engine.plan
