@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..ops.tiles import NONE, Tile, TileTable
 from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
+from .walk import named_modules
 
 Extent = tuple[int, int]  # size and stride of a dimension
 Side = tuple[Extent, ChannelArray | None]
@@ -153,7 +154,7 @@ class Binding:
         self.plan = plan
         self.model = model
         if after is None:
-            self.modules = dict(model.named_modules(remove_duplicate=False))
+            self.modules: dict[str, Any] = dict(named_modules(model, once=False))
             named = self._named()
             self._names: dict[int, list[str]] = {}
             for name, tensor in named.items():

@@ -9,22 +9,25 @@ The model is traced again with all of its arithmetic then.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .noted import Noted
 
 LEAST = 2**20  # multiply-accumulates below which an op is simply run
 LEAST_SKIPPED = 2**14  # elements below which an element-wise op is
+CHUNK = 2**20  # elements of address space to ask for at a time
 # Methods that read values past the dispatcher.
 READS = frozenset({"numpy", "tolist", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
 
 _aten = torch.ops.aten
+Zeros = Callable[..., Tensor]  # a tensor to be like, a shape, a type
 
 
 class ValuesRead(Exception):
@@ -37,25 +40,51 @@ class Hollow:
     def __init__(self) -> None:
         self.read = False  # the attempt is void, whatever the forward made of the exception
         self._made: Noted[bool] = Noted()
+        self._space: dict[Any, tuple[NDArray[Any], int]] = {}  # zeros to hand out, and how many of them were
 
-    def run(self, func: Any, args: Sequence[Any]) -> Tensor | None:
-        """Zeros in the place of ``func(*args)`` if that is a large product, else None."""
-        shape = _SHAPES[func](*args) if func in _SHAPES else None
+    def run(self, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
+        """Zeros in the place of ``func(*args, **kwargs)`` if that is a large product, else None."""
+        if func is _ATTENTION:
+            return self._attention(*args)
+        shape = _SHAPES[func](*args) if func in _SHAPES and not kwargs else None
         if shape is None:
             return None
-        out = _zeros(args[_FIRST.get(func, 0)], shape)
+        out = self.zeros(args[_FIRST.get(func, 0)], shape)
         self._made[out] = True
         return out
 
-    def skip(self, func: Any, args: Sequence[Any]) -> Any:
-        """What stands for ``func(*args)`` if that is a large element-wise op on such zeros, else None."""
+    def zeros(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros whose memory is not touched where that can be had."""
+        kind = _FROM_NUMPY.get(dtype or like.dtype) if like.is_cpu else None
+        if kind is None:
+            return like.new_zeros(shape, dtype=dtype)
+        count = math.prod(shape)
+        space, used = self._space.get(kind, (None, 0))
+        if space is None or used + count > len(space):
+            space, used = np.zeros(max(count, CHUNK), kind), 0
+        self._space[kind] = space, used + -(-count // 16) * 16
+        return torch.from_numpy(space[used : used + count].reshape(shape))
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, *_: Any) -> Any:
+        """Attention of heads that all have one size: laid out as PyTorch does, in the order of ``q``."""
+        fits = q.ndim == k.ndim == v.ndim == 4 and q.shape[3] == k.shape[3] == v.shape[3] and q.stride(3) == 1
+        if not fits or dropout or not _alike(q, k, v) or q.numel() * k.shape[2] < LEAST:
+            return None
+        b, h, t, d = q.shape
+        by_tokens = q.stride(1) < q.stride(2)
+        out = self.zeros(q, (b, t, h, d)).transpose(1, 2) if by_tokens else self.zeros(q, (b, h, t, d))
+        self._made[out] = True
+        return out, q.new_empty((b, t, h)).transpose(1, 2)
+
+    def skip(self, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
+        """What stands for ``func(*args, **kwargs)`` if that is a large element-wise op on such zeros, else None."""
         how = _SKIPPED.get(func) if self._made else None
-        if how is None:
+        if how is None or kwargs:
             return None
         first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         if not isinstance(first, Tensor) or first.numel() < LEAST_SKIPPED or first not in self._made:
             return None
-        return how(*args) if first.is_contiguous() else None
+        return how(self.zeros, *args) if first.is_contiguous() else None
 
     def follow(self, func: Any, inputs: Iterable[Tensor], results: Iterable[Tensor], indices: Any) -> None:
         """Note what ``func`` made of such zeros.
@@ -81,12 +110,6 @@ class Hollow:
         """Give up."""
         self.read = True
         raise ValuesRead("the forward depends on the values that it computes")
-
-
-def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros whose memory is not touched where that can be had."""
-    kind = _FROM_NUMPY.get(like.dtype) if like.is_cpu else None
-    return like.new_zeros(shape) if kind is None else torch.from_numpy(np.zeros(shape, kind))
 
 
 def _reads(func: Any, indices: Any) -> bool:
@@ -138,7 +161,9 @@ def _convolution(
 ) -> tuple[int, ...] | None:
     dims = weight.ndim - 2
     lists = (stride, padding, dilation)
-    if transposed or x.ndim != weight.ndim or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+    enters = weight.shape[0] if transposed else weight.shape[1] * groups
+    leaves = weight.shape[1] * groups if transposed else weight.shape[0]
+    if x.ndim != weight.ndim or x.shape[1] != enters or weight.shape[0] % groups:
         return None
     given = [x, weight] if bias is None else [x, weight, bias]
     if any(len(given_list) != dims for given_list in lists) or not _alike(*given):
@@ -146,11 +171,16 @@ def _convolution(
     if not (x.is_contiguous() and weight.is_contiguous()):
         return None  # the memory format of the result is for PyTorch to choose
     sizes = zip(x.shape[2:], weight.shape[2:], *lists, strict=True)
-    left = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-    work = x.shape[0] * math.prod(left) * weight.numel()
-    return (x.shape[0], weight.shape[0], *left) if min(left, default=0) > 0 and work >= LEAST else None
+    if transposed:
+        left = tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes)
+        left = tuple(n + more for n, more in zip(left, output_padding, strict=True))
+    else:
+        left = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    work = x.shape[0] * math.prod(x.shape[2:] if transposed else left) * weight.numel()
+    return (x.shape[0], leaves, *left) if min(left, default=0) > 0 and work >= LEAST else None
 
 
+_ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _SHAPES: dict[Any, Any] = {
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
@@ -163,38 +193,72 @@ _FIRST = {_aten.addmm.default: 1}  # which argument the result is like
 # Element-wise ops on zeros: what comes of them is as meaningless.
 
 
-def _same_shape(x: Tensor, *_: Any) -> Tensor:
-    return _zeros(x, x.shape)
+def _same_shape(zeros: Zeros, x: Tensor, *_: Any) -> Tensor:
+    return zeros(x, x.shape)
 
 
-def _in_place(x: Tensor, *_: Any) -> Tensor:
+def _in_place(zeros: Zeros, x: Tensor, *_: Any) -> Tensor:
     return x
 
 
-def _pair(a: Tensor, b: Any) -> Tensor | None:
+def _pair(zeros: Zeros, a: Tensor, b: Any) -> Tensor | None:
+    if isinstance(b, (int, float)):
+        return zeros(a, a.shape)
     same = isinstance(b, Tensor) and b.shape == a.shape and b.is_contiguous() and _alike(a, b)
-    return _zeros(a, a.shape) if same else None
+    return zeros(a, a.shape) if same else None
 
 
-def _pair_in_place(a: Tensor, b: Any) -> Tensor | None:
+def _pair_in_place(zeros: Zeros, a: Tensor, b: Any) -> Tensor | None:
     return a if isinstance(b, Tensor) and b.shape == a.shape else None
 
 
-def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
-    return None if training else (_zeros(x, x.shape), x.new_empty(0), x.new_empty(0))
+def _batch_norm(zeros: Zeros, x: Tensor, w: Any, b: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
+    return None if training else (zeros(x, x.shape), x.new_empty(0), x.new_empty(0))
 
 
-def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+def _layer_norm(zeros: Zeros, x: Tensor, size: Sequence[int], *_: Any) -> Any:
+    few = (*x.shape[: x.ndim - len(size)], *(1 for _ in size))
+    return zeros(x, x.shape), x.new_zeros(few), x.new_zeros(few)
+
+
+def _softmax(zeros: Zeros, x: Tensor, dim: int, to_float: bool) -> Tensor | None:
+    return None if to_float else zeros(x, x.shape)
+
+
+def _cat(zeros: Zeros, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     if not _alike(*tensors) or not all(t.is_contiguous() and t.ndim == tensors[0].ndim for t in tensors):
         return None
     shape = list(tensors[0].shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
-    return _zeros(tensors[0], shape)
+    return zeros(tensors[0], shape)
 
 
-_UNARY = ("relu", "sigmoid", "tanh", "silu", "gelu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu")
+def _max_pool(
+    zeros: Zeros,
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    ceil: bool = False,
+) -> Any:
+    if ceil or x.ndim != 4:
+        return None
+    k, p, d = (list(given) * (2 // len(given)) for given in (size, padding, dilation))
+    s = list(stride) * (2 // len(stride)) if stride else k
+    left = [(x.shape[2 + i] + 2 * p[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i in range(2)]
+    shape = (*x.shape[:2], *left)
+    return (zeros(x, shape), zeros(x, shape, torch.int64)) if min(left) > 0 else None
+
+
+_UNARY = (
+    "clone", "relu", "sigmoid", "tanh", "silu", "gelu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu",
+)  # fmt: skip
 _SKIPPED: dict[Any, Any] = {
     _aten.native_batch_norm.default: _batch_norm,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten._softmax.default: _softmax,
+    _aten.max_pool2d_with_indices.default: _max_pool,
     _aten.cat.default: _cat,
     _aten.relu_.default: _in_place,
     _aten.silu_.default: _in_place,
@@ -206,4 +270,4 @@ _SKIPPED: dict[Any, Any] = {
     _aten.mul_.Tensor: _pair_in_place,
     **{getattr(_aten, name).default: _same_shape for name in _UNARY},
 }
-_FROM_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16}
+_FROM_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.float16, torch.int64: np.int64}

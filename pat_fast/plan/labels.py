@@ -134,7 +134,7 @@ class Slots:
     def __init__(self) -> None:
         self.count = 0
         self.phantoms = 0
-        self._unify: list[IntArray] = []
+        self._unify: list[tuple[IntArray, IntArray]] = []
         self._couple: list[IntArray] = []
         self._freeze: list[tuple[IntArray, str]] = []
         self._notes: list[tuple[IntArray, str]] = []
@@ -166,12 +166,19 @@ class Slots:
         """Say that ``a`` and ``b`` (broadcast against each other) are the same channels."""
         if a is b:
             return
+        if self.proper(a) and self.proper(b):
+            if a.shape != b.shape:
+                a, b = np.broadcast_arrays(a, b)
+            self._unify.append((a, b))
+            return
         pairs = _pairs(a, b)
-        if self.phantoms and pairs.size and pairs.max() >= PHANTOM:
-            coarse = (pairs >= PHANTOM).any(axis=0)
-            self._couple.append(pairs[:, coarse])
-            pairs = pairs[:, ~coarse]
-        self._unify.append(pairs)
+        coarse = (pairs >= PHANTOM).any(axis=0)
+        self._couple.append(pairs[:, coarse])
+        self._unify.append((pairs[0, ~coarse], pairs[1, ~coarse]))
+
+    def proper(self, slots: IntArray) -> bool:
+        """Whether none of ``slots`` stands for a whole unit."""
+        return not self.phantoms or not slots.size or bool(slots.max() < PHANTOM)
 
     def couple(self, a: IntArray, b: IntArray) -> None:
         """Say that ``a`` and ``b`` (broadcast against each other) are removed together or not at all."""
@@ -196,8 +203,7 @@ class Slots:
         total = self.count + self.phantoms
         size = (self.count, self.phantoms, len(self._unify))
         if self._merged is None or self._merged[0] != size:
-            none = np.empty((2, 0), dtype=np.int64)
-            channel = components(total, np.concatenate([none, *self._unify], axis=1))
+            channel = components(total, _end_to_end(self._unify))
             self._merged = size, channel, channel, 0
         key, channel, unit, done = self._merged
         if done < len(self._couple):  # components only ever merge: what was found before is where to start
@@ -213,6 +219,13 @@ class Slots:
         if not self.phantoms:
             return slots
         return np.where(slots >= PHANTOM, slots - PHANTOM + self.count, slots)
+
+
+def _end_to_end(pairs: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
+    """Pairs of arrays of one shape as one array ``[2, m]``."""
+    if not pairs:
+        return np.empty((2, 0), dtype=np.int64)
+    return np.stack([np.concatenate([side.reshape(-1) for side in sides]) for sides in zip(*pairs, strict=True)])
 
 
 def _pairs(a: IntArray, b: IntArray) -> IntArray:

@@ -19,10 +19,10 @@ from .configs import follow_config
 from .hollow import Hollow, ValuesRead
 from .labels import PHANTOM, IntArray, Solution, varying
 from .numbers import Symbol, resolve
-from .order import torch_prunings_order
+from .order import After, torch_prunings_order
 from .recurrent import Packing, couple_layers, is_plain, recurrent_layers
-from .running import call, undisturbed
-from .trace import Leaf, Tracer, fixed_outputs
+from .running import Still, call
+from .trace import Leaf, Tracer, Work, fixed_outputs
 from .types import (
     Axis,
     ChannelArray,
@@ -33,7 +33,6 @@ from .types import (
     Width,
     WorkTerm,
     by_first_use,
-    fold_fixed,
 )
 from .walk import named_modules, named_tensors
 
@@ -41,12 +40,13 @@ from .walk import named_modules, named_tensors
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
 
 
-def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
+def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None) -> Plan:
     """Trace ``model`` once and lower it to a plan.
 
     Args:
         model: any module; it is run once, in eval mode, and left as it was.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for one forward.
+        still: what is known of ``model`` as it is, if it is run again.
     Raises:
         PlanError: the forward fails on these inputs.
     """
@@ -56,7 +56,7 @@ def build_plan(model: nn.Module, example_inputs: Any) -> Plan:
     # numbers that ours plants, are not for every model: then without.
     for hollow, with_graph, with_numbers in _WAYS:
         notes: list[str] = []
-        attempt = _Attempt(model, example_inputs, with_numbers, Hollow() if hollow else None)
+        attempt = _Attempt(model, example_inputs, with_numbers, Hollow() if hollow else None, still or Still(model))
         try:
             order = attempt.run(with_graph, notes)
             if attempt.failure is None:
@@ -99,14 +99,16 @@ _WAYS = ((True, True, True), (False, True, True), (False, False, True), (False, 
 class _Attempt:
     """One traced forward."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, with_numbers: bool, hollow: Hollow | None) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, with_numbers: bool, hollow: Hollow | None, still: Still
+    ) -> None:
         self.tracer = Tracer(model, hollow)
         self.failure: Exception | None = None
-        self._model, self._inputs, self._with_numbers = model, example_inputs, with_numbers
+        self._model, self._inputs, self._with_numbers, self._still = model, example_inputs, with_numbers, still
 
     def run(self, with_graph: bool, notes: list[str]) -> list[str]:
         """Trace; the names of the layers in the order of Torch-Pruning's roots, as far as it can graph the model."""
-        with undisturbed(self._model), warnings.catch_warnings():
+        with self._still.running(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not with_graph:
                 self._forward()
@@ -117,10 +119,10 @@ class _Attempt:
                 notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
                 return []
 
-    def _forward(self) -> list[torch.Tensor]:
+    def _forward(self, after: After | None = None) -> list[torch.Tensor]:
         tracer = self.tracer
         try:
-            with tracer.scopes(), tracer.equivalents(), ExitStack() as stack:
+            with tracer.scopes(after), tracer.equivalents(), ExitStack() as stack:
                 if self._with_numbers:
                     stack.enter_context(tracer.numbers.planted(self._model))
                     stack.enter_context(tracer.numbers)
@@ -128,7 +130,7 @@ class _Attempt:
                     stack.enter_context(Packing())
                 stack.enter_context(tracer)
                 out = call(self._model, self._inputs)
-        except Exception as error:  # kept: raised here it would leave Torch-Pruning's hooks in the model
+        except Exception as error:
             self.failure = error
             return []
         if tracer.hollow is not None and tracer.hollow.read:  # the forward went on all the same
@@ -167,9 +169,9 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
     tensors = []
     for leaf in leaves:
         axes = tuple(
-            Axis(dim, channel(leaf.axes[dim]), _role(leaf, dim))
+            numbers.axis(dim, leaf.axes[dim], _role(leaf, dim))
             for dim in sorted(leaf.axes)
-            if (channel(leaf.axes[dim]) >= 0).any()
+            if numbers.live(leaf.axes[dim])
         )
         if axes:
             shape = tuple(leaf.tensor.shape)
@@ -177,7 +179,7 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
     mapped = {t.name for t in tensors}
     numbers.frozen += _unused_as_they_are(model, leaves, mapped, solution)
     other = sum(leaf.tensor.numel() for leaf in tracer.leaves.values() if leaf.is_parameter and leaf.name not in mapped)
-    work = tuple(fold_fixed(WorkTerm(w.scale, tuple(channel(a) for a in w.axes))) for w in tracer.work)
+    work = tuple(numbers.work(w) for w in tracer.work)
     widths = {c.symbol: Width(*_place(c.symbol), channel(c.slots), c.per) for c in (*tracer.widths, *counts)}
     plan = Plan(
         n_channels=numbers.count,
@@ -276,6 +278,8 @@ def _heads(tracer: Tracer, solution: Solution) -> Iterator[tuple[str, IntArray]]
 
 def _choose_shares(tracer: Tracer) -> None:
     """A vector that meets ``[heads, head_dim]``: one entry for each head goes with it, one for all must stay."""
+    if not tracer.shares:
+        return
     solution = tracer.slots.solve()
     for labels, shared in tracer.shares:
         unit = solution.unit[tracer.slots.index(labels)]
@@ -374,6 +378,10 @@ class _Numbers:
         self._number = number[solution.channel]
         self._stand_in(classes)
         self._shared: dict[bytes, ChannelArray] = {}
+        self._live: dict[int, bool] = {}
+        self._axes: dict[tuple[int, int, str], Axis] = {}
+        self._phantoms = len(solution.channel) > solution.count
+        self._known: dict[int, tuple[IntArray, ChannelArray]] = {}  # by the id of the slots, which are kept alive
         self.unit = by_first_use(solution.unit[classes])
         self.n_units = int(self.unit.max()) + 1 if self.count else 0
         self._claims = claims
@@ -387,10 +395,36 @@ class _Numbers:
 
     def channels(self, slots: IntArray) -> ChannelArray:
         """The channels of ``slots``; equal vectors are one object."""
-        if slots.size and slots.max() >= PHANTOM:
-            slots = np.where(slots >= PHANTOM, slots - PHANTOM + self.solution.count, slots)
-        found = self._number[slots]
-        return self._shared.setdefault(found.tobytes(), found)
+        known = self._known.get(id(slots))
+        if known is not None:
+            return known[1]
+        where = slots
+        if self._phantoms and slots.size and slots.max() >= PHANTOM:
+            where = np.where(slots >= PHANTOM, slots - PHANTOM + self.solution.count, slots)
+        found = self._number[where]
+        found = self._shared.setdefault(found.tobytes(), found)
+        self._known[id(slots)] = slots, found
+        return found
+
+    def live(self, slots: IntArray) -> bool:
+        """Whether some of ``slots`` are channels of the plan."""
+        found = self.channels(slots)
+        if id(found) not in self._live:
+            self._live[id(found)] = bool((found >= 0).any())
+        return self._live[id(found)]
+
+    def axis(self, dim: int, slots: IntArray, role: str) -> Axis:
+        """Axes that are alike are one object."""
+        channels = self.channels(slots)
+        key = (id(channels), dim, role)
+        if key not in self._axes:
+            self._axes[key] = Axis(dim, channels, role)
+        return self._axes[key]
+
+    def work(self, work: Work) -> WorkTerm:
+        """A term of work; axes that hold no channel are multiplied into its scale."""
+        scale = work.scale * math.prod(len(a) for a in work.axes if not self.live(a))
+        return WorkTerm(scale, tuple(self.channels(a) for a in work.axes if self.live(a)))
 
     def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
         """Each root takes the free channels of its axis that no earlier root has taken."""
@@ -403,8 +437,8 @@ class _Numbers:
             if stuck.any():
                 reason = solution.frozen[int(solution.unit[slots[stuck][0]])]
                 self.frozen.append(Frozen(_layer(leaf.name), int(stuck.sum()), reason))
-            classes, first = np.unique(solution.channel[slots[~stuck]], return_index=True)
-            classes = classes[np.argsort(first)]
+                slots = slots[~stuck]
+            classes = _each_once(solution.channel[slots])
             classes = classes[~taken[classes]]
             if classes.size:
                 taken[classes] = True
@@ -480,6 +514,14 @@ class _Numbers:
             found.append(Group(root, start, stop, tuple(layers[i]), tuple(members[i]), noted))
             start = stop
         return tuple(found)
+
+
+def _each_once(values: IntArray) -> IntArray:
+    """Distinct ``values`` in the order in which they come first."""
+    if len(values) < 2 or (values[1:] > values[:-1]).all():
+        return values
+    distinct, first = np.unique(values, return_index=True)
+    return distinct[np.argsort(first)]
 
 
 def total_params(model: nn.Module) -> int:

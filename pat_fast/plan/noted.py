@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Generic, TypeVar
+from weakref import ref
 
 from torch import Tensor
-from torch.utils.weak import TensorWeakRef
 
 T = TypeVar("T")
 
 
 class Noted(Generic[T]):
-    """What is noted of a tensor, by its identity; a few times faster than ``WeakTensorKeyDictionary``.
+    """What is noted of a tensor, by its identity; many times faster than ``WeakTensorKeyDictionary``.
 
-    A tensor that is gone is not found, even if another one has its id.
+    A tensor that is gone is not found, even if another one has its id. (What a plain weak reference gives back is
+    compared with a tensor that the caller holds, and no more: that needs no care for tensors which C++ alone owns.)
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[TensorWeakRef, T]] = {}
+        self._found: dict[int, tuple[ref[Tensor], T]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -36,7 +37,7 @@ class Noted(Generic[T]):
         return False
 
     def __setitem__(self, tensor: Tensor, value: T) -> None:
-        self._found[id(tensor)] = (TensorWeakRef(tensor), value)
+        self._found[id(tensor)] = (ref(tensor), value)
 
     def get(self, tensor: Tensor, default: T) -> T:
         """What is noted of ``tensor``, or ``default``."""

@@ -204,7 +204,8 @@ class NumberWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.tracer.hollow is not None and args and getattr(func, "__name__", "") in READS:
+        name = _function_name(func)
+        if name in READS and args and self.tracer.hollow is not None:
             self.tracer.hollow.look(args[0])
         numbers: list[Number] = []
         for value in (*args, *kwargs.values()) if kwargs else args:
@@ -217,7 +218,6 @@ class NumberWatch(TorchFunctionMode):
         self._current, self._taken = numbers, []
         try:
             out = func(*args, **kwargs)
-            name = getattr(func, "__name__", "")
             if name in _SIZED or name == "unflatten":
                 self._sized(name, args, kwargs, out)
             for number in numbers:
@@ -281,7 +281,8 @@ class NumberWatch(TorchFunctionMode):
 
     def _otherwise(self, number: Number, what: str) -> None:
         for symbol in number.symbols:
-            self.other.setdefault(symbol, f"{what} ({self.tracer.where()})")
+            if symbol not in self.other:
+                self.other[symbol] = f"{what} ({self.tracer.where()})"
 
     def find(self, values: Sequence[int]) -> list[Number | None]:
         """For each of ``values`` the number among the arguments of the function that is running, in order."""
@@ -344,6 +345,12 @@ def numbered(
 _SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
+@cache
+def _function_name(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+@cache
 def _reads_shape(func: Any) -> bool:
     return bool(func == torch.Tensor.size or func == _SHAPE)
 

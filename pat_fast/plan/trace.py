@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .hollow import Hollow
 from .labels import Factors, IntArray, Slots, is_phantom, place, varying
 from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
+from .running import CALLS
 from .walk import named_modules, named_tensors
 
 # Kinds of modules -> a forward in ordinary PyTorch ops, for tracing; see register_layer.
@@ -35,7 +36,7 @@ EQUIVALENTS: dict[type[nn.Module], Callable[..., Any]] = {}
 _INDEX = torch.ops.aten.index.Tensor
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
     """The tensors among an op's arguments or results; these are nested in lists at most."""
     if isinstance(value, Tensor):
         return [value]
@@ -45,8 +46,15 @@ def _tensors(value: Any) -> list[Tensor]:
             if isinstance(item, Tensor):
                 found.append(item)
             elif isinstance(item, (tuple, list)):
-                found += _tensors(item)
+                found += tensors(item)
     return found
+
+
+@cache
+def _rules() -> Any:
+    from . import rules  # which need this module
+
+    return rules
 
 
 @cache
@@ -66,19 +74,22 @@ class Leaf:
     axes: dict[int, IntArray] = field(default_factory=dict)  # dimension -> slots
     producers: list[int] = field(default_factory=list)  # dimensions whose slots label what an op puts out
     consumers: list[int] = field(default_factory=list)  # dimensions that an op sums over
+    mark: Mark | None = None  # what it says of itself as an ordinary tensor, once all of its axes have slots
 
     @property
     def name(self) -> str:
         return self.names[0]
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """What is known of one tensor: its factors, the leaf that it is a mere view or copy of, and what made it."""
 
     factors: Factors
     leaf: Leaf | None = None
     made: tuple[str, str] = ("", "")  # op, and the module that called it
+
+
+_UNMARKED = Mark(())
 
 
 @dataclass(frozen=True)
@@ -126,16 +137,20 @@ class Tracer(TorchDispatchMode):
         self._poisoned = Noted()
         self._modules = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what runs is not compiled anyway, and to say so again for every op takes time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = _tensors((args, tuple(kwargs.values())) if kwargs else args)
+        inputs = tensors((args, tuple(kwargs.values())) if kwargs else args)
         out = None
-        if self.hollow is not None and not kwargs:
-            out = self.hollow.run(func, args)
-            out = self.hollow.skip(func, args) if out is None else out
+        if self.hollow is not None:
+            out = self.hollow.run(func, args, kwargs)
+            out = self.hollow.skip(func, args, kwargs) if out is None else out
         if out is None:
             out = func(*args, **kwargs)
-        results = _tensors(out)
+        results = tensors(out)
         if self.hollow is not None:
             indices = args[1] if func is _INDEX else None
             self.hollow.follow(func, inputs, results, indices)
@@ -151,17 +166,15 @@ class Tracer(TorchDispatchMode):
         inputs: list[Tensor],
         results: list[Tensor],
     ) -> None:
-        from . import rules
-
         leaves = self.leaves
         used = self._marks.any(inputs) or any(id(t) in leaves for t in inputs)
         if not used and not (self._poisoned and self._poisoned.any(inputs)):
             return
         self._op = _name(func)
-        rule = rules.find(func)
+        rule = _rules().find(func)
         if results and not any(t.numel() for t in results):
             return
-        if self._poisoned and self._op not in rules.SHAPE_ONLY:
+        if self._poisoned and self._op not in _rules().SHAPE_ONLY:
             for tensor in inputs:
                 factors, reason = self._poisoned.pop(tensor, ((), ""))
                 for factor in factors:
@@ -204,12 +217,28 @@ class Tracer(TorchDispatchMode):
     def mark(self, tensor: Tensor) -> Mark:
         """What is known of ``tensor``; a parameter gets slots on all its axes the first time."""
         leaf = self.leaves.get(id(tensor))
-        if leaf is not None:
+        if leaf is None:
+            return self._marks.get(tensor, _UNMARKED)
+        if leaf.mark is None:
             for dim, n in enumerate(tensor.shape):
                 if n > 1 and dim not in leaf.axes:
                     leaf.axes[dim] = self.slots.new(n)
-            return Mark(self.leaf_factors(leaf), leaf)
-        return self._marks.get(tensor, Mark(()))
+            leaf.mark = Mark(self.leaf_factors(leaf), leaf)
+        return leaf.mark
+
+    def adopt(self, tensor: Tensor | None, factor: IntArray) -> bool:
+        """Let ``tensor``, if it is a vector that no op has used yet, be labelled by what ``factor`` says of channels.
+
+        That is what :meth:`merge` would come to, with half as many slots: False if it is for :meth:`merge` to say.
+        """
+        leaf = self.leaves.get(id(tensor))
+        if leaf is None or leaf.axes or leaf.mark is not None or leaf.tensor.ndim != 1:
+            return False
+        if leaf.tensor.shape[0] != factor.size or not self.slots.proper(factor):
+            return False
+        leaf.axes[0] = factor if factor.ndim == 1 else factor.reshape(-1)
+        leaf.mark = Mark((leaf.axes[0],), leaf)
+        return True
 
     def leaf_factors(self, leaf: Leaf) -> Factors:
         """Factors of a parameter seen as an ordinary tensor."""
@@ -272,6 +301,9 @@ class Tracer(TorchDispatchMode):
         and the other has a fixed extent, the labelled one is pinned.
         """
         n = len(shape)
+        alike = self._alike(operands, n)
+        if alike is not None:
+            return alike
         aligned = [
             ((1,) * (n - len(s)) + tuple(s), [f.reshape((1,) * (n - f.ndim) + f.shape) for f in fs])
             for s, fs in operands
@@ -284,6 +316,22 @@ class Tracer(TorchDispatchMode):
                         self._relate(factor, other_shape, others, once=j > i)
                 merged.append(factor)
         return _independent(merged)
+
+    def _alike(self, operands: Sequence[tuple[Sequence[int], Factors]], n: int) -> Factors | None:
+        """What :meth:`merge` comes to where all operands have one factor of one shape; None where they have not."""
+        found: list[IntArray] = []
+        for _, factors in operands:
+            if len(factors) != 1 or not self.slots.proper(factors[0]):
+                return None
+            (factor,) = factors
+            found.append(factor if factor.ndim == n else factor.reshape((1,) * (n - factor.ndim) + factor.shape))
+            if found[-1].shape != found[0].shape:
+                return None
+        if not found or found[0].size == 1:
+            return None
+        for other in found[1:]:
+            self.slots.unify(found[0], other)
+        return (found[0],)
 
     def _relate(self, factor: IntArray, shape: Sequence[int], others: list[IntArray], once: bool) -> None:
         dims = varying(factor)
@@ -338,7 +386,7 @@ class Tracer(TorchDispatchMode):
         """Note that an op sums over the axis of ``leaf`` that owns ``slots``, or puts it out."""
         first = slots.reshape(-1)[0]
         for dim, own in leaf.axes.items():
-            if own[0] <= first <= own[-1]:
+            if own[0] == first or own[0] <= first <= own[-1]:
                 uses = leaf.consumers if consumed else leaf.producers
                 if dim not in uses:
                     uses.append(dim)
@@ -364,31 +412,39 @@ class Tracer(TorchDispatchMode):
                     vars(module)["forward"] = before
 
     @contextmanager
-    def scopes(self) -> Iterator[None]:
-        """Keep track of which module is running, so that messages can name it."""
+    def scopes(self, after: Callable[[nn.Module, Any], None] | None = None) -> Iterator[None]:
+        """Keep track of which module is running, so that messages can name it.
 
-        def enter(name: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                self._path.append(name)
-                self.module_order.append(name)
+        ``after`` is called with a module and what it gave back. A call of a module goes through one function for all of
+        them; two hooks for each take several times as long.
+        """
+        names = {id(module): name for name, module in self._modules.items()}
+        path, order = self._path, self.module_order
 
-            return hook
+        def named(run: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            name = names.get(id(module))
+            if name is None:
+                return run(module, *args, **kwargs)
+            path.append(name)
+            order.append(name)
+            try:
+                out = run(module, *args, **kwargs)
+            finally:
+                path.pop()
+            if after is not None:
+                after(module, out)
+            return out
 
-        def leave(*_: Any) -> None:
-            self._path.pop()
-
-        handles = []
-        for name, module in self._modules.items():
-            handles.append(module.register_forward_pre_hook(enter(name), prepend=True))
-            handles.append(module.register_forward_hook(leave))
-        try:
+        with CALLS.made_by(named):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 _LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, np.__file__, Path(__file__).parent))
+
+
+@cache
+def _is_the_models(file: str) -> bool:
+    return not file.startswith((*_LIBRARIES, "<")) and "torch_pruning" not in file
 
 
 def _line_of_the_model() -> str:
@@ -396,7 +452,7 @@ def _line_of_the_model() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((*_LIBRARIES, "<")) and "torch_pruning" not in name:
+        if _is_the_models(name):
             return f"{os.path.basename(name)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""

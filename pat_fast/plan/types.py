@@ -135,9 +135,8 @@ class Plan:
     group_of: ChannelArray = field(init=False)
 
     def __post_init__(self) -> None:
-        group_of = np.empty(self.n_channels, dtype=np.int32)
-        for i, group in enumerate(self.groups):
-            group_of[group.start : group.stop] = i
+        sizes = [group.channels for group in self.groups]
+        group_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
         object.__setattr__(self, "group_of", group_of)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -485,9 +484,9 @@ def by_first_use(unit: NDArray[np.integer[Any]]) -> ChannelArray:
     """Unit numbers in the order in which the channels first name them."""
     if not len(unit):
         return unit.astype(np.int32)
-    used = np.unique(unit) if unit.max() >= 4 * len(unit) else np.flatnonzero(np.bincount(unit))
-    first = np.empty(int(unit.max()) + 1, dtype=np.int64)
+    first = np.full(int(unit.max()) + 1, -1, dtype=np.int64)
     first[unit[::-1]] = np.arange(len(unit))[::-1]  # what is assigned last stays
+    used = np.flatnonzero(first >= 0)
     rank = np.empty(len(first), dtype=np.int32)
     rank[used[np.argsort(first[used], kind="stable")]] = np.arange(len(used), dtype=np.int32)
     return rank[unit]

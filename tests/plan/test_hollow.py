@@ -21,12 +21,12 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     run = hollow.Hollow.run
 
-    def noting(self: hollow.Hollow, func: Any, args: Any) -> Tensor | None:
-        out = run(self, func, args)
+    def noting(self: hollow.Hollow, func: Any, args: Any, kwargs: Any) -> Any:
+        out = run(self, func, args, kwargs)
         if out is not None:
             seen.append(func._schema.name)
-            expected = func(*args)
-            assert (out.shape, out.stride(), out.dtype) == (expected.shape, expected.stride(), expected.dtype)
+            for found, expected in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
         return out
 
     monkeypatch.setattr(hollow, "LEAST", 0)
@@ -132,7 +132,12 @@ OPS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "in place": lambda x, m: x.relu_().add_(x),
     "gelu": lambda x, m: nn.functional.gelu(x),
     "sum": lambda x, m: x + x.sigmoid(),
-    "of two shapes": lambda x, m: x * x.mean((2, 3), keepdim=True) + 1.0,
+    "with a number": lambda x, m: x + 1.0,
+    "layer norm": lambda x, m: nn.functional.layer_norm(x, x.shape[2:]),
+    "pool": lambda x, m: nn.functional.max_pool2d(x, 3, 1, 1),
+    "pool with strides": lambda x, m: nn.functional.max_pool2d(x, (2, 1)),
+    "softmax": lambda x, m: x.softmax(-1),
+    "of two shapes": lambda x, m: x * x.mean((2, 3), keepdim=True),
     "of two types": lambda x, m: (x + x.double()).float(),
     "cat": lambda x, m: torch.cat([x, x.tanh()], 1),
     "cat of positions": lambda x, m: torch.cat([x, x], -1),
@@ -148,8 +153,8 @@ def test_elementwise_ops_on_what_was_not_computed_are_left_out(name: str, monkey
     skipped: list[str] = []
     skip = hollow.Hollow.skip
 
-    def noting(self: hollow.Hollow, func: Any, args: Any) -> Any:
-        out = skip(self, func, args)
+    def noting(self: hollow.Hollow, func: Any, args: Any, kwargs: Any) -> Any:
+        out = skip(self, func, args, kwargs)
         if out is not None:
             skipped.append(func._schema.name)
             alike = [t.clone() if isinstance(t, Tensor) else t for t in args]

@@ -10,20 +10,18 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..labels import Factors, IntArray, along, place, varying
-from ..trace import Leaf, Mark, Tracer
+from ..trace import Leaf, Mark, Tracer, Work
 from .registry import outputs, rule
 
 
 def _widen(mark: Mark, shape: Sequence[int], axes: Sequence[int | None]) -> tuple[Mark, list[int]]:
     """View an operand with its dimensions re-ordered to ``axes``; None inserts a dimension of size 1."""
     order = [a for a in axes if a is not None]
+    moved = order != sorted(order)
     factors = []
     for factor in mark.factors:
-        full = factor.transpose(order)
-        for place_, a in enumerate(axes):
-            if a is None:
-                full = np.expand_dims(full, place_)
-        factors.append(full)
+        sizes = [1 if a is None else factor.shape[a] for a in axes]
+        factors.append((factor.transpose(order) if moved else factor).reshape(sizes))
     return Mark(tuple(factors), mark.leaf), [1 if a is None else shape[a] for a in axes]
 
 
@@ -33,19 +31,55 @@ def _product(tr: Tracer, a: Tensor, a_axes: Sequence[int | None], b: Tensor, b_a
     return tr.contract(wide_a, shape_a, wide_b, shape_b, np.broadcast_shapes(tuple(shape_a), tuple(shape_b)))
 
 
+def _adopted(tr: Tracer, bias: Tensor, factors: Factors, dim: int) -> bool:
+    """Whether ``bias`` is a fresh vector that goes with what labels ``dim`` alone of the tensor that it is added to."""
+    own = [f for f in factors if f.shape[dim] > 1]
+    return len(own) == 1 and varying(own[0]) == (dim,) and tr.adopt(bias, own[0])
+
+
+def _plain(tr: Tracer, a: Mark, b: Mark, a_shape: Sequence[int], b_shape: Sequence[int]) -> Factors | None:
+    """What :func:`_product` comes to for [M, K] times [K, N] with a vector of labels for each dimension, if at all.
+
+    None where it does not: what is summed over has no labels on one side, or channels lie across both dimensions.
+    """
+    found: list[dict[int, IntArray]] = []
+    for mark in (a, b):
+        by_dim = {varying(f): f for f in mark.factors if tr.slots.proper(f)}
+        if len(by_dim) < len(mark.factors) or not by_dim.keys() <= {(0,), (1,)}:
+            return None
+        found.append({dims[0]: f.reshape(-1) for dims, f in by_dim.items()})
+    rows, columns = found
+    if (1 in rows) != (0 in columns) or (1 not in rows and a_shape[1] > 1):
+        return None
+    if 1 in rows:
+        tr.slots.unify(rows[1], columns[0])
+    labels = {0: rows.get(0), 1: columns.get(1)}
+    sizes = ((a_shape[0], labels[0]), (a_shape[1], rows.get(1)), (b_shape[1], labels[1]))
+    axes = (*rows.values(), *(f for d, f in columns.items() if d == 1))
+    tr.work.append(Work(float(math.prod(n for n, own in sizes if own is None)), axes))
+    for mark, own, summed in ((a, rows, 1), (b, columns, 0)):
+        if mark.leaf is not None:
+            for dim, slots in own.items():
+                tr.use(mark.leaf, slots, dim == summed)
+    return tuple(place(slots, dim, 2) for dim, slots in labels.items() if slots is not None)
+
+
 @rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot")
 def matmul(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """(batch of) [M, K] times [K, N], with an optional term that is added."""
     name = func._schema.name
     added = args[0] if "add" in name else None
     a, b = args[1:3] if added is not None else args[:2]
-    if b.ndim == 1:
+    plain = _plain(tr, tr.mark(a), tr.mark(b), a.shape, b.shape) if a.ndim == b.ndim == 2 else None
+    if plain is not None:
+        factors = plain
+    elif b.ndim == 1:
         factors = _product(tr, a, range(a.ndim), b, [None] * (a.ndim - 1) + [0])
     elif b.ndim == 2:
         factors = _product(tr, a, [0, None, 1], b, [None, 1, 0])
     else:
         factors = _product(tr, a, [0, 1, None, 2], b, [0, None, 2, 1])
-    if added is not None and added.ndim:
+    if added is not None and added.ndim and not _adopted(tr, added, factors, out.ndim - 1):
         factors = tr.merge([(out.shape, factors), (added.shape, tr.mark(added).factors)], out.shape)
     tr.set(out, factors)
 
@@ -76,7 +110,7 @@ def linear(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
     lead: list[int | None] = list(range(x.ndim - 1))
     factors = _product(tr, x, [*lead, None, x.ndim - 1], weight, [None] * len(lead) + [0, 1])
-    if bias is not None:
+    if bias is not None and not _adopted(tr, bias, factors, out.ndim - 1):
         factors = tr.merge([(out.shape, factors), (bias.shape, tr.mark(bias).factors)], out.shape)
     tr.set(out, factors)
 
@@ -116,6 +150,10 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     c_in, c_out = x.shape[1], out.shape[1]
     label = _conv_input(tr, x)
     row, col = (0, 1) if not transposed else (1, 0)
+    leaf = tr.leaves.get(id(weight))
+    if leaf is not None and not leaf.axes and groups == 1 and label is not None and c_out > 1:
+        # It has not been met before: the channels that it expects are those that enter.
+        leaf.axes[row], leaf.axes[col] = tr.slots.new(c_out), label
     outs, ins = _conv_slots(tr, weight, groups, row, col)
     per_in, per_out = c_in // groups, c_out // groups
     positions = math.prod((x if transposed else out).shape[2:])
@@ -139,7 +177,7 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     axes = [place(slots, d, len(counted)) for d, (slots, _) in enumerate(counted) if slots is not None]
     tr.count_work(tuple(axes), [n for _, n in counted], scale)
     factors: Factors = () if outs is None else (place(outs, 1, out.ndim),)
-    if bias is not None:
+    if bias is not None and not _adopted(tr, bias, factors, 1):
         shape = [1, c_out] + [1] * (out.ndim - 2)
         named = tuple(f.reshape(shape) for f in tr.mark(bias).factors)
         factors = tr.merge([(shape, named), (shape, factors)], shape)
@@ -211,7 +249,8 @@ def _leaf_axis(tr: Tracer, leaf: Leaf, dim: int, groups: int) -> IntArray | None
 def _join(tr: Tracer, label: IntArray | None, own: IntArray | None) -> None:
     """The channels that enter are those that the weight expects; a side without labels fixes the other."""
     if label is not None and own is not None:
-        tr.slots.unify(label, own)
+        if label is not own:
+            tr.slots.unify(label, own)
     elif own is not None:
         tr.freeze((own,), "its input is not made by a layer that can shrink")
     elif label is not None:

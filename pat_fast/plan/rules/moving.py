@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -133,18 +134,27 @@ def view(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 def reshape(factor: IntArray, source: Sequence[int], target: Sequence[int]) -> IntArray:
     """``factor`` of a tensor of shape ``source`` after ``view(target)``."""
+    middle, final = _through(factor.shape, tuple(source), tuple(target))
+    shaped = (factor if middle == factor.shape else np.broadcast_to(factor, middle)).reshape(final)
+    for dim in varying(shaped):  # e.g. (batch * channel) split again: constant along the batch
+        first = shaped.take([0], axis=dim)
+        if (first == shaped.take([-1], axis=dim)).all() and (first == shaped).all():
+            shaped = first
+    return shaped
+
+
+@lru_cache(maxsize=1024)
+def _through(
+    factor: tuple[int, ...], source: tuple[int, ...], target: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes that a factor has on the way: what it varies along repeated in full, then viewed."""
     middle: list[int] = []
     final: list[int] = []
     for dims_in, dims_out in _matching(source, target):
-        varies = any(factor.shape[d] > 1 for d in dims_in)
+        varies = any(factor[d] > 1 for d in dims_in)
         middle += [source[d] if varies else 1 for d in dims_in]
         final += [target[d] if varies else 1 for d in dims_out]
-    shaped = np.broadcast_to(factor, middle).reshape(final)
-    for dim in varying(shaped):  # e.g. (batch * channel) split again: constant along the batch
-        first = shaped.take([0], axis=dim)
-        if np.array_equal(shaped, np.broadcast_to(first, shaped.shape)):
-            shaped = first
-    return shaped
+    return tuple(middle), tuple(final)
 
 
 def _matching(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:

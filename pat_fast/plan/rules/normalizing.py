@@ -24,14 +24,18 @@ def _per_channel(x: Tensor, tensors: Sequence[Tensor | None], tr: Tracer) -> lis
 def batch_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Weight, bias and running statistics follow dimension 1."""
     x = args[0]
-    own = _per_channel(x, [t for t in args[1:5] if isinstance(t, Tensor)], tr)
-    factors = tr.merge([(x.shape, tr.mark(x).factors), *own], x.shape)
+    mark = tr.mark(x)
+    own = [t for t in args[1:5] if isinstance(t, Tensor)]
+    if len(mark.factors) == 1 and varying(mark.factors[0]) == (1,):
+        vector = mark.factors[0].reshape(-1)
+        own = [t for t in own if not tr.adopt(t, vector)]
+    factors = tr.merge([(x.shape, mark.factors), *_per_channel(x, own, tr)], x.shape) if own else mark.factors
     note(tr, [f for f in factors if varying(f) != (1,)], "batch norm")  # of a weight, say, that is standardised
     if isinstance(tr.module, nn.modules.batchnorm._NormBase):
         for factor in factors:
             if varying(factor) == (1,):  # an instance norm has its channels once for each example
                 tr.width(factor.reshape(-1)[: tr.module.num_features], "num_features")
-    tr.set(outputs(out)[0], factors, tr.mark(x).leaf)
+    tr.set(outputs(out)[0], factors, mark.leaf)
 
 
 @rule("_weight_norm_interface", "_weight_norm")
@@ -48,8 +52,11 @@ def weight_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 def layer_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Weight and bias follow the last dimensions, over which the statistics are taken."""
     x, size = args[0], len(args[1])
-    own = [(t.shape, tr.mark(t).factors) for t in args[2:4] if isinstance(t, Tensor)]
-    factors = tr.merge([(x.shape, tr.mark(x).factors), *own], x.shape)
+    given, found = [t for t in args[2:4] if isinstance(t, Tensor)], tr.mark(x).factors
+    if len(found) == 1 and varying(found[0]) == (x.ndim - 1,):
+        given = [t for t in given if not tr.adopt(t, found[0])]
+    own = [(t.shape, tr.mark(t).factors) for t in given]
+    factors = tr.merge([(x.shape, found), *own], x.shape) if own else found
     inner = [f for f in factors if max(varying(f)) >= x.ndim - size]
     note(tr, inner, "layer norm")
     for factor in inner:

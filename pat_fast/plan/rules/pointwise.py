@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..labels import varying
-from ..trace import Leaf, Tracer
+from ..trace import Leaf, Tracer, tensors
 from .registry import extents, note, nth, outputs, rule
 
 
@@ -20,7 +19,7 @@ from .registry import extents, note, nth, outputs, rule
 )  # fmt: skip
 def elementwise(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Every output element depends on the input elements at its place, up to broadcasting."""
-    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    inputs = tensors((args, tuple(kwargs.values())) if kwargs else args)
     for result in outputs(out):
         factors = tr.merge([(extents(t), tr.mark(t).factors) for t in inputs if t.ndim], result.shape)
         if "softmax" in func._schema.name:

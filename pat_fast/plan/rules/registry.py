@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..labels import IntArray
-from ..trace import Tracer
+from ..trace import Tracer, tensors
 
 Rule = Callable[[Tracer, Any, tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -28,7 +27,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def outputs(out: Any) -> list[Tensor]:
-    return [out] if isinstance(out, Tensor) else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    return tensors(out)
 
 
 def nth(dim: int, tensor: Tensor) -> int:
@@ -37,6 +36,8 @@ def nth(dim: int, tensor: Tensor) -> int:
 
 def extents(tensor: Tensor) -> list[int]:
     """Sizes of ``tensor``, 1 where it is expanded: what is repeated there fits any size."""
+    if tensor.is_contiguous():
+        return list(tensor.shape)
     return [1 if stride == 0 else n for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
