@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .dry_run import dry_run
 from .plan import Plan
 from .plan import build_plan as lower
-from .plan.running import call, undisturbed
+from .plan.running import Still, call, undisturbed
 from .plan.verify import verify as permutation_test
 from .rehearsal import rehearse
 
@@ -41,13 +41,14 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         PlanError: the forward fails on these inputs.
     """
     start = time.perf_counter()
-    plan = lower(model, example_inputs)
+    still = Still(model)
+    plan = lower(model, example_inputs, still)
     if not verify or not plan.groups:
         return plan
     lowered = time.perf_counter()
     try:
-        smaller = _smaller(example_inputs)
-        at_once = rehearse(plan, model, example_inputs, smaller)
+        smaller = smaller_inputs(example_inputs)
+        at_once = rehearse(plan, model, example_inputs, smaller, still=still)
         if not at_once:
             plan = _found_out(plan, model, _taken(model, example_inputs, smaller))
     except Exception as error:  # a model that cannot be copied, or not be run twice
@@ -72,7 +73,7 @@ def _found_out(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
     return plan
 
 
-def _smaller(example_inputs: Any) -> Any:
+def smaller_inputs(example_inputs: Any) -> Any:
     """``example_inputs`` with at most two examples and short sides; None if they are no larger than that."""
     smaller = tree_map(_crop, example_inputs)
     shapes = [[tuple(t.shape) for t in tree_leaves(x) if isinstance(t, Tensor)] for x in (smaller, example_inputs)]

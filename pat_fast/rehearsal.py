@@ -1,40 +1,47 @@
 """Both proofs of a plan in one: a smaller model whose channels have changed places computes what the model computes.
 
 A few channels of every group are kept, and change places; every weight is random. The model at its full size, with
-everything else at zero, must put out what the smaller one does. Channels that take part in a statistic (a layer norm)
-all stay in that comparison and only change places; for them a model that is smaller everywhere is run once more. So two
-forwards, or three, and one backward say of all groups at once that their maps hold and that they can shrink. If that is
-in doubt, the permutation test and the dry run find out what is wrong.
+everything else at zero, must put out what the smaller one does. Layer and group norms, whose statistics would see the
+zeros, take them over the channels that are kept. So two forwards say of all groups at once that their maps hold and
+that they can shrink. Where another statistic of channels is taken, or one of these written out in the model's code,
+those channels all stay in the comparison and only change places, and a model that is smaller everywhere is run once
+more. A backward is run where not all of it is PyTorch's own. If that is in doubt, the permutation test and the dry run
+find out what is wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from .errors import PlanError
 from .plan.bind import Binding
 from .plan.double import InDouble
-from .plan.running import call, undisturbed
-from .plan.thin import Standing, Thin, Values
+from .plan.running import HOOKS, Still, call
+from .plan.thin import LEAST, Standing, Thin, Values, fill
 from .plan.trace import fixed_outputs
 from .plan.types import Axis, BoolArray, IntArray, Kept, Plan, TensorMap, is_grouped
 from .plan.verify import FINE, TOLERANCE, channel_order, distance
 from .plan.walk import named_modules, named_tensors
 from .surgery.modules import Change, apply_changes, attribute_changes
 
+_NORMS = ("layer norm over", "group norm over")  # notes of statistics that smaller norms take as they should
 FEW = 4  # units of a group that are kept at least: of fewer, too many orders are alike
 MANY = 48  # units of a group that are kept at most, and as many again so that groups of one size come apart
 _FLOATS = (torch.float32, torch.float64)
 
 
-def rehearse(plan: Plan, model: nn.Module, example_inputs: Any, smaller: Any = None, seed: int = 0) -> bool:
+def rehearse(
+    plan: Plan, model: nn.Module, example_inputs: Any, smaller: Any = None, seed: int = 0, still: Still | None = None
+) -> bool:
     """Whether all of ``plan`` is proven; False says nothing but that it was not.
 
     The model itself is not written to. It runs on the inputs ``smaller``, if there are such and it takes them.
@@ -42,38 +49,64 @@ def rehearse(plan: Plan, model: nn.Module, example_inputs: Any, smaller: Any = N
     if any(isinstance(m, torch.jit.ScriptModule) for _, m in named_modules(model)):
         return False  # it reads its tensors past what stands in for them
     try:
-        return _Rehearsal(plan, model, [smaller] * (smaller is not None) + [example_inputs], seed).holds()
+        return Rehearsal(plan, model, [smaller] * (smaller is not None) + [example_inputs], seed, still).holds()
     except Exception:
         return False
 
 
-class _Rehearsal:
-    def __init__(self, plan: Plan, model: nn.Module, inputs: list[Any], seed: int) -> None:
+class Rehearsal:
+    """One plan put to the test; ``inputs`` are some that the model may take, the first that it does is used."""
+
+    def __init__(self, plan: Plan, model: nn.Module, inputs: list[Any], seed: int, still: Still | None = None) -> None:
         self.plan, self.model = plan, model
-        self._inputs = inputs  # the first that the model takes is used
+        self.inputs = inputs
         self._binding = Binding(plan, model)
         self._generator = np.random.default_rng(seed)
         self._values = Values(seed)
-        parameters = named_tensors(named_modules(model), "_parameters")
+        self._modules = named_modules(model)
+        self._still = still or Still(model)
+        parameters = named_tensors(self._modules, "_parameters")
         self._exact = all(p.dtype in _FLOATS for _, p in parameters if p.is_floating_point())
+        self._held: list[tuple[Any, str, int]] = [
+            (space, name, id(tensor))
+            for _, module in self._modules
+            for space in (module._parameters, module._buffers)
+            for name, tensor in space.items()
+            if tensor is not None
+        ]
         self._lone = 0  # the most kinds of one unit that a group has
+
+    @property
+    def by_norms(self) -> bool:
+        """Whether no statistic of channels is taken but by norms that are PyTorch's."""
+        return all(g.statistic is None or g.statistic.startswith(_NORMS) for g in self.plan.groups)
 
     def holds(self) -> bool:
         """Run the test."""
         statistic = np.array([g.statistic is not None for g in self.plan.groups], dtype=np.bool_)[self.plan.group_of]
-        turn = 0
+        by_norms, turn = self.by_norms, 0
         while turn <= max(self._lone, 1).bit_length() - 1:
-            few = self._few(turn)
-            backward = self._exact and not statistic.any()
-            shapes = self._compare(few | statistic, backward)
-            if shapes is None or not (backward or self._runs(few, shapes)):
-                return False
+            few = self.few(turn)
+            by_norms = by_norms and self._shown(few, bool(statistic.any()))
+            if not by_norms:
+                shapes = self._compare(few | statistic, False) if statistic.any() else None
+                if shapes is None or not self._runs(few, shapes):
+                    return False
             turn += 1
         return True
 
+    def _shown(self, few: BoolArray, forgiving: bool) -> bool:
+        """Whether a model of the channels ``few`` alone computes what the large one does; ``forgiving``: or fails."""
+        try:
+            return self._compare(few, self._exact) is not None and (self._exact or self._runs(few, None))
+        except Exception:
+            if not forgiving:
+                raise
+            return False
+
     # Which channels
 
-    def _few(self, turn: int) -> BoolArray:
+    def few(self, turn: int) -> BoolArray:
         """A few units of each kind.
 
         Of kinds of one unit those go whose number has bit ``turn``: each in some turn, no two in the same ones.
@@ -141,85 +174,108 @@ class _Rehearsal:
 
     def _compare(self, keep: BoolArray, backward: bool) -> list[torch.Size] | None:
         """The shapes of the outputs if the smaller model, its channels shuffled, puts out what the model does."""
-        kept = Kept(keep)
+        kept = Kept(keep, self.plan.vectors)
         large, small = self._tensors(kept, self._moves(keep))
         precision = nullcontext() if self._exact else InDouble()
         expected = self._expected(large, precision)
-        with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision:
-            out = fixed_outputs(call(self.model, self._inputs[0]))
+        with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision, _hooks_seen() as hooks:
+            out = fixed_outputs(call(self.model, self.inputs[0]))
         if distance(expected, [t.detach() for t in out]) > (FINE if self._exact else TOLERANCE):
             return None
-        if backward:
+        if backward and (hooks or not _is_pytorchs(out)):
             _backward(out, own)
         return [t.shape for t in expected]
 
     def _expected(self, large: dict[int, Thin], precision: Any) -> list[Tensor]:
         """What the model puts out with the tensors of ``large`` standing in for its own."""
+        filled = {k: thin for k, thin in large.items() if torch.Size(thin.shape).numel() < LEAST}
+        fill(list(filled.values()))
+        swapped: dict[int, Tensor] = {k: nn.Parameter(thin.full(), False) for k, thin in filled.items()}
+        by_id = {**large, **{id(tensor): filled[k] for k, tensor in swapped.items()}}
         while True:
             try:
-                with undisturbed(self.model), torch.no_grad(), precision, Standing(large):
-                    return [t.detach() for t in fixed_outputs(call(self.model, self._inputs[0]))]
+                with self._still.running(), torch.no_grad(), precision, Standing(by_id):
+                    self._exchange(swapped)
+                    return [t.detach() for t in fixed_outputs(call(self.model, self.inputs[0]))]
             except Exception:
-                if len(self._inputs) == 1:
+                if len(self.inputs) == 1:
                     raise
-                self._inputs = self._inputs[1:]
+                self.inputs = self.inputs[1:]
 
-    def _runs(self, keep: BoolArray, shapes: list[torch.Size]) -> bool:
+    def _runs(self, keep: BoolArray, shapes: list[torch.Size] | None) -> bool:
         """Whether a model of the channels ``keep`` alone runs, forward and backward, to outputs of ``shapes``."""
-        kept = Kept(keep)
-        small = {
-            id(t): _blank(t, kept.of(m)[1])
-            for m in self.plan.tensors
-            for t in (self._binding.tensors[m.name],)
-        }
+        kept = Kept(keep, self.plan.vectors)
+        small = {id(t): _blank(t, kept.of(m)[1]) for m in self.plan.tensors for t in (self._binding.tensors[m.name],)}
         with self._smaller(kept, small) as own:
-            out = fixed_outputs(call(self.model, self._inputs[0]))
-        if [t.shape for t in out] != shapes:
+            out = fixed_outputs(call(self.model, self.inputs[0]))
+        if shapes is not None and [t.shape for t in out] != shapes:
             return False
         _backward(out, own)
         return True
 
     @contextmanager
+    def made(self, keep: BoolArray) -> Iterator[None]:
+        """The model with the channels ``keep`` alone and random values."""
+        kept = Kept(keep, self.plan.vectors)
+        with self._smaller(kept, self._tensors(kept, self._moves(keep))[1]):
+            yield
+
+    @contextmanager
     def _smaller(self, kept: Kept, small: dict[int, Tensor]) -> Iterator[list[Tensor]]:
         """The model with tensors of ``small`` in the places of its own (known by their ids); those with gradients."""
         undo: list[Change] = []
-        with undisturbed(self.model):
-            parameters = {k: nn.Parameter(t, t.is_floating_point()) for k, t in small.items()}
+        with self._still.running():
             try:
                 apply_changes(attribute_changes(self._binding, kept, self.model), undo)
-                for _, module in named_modules(self.model):
-                    for own, new in ((module._parameters, parameters), (module._buffers, small)):
-                        _exchange(own, new)
+                made = self._exchange(small)
+                for _, module in self._modules:
                     if isinstance(module, nn.RNNBase):  # keeps its tensors in a list, too
-                        module._flat_weights[:] = [parameters.get(id(t), t) for t in module._flat_weights]
-                yield [p for p in parameters.values() if p.requires_grad]
+                        module._flat_weights[:] = [made.get(id(t), t) for t in module._flat_weights]
+                yield [p for p in made.values() if p.requires_grad]
             finally:
                 apply_changes(list(reversed(undo)), [])
 
+    def _exchange(self, new: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Put tensors of ``new`` in the places of the model's own; what they were made, by the same ids."""
+        made: dict[int, Tensor] = {}
+        for space, name, key in self._held:
+            if key not in new:
+                continue
+            if key not in made:
+                tensor, parameter = new[key], isinstance(space[name], nn.Parameter)
+                made[key] = _parameter(tensor) if parameter and not isinstance(tensor, nn.Parameter) else tensor
+            space[name] = made[key]
+        return made
+
     def _tensors(self, kept: Kept, moves: IntArray) -> tuple[dict[int, Thin], dict[int, Tensor]]:
         """What stands in for the model's tensors in the two forwards, by their ids."""
-        large: dict[int, Thin] = {}
         small: dict[int, Tensor] = {}
         places = _Places(kept, moves)
-        for one in self.plan.tensors:
+        shapes = self.plan.shapes.tuples(self.plan.shapes.left(kept)[0])
+        wanted: list[tuple[Tensor, tuple[int, ...], str, int]] = []
+        stand: list[tuple[dict[int, Tensor], Tensor | None, float]] = []
+        for one, shape in zip(self.plan.tensors, shapes, strict=True):
             tensor = self._binding.tensors[one.name]
-            shape = kept.of(one)[1]
-            where, columns = places.of(one)
+            where, columns = places.of(one, tensor.device)
             if not tensor.is_floating_point() or (not one.is_parameter and tensor.ndim > 1):
                 new = tensor.detach()  # a table: its own values, which are no weights
                 for dim, index in where.items():
                     new = new.index_select(dim, index)
                 small[id(tensor)] = new.clone()
                 continue
-            new = self._values.like(tensor, shape, one.name, self._fan_in(one.name, shape))
-            small[id(tensor)] = new
-            large[id(tensor)] = Thin(new, one.shape, where, columns, 0.0 if one.is_parameter else 1.0)
-        for _, module in named_modules(self.model):
+            wanted.append((tensor, shape, one.name, self._fan_in(one.name, shape)))
+            stand.append((where, columns, 0.0 if one.is_parameter else 1.0))
+        known = small.keys() | {id(tensor) for tensor, *_ in wanted}
+        for _, module in self._modules:
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in small and _alike(parameter):
-                    new = self._values.like(parameter, parameter.shape, name, parameter.shape[-1])
-                    small[id(parameter)] = new
-                    large[id(parameter)] = Thin(new, parameter.shape, {}, None, 0.0)
+                if parameter is not None and id(parameter) not in known and _alike(parameter):
+                    known.add(id(parameter))
+                    wanted.append((parameter, tuple(parameter.shape), name, parameter.shape[-1]))
+                    stand.append(({}, None, 0.0))
+        large: dict[int, Thin] = {}
+        for (tensor, *_), new, (where, columns, beside) in zip(wanted, self._values.of(wanted), stand, strict=True):
+            small[id(tensor)] = new
+            large[id(tensor)] = Thin(new, tuple(tensor.shape), where, columns, beside)
         return large, small
 
     def _fan_in(self, name: str, shape: tuple[int, ...]) -> int:
@@ -238,9 +294,8 @@ def _ranks(kind: IntArray, key: NDArray[np.float64]) -> IntArray:
     return rank
 
 
-def _exchange(own: dict[str, Any], new: Mapping[int, Tensor]) -> None:
-    """Put tensors of ``new`` in the places of those whose ids they are known by."""
-    own.update({name: new[id(t)] for name, t in own.items() if id(t) in new})
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, tensor.is_floating_point())
 
 
 def _blank(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -259,6 +314,39 @@ def _alike(parameter: Tensor) -> bool:
     return bool(first.amin() == first.amax()) and bool(parameter.amin() == parameter.amax())
 
 
+@contextmanager
+def _hooks_seen() -> Iterator[list[bool]]:
+    """Notes whether a forward hangs hooks of its own into the backward."""
+    seen: list[bool] = []
+
+    def noticed(run: Any, tensor: Tensor, hook: Any) -> Any:
+        seen.append(True)
+        return run(tensor, hook)
+
+    with HOOKS.made_by(noticed):
+        yield seen
+
+
+def _is_pytorchs(out: list[Tensor]) -> bool:
+    """Whether all steps of the backward are PyTorch's own, which take their shapes from the forward's tensors."""
+    left, seen = [t.grad_fn for t in out if t.grad_fn is not None], set()
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not _is_known(type(node)):
+            return False
+        left += [source for source, _ in node.next_functions if source is not None]
+    return True
+
+
+@cache
+def _is_known(kind: type) -> bool:
+    """Whether nodes of ``kind`` are PyTorch's own: neither a Python function's nor an extension's."""
+    return not issubclass(kind, BackwardCFunction) and kind.__name__ != "CppFunction"
+
+
 @torch.enable_grad()  # an optimizer's hook, which may call, runs without
 def _backward(out: list[Tensor], own: list[Tensor]) -> None:
     """Run a backward to the tensors ``own``, with which the gradients are dropped; the model's own get none."""
@@ -275,14 +363,14 @@ class _Places:
         self._orders: dict[int, IntArray] = {}
         self._found: dict[int, tuple[IntArray, Tensor | None]] = {}
 
-    def of(self, tensor: TensorMap) -> tuple[dict[int, Tensor], Tensor | None]:
+    def of(self, tensor: TensorMap, device: torch.device) -> tuple[dict[int, Tensor], Tensor | None]:
         """By dimension, and for dimension 1 of a grouped convolution by block."""
         where, columns = {}, None
         for axis in tensor.axes:
             vector, places = self._axis(axis.channels, axis)
             if not is_grouped(tensor, axis):
                 if places is not None:
-                    where[axis.dim] = places
+                    where[axis.dim] = places.to(device)
                 continue
             width = tensor.shape[1]
             if tensor.whole_groups:

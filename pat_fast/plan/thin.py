@@ -2,21 +2,27 @@
 
 A :class:`Thin` tensor is a small tensor and where its rows and columns stand in the large one. :class:`Standing` runs a
 model as if its parameters were such tensors, without writing to them or making them: linear layers, convolutions and
-embeddings compute with the small tensor, other functions get the large one.
+embeddings compute with the small tensor, other functions get the large one. Layer and group norms take their statistics
+over the channels that the small tensor has, as they do once the others are gone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-LEAST = 4096  # elements below which a weight is simply filled in
-POOL = 131101  # a prime, so that rows of a longer tensor do not repeat
+from ..errors import PlanError
+from .labels import IntArray
+
+LEAST = 2**14  # elements below which a weight is simply filled in
+POOL = 32771  # a prime, so that rows of a longer tensor do not repeat
 # What the large tensor says of itself is right as it is.
 _PLAIN = {getattr(Tensor, a).__get__ for a in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")}
 _PLAIN |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size}
@@ -41,6 +47,22 @@ class Thin:
             self._full = self._scattered()
         return self._full
 
+    def positions(self) -> IntArray:
+        """Where the elements of the small tensor stand in the large one's memory."""
+        shape, places = self.small.shape, {d: p.numpy(force=True) for d, p in self.places.items()}
+        if len(shape) == 1:
+            return places[0] if places else np.arange(shape[0])
+        if self.columns is not None:
+            places[1] = np.repeat(self.columns.numpy(force=True), shape[0] // len(self.columns), axis=0)
+        found: IntArray = np.zeros((1,) * len(shape), dtype=np.int64)
+        stride = 1
+        for dim in range(len(shape))[::-1]:
+            own = places.get(dim, np.arange(shape[dim]))
+            lead = shape[:1] if own.ndim > 1 else ()
+            found = found + stride * own.reshape(*lead, *[1] * (dim - len(lead)), -1, *[1] * (len(shape) - dim - 1))
+            stride *= self.shape[dim]
+        return found.reshape(-1)
+
     def _scattered(self) -> Tensor:
         out = self.small
         if self.columns is not None:
@@ -57,6 +79,22 @@ class Thin:
         return value.new_full(shape, self.fill).index_copy_(dim, places, value)
 
 
+def fill(thin: Sequence[Thin]) -> None:
+    """Make the large tensors of ``thin``, all at once."""
+    alike: dict[Any, list[Thin]] = {}
+    for one in thin:
+        alike.setdefault((one.small.device, one.small.dtype, one.fill), []).append(one)
+    for (_, _, value), ones in alike.items():
+        sizes = [math.prod(one.shape) for one in ones]
+        starts = np.cumsum([0, *sizes])
+        where = np.concatenate([one.positions() + start for one, start in zip(ones, starts, strict=False)])
+        flat = ones[0].small.new_full((int(starts[-1]),), value)
+        index = torch.from_numpy(where).to(flat.device)
+        flat.index_copy_(0, index, torch.cat([one.small.reshape(-1) for one in ones]))
+        for one, part in zip(ones, flat.split(sizes), strict=True):
+            one._full = part.view(one.shape)
+
+
 class Standing(TorchFunctionMode):
     """Functions that are given a tensor of ``stand_ins`` (by its id) compute with what stands in for it."""
 
@@ -70,15 +108,17 @@ class Standing(TorchFunctionMode):
             return func(*args, **kwargs)
         short = _SHORT.get(func)
         if short is not None:
-            at, run = short
+            at, least, run = short
             weight = args[at] if len(args) > at else kwargs.get("weight")
             thin = self._stand_ins.get(id(weight))
-            if thin is not None and weight.numel() >= LEAST:
+            if thin is not None and weight.numel() >= least:
                 rest = self._filled(args[:at]), self._filled(args[at + 1 :]), self._filled(kwargs)
                 out = run(func, thin, *rest)
                 if out is not None:
                     return out
-        return func(*self._filled(args), **self._filled(kwargs))
+        if kwargs:
+            return func(*self._filled(args), **self._filled(kwargs))
+        return func(*self._filled(args))
 
     def _filled(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -118,12 +158,48 @@ def _embedding(func: Any, thin: Thin, before: Any, after: Any, kwargs: Any) -> T
     return y.new_zeros((*y.shape[:-1], thin.shape[1])).index_copy_(-1, thin.places[1], y)
 
 
-_SHORT: dict[Any, tuple[int, Callable[..., Tensor | None]]] = {
-    F.linear: (1, _linear),
-    torch.conv1d: (1, _linear),
-    torch.conv2d: (1, _linear),
-    torch.conv3d: (1, _linear),
-    torch.embedding: (0, _embedding),
+def _norm(func: Any, thin: Thin, before: Any, after: Any, kwargs: Any) -> Tensor | None:
+    """``norm(x, normalized_shape or groups, weight, ...)``: statistics of the channels that there are."""
+    names = ("eps",) if func in _WITHOUT_BIAS else ("bias", "eps")
+    if len(before) != 2 or len(after) > len(names) or thin.small.shape == thin.shape:
+        return None
+    (x, size), grouped = before, func in _GROUPED
+    given = {**dict(zip(names, after, strict=False)), **kwargs}
+    bias = given.pop("bias", None)
+    given["weight"] = thin.small
+    if grouped:
+        _check_blocks(thin, size)
+    elif tuple(size) != thin.shape:
+        return None
+    at = {1 if grouped else x.ndim - len(thin.shape) + dim: places for dim, places in thin.places.items()}
+    y = x
+    for dim, places in at.items():
+        y = y.index_select(dim, places)
+    y = func(y, size if grouped else list(thin.small.shape), **given)
+    for dim, places in at.items():
+        shape = list(y.shape)
+        shape[dim] = x.shape[dim]
+        y = y.new_zeros(shape).index_copy_(dim, places, y)
+    return y if bias is None else y + (bias.reshape(-1, *[1] * (x.ndim - 2)) if grouped else bias)
+
+
+def _check_blocks(thin: Thin, groups: int) -> None:
+    """Raise :class:`PlanError` unless every group of a group norm keeps as many channels, and its own."""
+    places = thin.places[0]
+    block = torch.arange(len(places), device=places.device) * groups // len(places)
+    if len(places) % groups or bool((places * groups // thin.shape[0] != block).any()):
+        raise PlanError("channels leave their block of a group norm")
+
+
+_WITHOUT_BIAS = {F.rms_norm, torch.rms_norm}
+_GROUPED = {F.group_norm, torch.group_norm}
+_SHORT: dict[Any, tuple[int, int, Callable[..., Tensor | None]]] = {  # where the weight is, how large at least
+    F.linear: (1, LEAST, _linear),
+    torch.conv1d: (1, LEAST, _linear),
+    torch.conv2d: (1, LEAST, _linear),
+    torch.conv3d: (1, LEAST, _linear),
+    torch.embedding: (0, LEAST, _embedding),
+    **dict.fromkeys((F.layer_norm, torch.layer_norm, *_GROUPED, *_WITHOUT_BIAS), (2, 0, _norm)),
 }
 
 
@@ -134,20 +210,31 @@ class Values:
         generator = torch.Generator().manual_seed(seed)
         pool = torch.randn(POOL, generator=generator)
         squashed = torch.tanh(pool)
-        pools = {"weight": pool, "scale": 1.0 + 0.5 * squashed, "bias": 0.5 + 0.25 * squashed}
-        self._pools = {kind: torch.cat([values, values]) for kind, values in pools.items()}
-        self._at = 0
+        self._pools = {"weight": pool, "scale": 1.0 + 0.5 * squashed, "bias": 0.5 + 0.25 * squashed}
 
-    def like(self, tensor: Tensor, shape: Sequence[int], name: str, fan_in: int) -> Tensor:
-        """Values in ``shape`` for the parameter or buffer ``tensor`` called ``name``."""
-        if len(shape) > 1:
-            return self._take("weight", shape, tensor).mul_(max(fan_in, 1) ** -0.5)
-        scale = name.endswith("running_var") or "weight" in name.rpartition(".")[2]
-        return self._take("scale" if scale else "bias", shape, tensor)  # biases keep a ReLU from hiding its channels
+    def of(self, wanted: Sequence[tuple[Tensor, Sequence[int], str, int]]) -> list[Tensor]:
+        """Values for each (parameter or buffer, shape, its name, terms in the sums that it takes part in)."""
+        found: list[Tensor] = [torch.empty(0)] * len(wanted)
+        alike: dict[Any, list[int]] = {}
+        for i, (tensor, shape, name, _) in enumerate(wanted):
+            alike.setdefault((_kind(len(shape), name), tensor.device, tensor.dtype), []).append(i)
+        for (kind, device, dtype), places in alike.items():
+            shapes = [tuple(wanted[i][1]) for i in places]
+            sizes = [math.prod(shape) for shape in shapes]
+            parts = self._take(kind, sum(sizes)).to(device, dtype).split(sizes)
+            if kind == "weight":
+                torch._foreach_mul_(parts, [max(wanted[i][3], 1) ** -0.5 for i in places])
+            for i, part, shape in zip(places, parts, shapes, strict=True):
+                found[i] = part.view(shape)
+        return found
 
-    def _take(self, kind: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        count = torch.Size(shape).numel()
-        self._at = (self._at + 7919) % POOL
-        found = self._pools[kind][self._at : self._at + POOL]
-        found = found.repeat(-(-count // POOL))[:count] if count > POOL else found[:count].clone()
-        return found.reshape(shape).to(like.device, like.dtype)
+    def _take(self, kind: str, count: int) -> Tensor:
+        pool = self._pools[kind]
+        return pool.repeat(-(-count // POOL))[:count] if count > POOL else pool[:count].clone()
+
+
+def _kind(ndim: int, name: str) -> str:
+    if ndim > 1:
+        return "weight"
+    scale = name.endswith("running_var") or "weight" in name.rpartition(".")[2]
+    return "scale" if scale else "bias"  # biases keep a ReLU from hiding its channels

@@ -195,7 +195,8 @@ def channel_order(axis: Axis, permutation: IntArray, cache: dict[int, IntArray])
     if found is None:
         places = np.argsort(axis.channels, kind="stable")
         ranked = axis.channels[places]
-        first = np.searchsorted(ranked, np.arange(len(permutation)))
+        held = np.bincount(ranked + 1, minlength=len(permutation) + 1)  # the first counts what must stay
+        first = np.cumsum(held)[:-1]
         found = np.arange(len(axis.channels))
         live = ranked >= 0
         rank = np.arange(len(ranked)) - first[np.where(live, ranked, 0)]

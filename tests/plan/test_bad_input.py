@@ -225,7 +225,7 @@ def test_a_plan_that_could_not_be_verified_says_so_at_every_prune(monkeypatch: p
         def __deepcopy__(self, memo: Any) -> Any:
             raise RuntimeError("no copies")
 
-    monkeypatch.setattr("pat_fast.proof.rehearse", lambda *_: False)  # what proves most models without a copy
+    monkeypatch.setattr("pat_fast.proof.rehearse", lambda *_, **__: False)  # what proves most models without a copy
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Uncopied(8, 6), nn.ReLU(), nn.Linear(6, 3))
     with pytest.warns(UserWarning, match="could not be verified.*no copies"):
         pruner = pat.Pruner(model, 0.5, example_inputs=X, end_epoch=2)

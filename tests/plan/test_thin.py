@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pat_fast.plan.thin import POOL, Standing, Thin, Values
+from pat_fast import PlanError
+from pat_fast.plan.thin import POOL, Standing, Thin, Values, fill
 
 ROWS, COLUMNS = torch.tensor([70, 3, 41]), torch.tensor([5, 0, 77, 30])
 
@@ -19,19 +20,31 @@ def thin(shape: tuple[int, ...], small: tuple[int, ...], places: dict[int, Tenso
     return Thin(values, shape, places, None, fill)
 
 
+def at_once(one: Thin) -> Tensor:
+    """The large tensor as :func:`fill` makes it, between others."""
+    twin = Thin(one.small, one.shape, one.places, one.columns, one.fill)
+    fill([thin((5,), (5,), {}), twin, thin((7,), (5,), {0: torch.tensor([6, 1, 2, 5, 0])}, fill=1.0)])
+    assert twin._full is not None
+    return twin.full()
+
+
 def test_the_large_tensor_has_the_small_one_at_its_places() -> None:
     one = thin((80, 90), (3, 4), {0: ROWS, 1: COLUMNS})
     full = one.full()
+    assert torch.equal(at_once(one), full)
     assert full.shape == (80, 90)
     assert torch.equal(full[ROWS][:, COLUMNS], one.small)
     assert full.count_nonzero() == 12
-    assert thin((9,), (2,), {0: torch.tensor([4, 1])}, fill=1.0).full().eq(1).sum() == 7
+    one = thin((9,), (2,), {0: torch.tensor([4, 1])}, fill=1.0)
+    assert one.full().eq(1).sum() == 7
+    assert torch.equal(at_once(one), one.full())
 
 
 def test_blocks_of_a_grouped_convolution_have_their_own_columns() -> None:
     columns = torch.tensor([[1, 0], [2, 1]])
     one = Thin(torch.randn(4, 2, 1), (6, 3, 1), {0: torch.tensor([2, 0, 3, 5])}, columns, 0.0)
     full = one.full()
+    assert torch.equal(at_once(one), full)
     for i, row in enumerate([2, 0, 3, 5]):
         assert torch.equal(full[row, columns[i // 2], 0], one.small[i, :, 0])
     assert full.count_nonzero() == 8
@@ -85,13 +98,48 @@ def test_embeddings_compute_with_what_stands_in(places: dict[int, Tensor]) -> No
     torch.testing.assert_close(found, w.full()[ids])
 
 
+NORMS: dict[str, Any] = {
+    "layer": lambda x, w, b: F.layer_norm(x, w.shape, w, b),
+    "layer by keyword": lambda x, w, b: F.layer_norm(x, w.shape, weight=w, bias=b, eps=1e-3),
+    "layer without bias": lambda x, w, b: torch.layer_norm(x, w.shape, w),
+    "rms": lambda x, w, b: F.rms_norm(x, w.shape, w, 1e-5),
+    "group": lambda x, w, b: F.group_norm(x.movedim(-1, 1), 2, w, b).movedim(1, -1),
+}
+
+
+@pytest.mark.parametrize("name", list(NORMS))
+def test_norms_take_the_statistics_of_what_there_is(name: str) -> None:
+    weight, bias = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+    places = {0: torch.tensor([3, 0, 6, 5])}
+    w, b = thin((8,), (4,), places), thin((8,), (4,), places)
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    large = x.new_zeros(2, 5, 8).index_copy_(-1, places[0], x)
+    with Standing({id(weight): w, id(bias): b}), torch.no_grad():
+        found = NORMS[name](large, weight, bias)
+    torch.testing.assert_close(found[..., places[0]], NORMS[name](x, w.small, b.small))
+    assert found.count_nonzero() == 40
+
+
+def test_channels_that_leave_their_block_of_a_group_norm_are_no_plan() -> None:
+    weight = nn.Parameter(torch.randn(8))
+    for places in ([3, 0, 6], [3, 0, 1, 5], [6, 5, 3, 0]):
+        w = thin((8,), (len(places),), {0: torch.tensor(places)})
+        with Standing({id(weight): w}), torch.no_grad(), pytest.raises(PlanError, match="block"):
+            F.group_norm(torch.randn(2, 8, 3, dtype=torch.float64), 2, weight)
+
+
 def test_values_differ_from_one_another() -> None:
-    values = Values(0)
     like = torch.zeros(0)
-    matrix = values.like(like, (40, 5000), "a.weight", 5000)  # longer than the pool
+    wanted = [
+        (like, (40, 5000), "a.weight", 5000),  # longer than the pool
+        (like, (50,), "a.weight", 50),
+        (like, (50,), "a.running_var", 50),
+        (like.double(), (3, 2, 2), "b.weight", 4),
+    ]
+    matrix, scale, variance, other = Values(0).of(wanted)
     assert matrix.numel() > POOL
     assert len(torch.unique(matrix, dim=0)) == 40
     assert matrix.std().item() == pytest.approx(5000**-0.5, rel=0.01)
-    scale, variance = values.like(like, (50,), "a.weight", 50), values.like(like, (50,), "a.running_var", 50)
     assert min(scale.min(), variance.min()) >= 0.5
     assert not torch.equal(scale, variance)
+    assert (other.shape, other.dtype) == ((3, 2, 2), torch.float64)

@@ -166,6 +166,73 @@ def test_smaller_inputs_are_tried_first() -> None:
     assert SIDES == [4, 8, 8]
 
 
+class WrittenOut(nn.Module):
+    """A layer norm, PyTorch's or written out, and a count of forwards."""
+
+    def __init__(self, written_out: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(6, 16), nn.Linear(16, 3), nn.LayerNorm(16)
+        self.written_out = written_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        FORWARDS.append(1)
+        x = self.a(x)
+        if not self.written_out:
+            return self.b(self.norm(x))
+        x = x - x.mean(-1, keepdim=True)
+        return self.b(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.norm.weight + self.norm.bias)
+
+
+FORWARDS: list[int] = []
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_a_statistic_that_is_written_out_takes_a_third_forward(written_out: bool) -> None:
+    torch.manual_seed(0)
+    model, x = WrittenOut(written_out), torch.randn(4, 6)
+    plan = build_plan(model, x)
+    assert [g.statistic is not None for g in plan.groups] == [True]
+    FORWARDS.clear()
+    assert rehearse(plan, model, x)
+    assert len(FORWARDS) == 2 + written_out
+    number = next(i for i, t in enumerate(plan.tensors) if t.name == "norm.bias")
+    for lie in LIES:
+        assert not rehearse(change(plan, number, 0, lie(plan.tensors[number].axes[0].channels)), model, x), lie
+
+
+class Narrow(torch.autograd.Function):
+    """Its backward has a size in the code."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return 2 * grad.view(-1, 16)
+
+
+class Backward(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(6, 16), nn.Linear(16, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.how == "function":
+            x = Narrow.apply(x)
+        elif x.requires_grad:
+            x.register_hook(lambda grad: grad.view(-1, 16))
+        return self.b(x)
+
+
+@pytest.mark.parametrize("how", ["function", "hook"])
+def test_a_size_in_the_code_of_a_backward_is_found(how: str) -> None:
+    plan = pat.build_plan(Backward(how), torch.randn(4, 6))
+    assert plan.n_channels == 0
+    assert "does not run when it is smaller" in next(f.reason for f in plan.frozen if f.layer == "a")
+
+
 def test_lying_groups_are_frozen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(5, 4)
