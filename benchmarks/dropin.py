@@ -6,7 +6,8 @@ For each model: the milliseconds of a global step that halves the channels, Torc
 found to leave equal weights, and a floor measured in the same run. The floor is what is left when nothing is decided:
 read every scored weight once; for each tensor that shrinks allocate a new one and fill it by a plain copy of as many
 bytes, page faults of fresh memory included; give it to the parameter; let go of the old ones.
-With ``--construct``: milliseconds of building each kind of pruner.
+With ``--construct``: milliseconds of building each kind of pruner. "others" is the share of a core that other processes
+had meanwhile: what was measured beside much of it says little.
 """
 
 from __future__ import annotations
@@ -140,9 +141,10 @@ PARTS = ("read", "copy", "put", "release")
 
 def steps(names: Sequence[str], clock: Clock) -> str:
     """A table of steps."""
-    head = ["model", "Torch-Pruning", "here", "ratio", "goal", *PARTS, "floor", "ratio at the floor"]
+    head = ["model", "Torch-Pruning", "here", "ratio", "goal", *PARTS, "floor", "ratio at the floor", "others"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
+        others = Others()
         script = Script(name, small=False)
         script.check()
         floor = Floor(script)
@@ -151,7 +153,7 @@ def steps(names: Sequence[str], clock: Clock) -> str:
         theirs, ours, bottom = found["theirs"].ms, found["ours"].ms, sum(least.values())
         goal = f"{GOALS[name]}" if name in GOALS else ""
         columns = [name, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}", goal]
-        columns += [f"{ms:.2f}" for ms in (*least.values(), bottom)] + [f"{theirs / bottom:.1f}"]
+        columns += [f"{ms:.2f}" for ms in (*least.values(), bottom)] + [f"{theirs / bottom:.1f}", str(others)]
         lines.append("| " + " | ".join(columns) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
@@ -159,8 +161,9 @@ def steps(names: Sequence[str], clock: Clock) -> str:
 
 def constructions(names: Sequence[str], clock: Clock) -> str:
     """A table of what building pruners takes: Torch-Pruning's, ours, the ratio."""
-    lines = ["| model | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    lines = ["| model | " + " | ".join(KINDS) + " | others |", "|---" * (len(KINDS) + 2) + "|"]
     for name in names:
+        others = Others()
         script = Script(name, small=False)
         columns = [name]
         for kind in KINDS:
@@ -168,18 +171,29 @@ def constructions(names: Sequence[str], clock: Clock) -> str:
             found = clock.compare({s: partial(script.construct, library, kind) for s, library in sides.items()})
             theirs, ours = found["theirs"].ms, found["ours"].ms
             columns.append(f"{theirs:.0f} / {ours:.0f} = {theirs / ours:.1f}")
+        columns.append(str(others))
         lines.append("| " + " | ".join(columns) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
-def others() -> float:
-    """Seconds of processor time that other processes have used since the start of the machine (0 where not known)."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    fields = [int(n) for n in stat.read_text().splitlines()[0].split()[1:]]
-    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+class Others:
+    """The share of a core that other processes have had since it was made; nothing where the system does not say."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def __str__(self) -> str:
+        taken, wall = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return f"{taken / max(wall, 1e-9):.0%}"
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        stat, times = Path("/proc/stat"), os.times()
+        if not stat.exists():
+            return 0.0, times.elapsed
+        fields = [int(n) for n in stat.read_text().splitlines()[0].split()[1:]]
+        return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK") - sum(times[:4]), times.elapsed
 
 
 def main() -> None:
@@ -189,11 +203,10 @@ def main() -> None:
     parser.add_argument("--construct", action="store_true")
     args = parser.parse_args()
     clock = Clock(torch.device("cpu"), args.rounds)
-    here, start, began = machine.describe(torch.device("cpu")), others(), os.times().elapsed
+    here = machine.describe(torch.device("cpu"))
     table = constructions(args.models or BUILT, clock) if args.construct else steps(args.models or [*GOALS], clock)
-    share = (others() - start) / max(os.times().elapsed - began, 1e-9)
-    print(f"\n{here['date']}, {here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['versions']}")
-    print(f"other processes: {share:.0%} of a core\n\n{table}")
+    print(f"\n{here['date']}, {here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['versions']}\n")
+    print(table)
 
 
 if __name__ == "__main__":
