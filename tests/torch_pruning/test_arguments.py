@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_pruning as original
 from torch import nn
 
 import pat_fast.torch_pruning as tp
@@ -163,6 +164,19 @@ def test_a_group_of_an_earlier_model() -> None:
     group.prune()
     with pytest.raises(PatError, match="inner: the channels of this group are gone already"):
         group.prune()
+
+
+def test_a_model_that_others_prune_between_steps() -> None:
+    """What a step leaves is bound when the next one asks for it: it sees what happened since."""
+    model = Small()
+    pruner = make(model, iterative_steps=2, ignored_layers=[model.head])
+    pruner.step()
+    graph = original.DependencyGraph().build_dependency(model, small_inputs())
+    graph.get_pruning_group(model.inner, original.prune_conv_out_channels, [0]).prune()
+    assert model.inner.out_channels == 11
+    pruner.step()
+    assert model.inner.out_channels == 8
+    assert model(small_inputs()).isfinite().all()
 
 
 def test_deprecated_arguments() -> None:
