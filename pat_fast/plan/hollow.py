@@ -22,7 +22,7 @@ from .noted import Noted
 
 LEAST = 2**20  # multiply-accumulates below which an op is simply run
 LEAST_SKIPPED = 2**14  # elements below which an element-wise op is
-CHUNK = 2**20  # elements of address space to ask for at a time
+CHUNK = 2**24  # elements of address space to ask for at a time: below 32 MiB, memory may be old and is cleared
 # Methods that read values past the dispatcher.
 READS = frozenset({"numpy", "tolist", "__array__", "data_ptr", "untyped_storage", "storage", "__dlpack__"})
 
@@ -204,12 +204,17 @@ def _in_place(zeros: Zeros, x: Tensor, *_: Any) -> Tensor:
 def _pair(zeros: Zeros, a: Tensor, b: Any) -> Tensor | None:
     if isinstance(b, (int, float)):
         return zeros(a, a.shape)
-    same = isinstance(b, Tensor) and b.shape == a.shape and b.is_contiguous() and _alike(a, b)
-    return zeros(a, a.shape) if same else None
+    fits = isinstance(b, Tensor) and b.is_contiguous() and _alike(a, b) and _spreads(b.shape, a.shape)
+    return zeros(a, a.shape) if fits else None
+
+
+def _spreads(shape: Sequence[int], over: Sequence[int]) -> bool:
+    """Whether a tensor of ``shape`` is broadcast to one of the shape ``over``."""
+    return len(shape) <= len(over) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(over), strict=False))
 
 
 def _pair_in_place(zeros: Zeros, a: Tensor, b: Any) -> Tensor | None:
-    return a if isinstance(b, Tensor) and b.shape == a.shape else None
+    return a if isinstance(b, (int, float)) or (isinstance(b, Tensor) and _spreads(b.shape, a.shape)) else None
 
 
 def _batch_norm(zeros: Zeros, x: Tensor, w: Any, b: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
@@ -231,6 +236,11 @@ def _cat(zeros: Zeros, tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None
     shape = list(tensors[0].shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
     return zeros(tensors[0], shape)
+
+
+def _mean(zeros: Zeros, x: Tensor, dims: Sequence[int] | None, keep: bool = False) -> Tensor:
+    gone = {d % x.ndim for d in dims or range(x.ndim)}
+    return x.new_zeros([1 if d in gone else n for d, n in enumerate(x.shape) if keep or d not in gone])
 
 
 def _max_pool(
@@ -259,6 +269,7 @@ _SKIPPED: dict[Any, Any] = {
     _aten.native_layer_norm.default: _layer_norm,
     _aten._softmax.default: _softmax,
     _aten.max_pool2d_with_indices.default: _max_pool,
+    _aten.mean.dim: _mean,
     _aten.cat.default: _cat,
     _aten.relu_.default: _in_place,
     _aten.silu_.default: _in_place,

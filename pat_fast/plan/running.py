@@ -58,7 +58,8 @@ class Still:
         self._training = any(m.training for m in modules)
         self._attributes = [_Snapshot(m) for m in modules]
         own = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
-        self._buffers = [(b, b._version, b.detach().clone()) for b in own.values()]
+        with torch.no_grad():
+            self._buffers = [(b, b._version, b.clone()) for b in own.values()]
         parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
         self._flags = [(p, p.requires_grad) for p in parameters]
         self._frozen = [p for p, flag in self._flags if not flag and p.is_floating_point()]
