@@ -494,10 +494,13 @@ class Pruner:
 
         def follow(smaller: Binding) -> None:
             eligible = torch.from_numpy(self._scope.apply(smaller.plan)[0]).to(smaller.device)
-            self._state.shrink(binding, smaller, keep)
+            with self._state.shrunk(binding, smaller, keep):
+                self.peers.ready()
             self.binding, self._eligible = smaller, eligible
 
-        prune(binding, keep, followers, self.peers.ready, self._averages.current(), follow)
+        copies = self._averages.current()
+        self.peers.begin()
+        prune(binding, keep, followers, copies, follow)
 
     def _report(self, before: Counts, changed: Changes) -> StepReport:
         plan = self._ready().plan

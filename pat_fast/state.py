@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,9 @@ class State:
         unscored = [f"{type(self.criterion).__name__} has no score for {root}: it stays" for root in self.unscored]
         return [*plan.notes, *self.goal.notes, *unscored, *self.mode.notes(plan), *self.steady.notes(plan)]
 
-    def shrink(self, before: Binding, after: Binding, keep: NDArray[np.bool_]) -> None:
-        """Follow a prune that kept the channels ``keep [N]`` of ``before``; as it was if this fails."""
+    @contextmanager
+    def shrunk(self, before: Binding, after: Binding, keep: NDArray[np.bool_]) -> Iterator[None]:
+        """Follow a prune that kept the channels ``keep [N]`` of ``before``; as it was if this or the block fails."""
         growing = [self.regularizer] if isinstance(self.regularizer, GrowingRegularizer) else []
         forget = remember([*self.watching.histories, *growing, self.mode, self.steady.settling])
         try:
@@ -61,6 +63,7 @@ class State:
                 regularizer.shrink(before.plan, keep)
             self.mode.attach(after)
             self.steady.settling.shrink(before.plan.movable(Kept(keep)))
+            yield
         except BaseException:
             forget()
             raise

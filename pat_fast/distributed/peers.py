@@ -78,14 +78,17 @@ class Peers:
             self._active = False
             self._wrappers = []
 
+    def begin(self) -> None:
+        """Called before the first parameter is swapped."""
+        self._swapped = True
+
     def ready(self) -> None:
-        """Called when the new tensors are made: wait until they are on every rank; they are swapped in next.
+        """Called when the new tensors are made and all can still be undone: wait until they are on every rank.
 
         Raises:
             SurgeryError: on another rank they could not be made.
         """
         self.agree("the new tensors")
-        self._swapped = True
 
     def _follow(self) -> None:
         """Parameters that were swapped, or swapped and put back, have lost the reducer's hooks."""

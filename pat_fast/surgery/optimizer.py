@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,12 +114,19 @@ class StateTensor:
 
     def put(self, parameter: Tensor, value: Tensor) -> None:
         """Let ``value`` stand in its place."""
-        entry = self.optimizer.state[parameter]
-        if self.place is None:
-            entry[self.key] = value
-        else:
-            held = entry[self.key]
-            entry[self.key] = type(held)(value if i == self.place else old for i, old in enumerate(held))
+        self.putter(parameter)(value)
+
+    def putter(self, parameter: Tensor) -> Callable[[Tensor], None]:
+        """What lets a tensor stand in its place; it does not refer to the tensor that is there now."""
+        return partial(_put, self.optimizer.state[parameter], self.key, self.place)
+
+
+def _put(entry: dict[str, Any], key: str, place: int | None, value: Tensor) -> None:
+    if place is None:
+        entry[key] = value
+    else:
+        held = entry[key]
+        entry[key] = type(held)(value if i == place else old for i, old in enumerate(held))
 
 
 def check_state(optimizers: Iterable[Optimizer]) -> None:

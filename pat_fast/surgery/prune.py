@@ -1,15 +1,14 @@
-"""The prune: everything that can be refused is checked, everything new is made, then it is swapped in.
+"""The prune: everything that can be refused is checked, then the tensors are cut, batch by batch.
 
-Until the swap nothing of the model has been touched, and every swap can be undone, so a prune happens as a
-whole or not at all. Parameters and buffers keep their identity: optimizers, schedulers, hooks and the
-user's own references stay valid.
+Every step can be undone, so a prune happens as a whole or not at all. Parameters and buffers keep their identity:
+optimizers, schedulers, hooks and the user's own references stay valid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,9 +21,11 @@ from torch.optim import Optimizer
 
 from ..errors import PatError, SurgeryError
 from ..plan.bind import Binding
-from ..plan.types import Kept, Plan
+from ..plan.types import Kept, Plan, TensorMap
 from .compiled import forget_compiled
-from .gather import Gathering, Layout, dense_strides
+from .gather import Gathering
+from .journal import Batch, Move, batches
+from .layout import Layout, dense_strides
 from .modules import Change, apply_changes, attribute_changes, tabulate
 from .optimizer import StateTensor, check_state, state_tensors
 from .record import note_prune, restorer
@@ -35,17 +36,45 @@ __all__ = ["Smaller", "dense_strides", "prepare", "prune", "prune_checked", "set
 LAYOUT = "layout"  # what a binding keeps it under
 
 
-@dataclass
-class Cut:
-    """One parameter or buffer that shrinks, with everything that shrinks along with it."""
+Blanks = dict[tuple[torch.device, torch.dtype], Tensor]
 
-    number: int  # among the plan's tensors
+
+@dataclass(slots=True, eq=False)
+class Cut:
+    """One parameter or buffer that shrinks.
+
+    Attributes:
+        grad: its gradient, which is not with it while both are of different shapes.
+        blanks: empty tensors of other dtypes, by device and dtype.
+        node: its gradient accumulator, if that is at hand.
+    """
+
     tensor: Tensor
-    data: Tensor  # as they were
     grad: Tensor | None
-    states: list[StateTensor] = field(default_factory=list)
-    # made by _compact, in the order data, gradient (if any), states
-    new: list[Tensor] = field(default_factory=list)
+    blanks: Blanks
+    node: Any = None
+
+    def detach_grad(self) -> None:
+        """Take the gradient off."""
+        self.tensor.grad = None
+
+    def attach_grad(self) -> None:
+        """Give the tensor its gradient back."""
+        if self.grad is not None:
+            self.tensor.grad = self.grad
+
+    def put_grad(self, grad: Tensor) -> None:
+        """Let the gradient be another."""
+        self.tensor.grad = None
+        self.grad = grad
+
+    def put_data(self, data: Tensor) -> None:
+        """Give the tensor other data."""
+        key = data.device, data.dtype
+        if key not in self.blanks:
+            self.blanks[key] = _blank(data)
+        node, self.node = self.node, None  # it is dropped now
+        set_tensor(self.tensor, data, None, self.blanks[key], node)
 
 
 @dataclass
@@ -82,7 +111,6 @@ def prune(
     binding: Binding,
     keep: Tensor | NDArray[np.bool_],
     optimizers: Iterable[Optimizer] = (),
-    ready: Callable[[], None] | None = None,
     copies: Iterable[nn.Module] = (),
     then: Callable[[Binding], None] | None = None,
 ) -> Binding:
@@ -92,16 +120,15 @@ def prune(
         binding: the plan, bound to the model.
         keep: bool ``[N]``; whole units, and something left of every axis.
         optimizers: whose state is to shrink along.
-        ready: called when everything new is made and nothing of the model was touched; if it raises, nothing is.
         copies: of the model (averages of its weights), which are to lose the same channels.
         then: called with the new binding when all is done; if it raises, all is undone.
     Returns:
         The binding of the smaller plan to the same model.
     Raises:
         PlanError: ``keep`` is not possible, or the model is not the one that the plan was made for.
-        SurgeryError: an optimizer's state cannot be shrunk, or an error came up while the new tensors
-            were made; model and optimizers are as they were. Other errors are raised as they are, with the model
-            as it was. An interrupt from the keyboard comes before the first change or after the last.
+        SurgeryError: an optimizer's state cannot be shrunk, or an error came up on the way; model and optimizers are
+            as they were. Errors of this package and interrupts are raised as they are, with the model as it was. An
+            interrupt from the keyboard comes before the first change or after the last.
     """
     keep = keep.cpu().numpy() if isinstance(keep, Tensor) else np.asarray(keep)
     kept = binding.plan.check_keep(keep)
@@ -114,7 +141,7 @@ def prune(
         if then is not None:
             then(made[0])
 
-    prune_checked(binding, kept, optimizers, ready, copies, finish)
+    prune_checked(binding, kept, optimizers, copies, finish)
     return made[0]
 
 
@@ -123,7 +150,6 @@ def prune_checked(
     binding: Binding,
     kept: Kept,
     optimizers: Iterable[Optimizer] = (),
-    ready: Callable[[], None] | None = None,
     copies: Iterable[nn.Module] = (),
     then: Callable[[Smaller], None] | None = None,
 ) -> Smaller:
@@ -133,24 +159,21 @@ def prune_checked(
     """
     sizes, _ = binding.plan.shapes.left(kept)
     bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
-    cuts = _cuts(bindings, sizes, list(optimizers))
+    cuts, moves = _cuts(bindings, sizes, kept, list(optimizers))
     changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)]
     undo: list[Undo] = []
     try:
         gathering = Gathering(binding.plan, layout_of(binding), kept, sizes)
-        _compact(cuts, gathering, kept)
-        if ready is not None:
-            ready()
+        parts = batches(gathering, moves)
         with uninterrupted():
-            smaller = _change(cuts, changes, bindings, kept, undo)
+            _cut(cuts, parts, undo)
+            smaller = _follow(changes, bindings, kept, undo)
             forget_compiled()
             if then is not None:
                 then(smaller)
             undo.clear()  # an interrupt that has waited is raised at the end of this block: the prune is done
     except BaseException as error:
-        with uninterrupted(), ExitStack() as steps:  # which takes all of them, the last first, even if one fails
-            for step in undo:
-                steps.callback(step)
+        _take_back(undo, error)
         if isinstance(error, PatError) or not isinstance(error, Exception):
             raise
         raise SurgeryError(
@@ -160,13 +183,45 @@ def prune_checked(
     return smaller
 
 
-def _change(cuts: list[Cut], changes: list[Change], bindings: list[Binding], kept: Kept, undo: list[Undo]) -> Smaller:
-    """Swap the new tensors in, set the attributes; what takes each step back is appended to ``undo`` first."""
-    blank: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+def _take_back(undo: list[Undo], error: BaseException) -> None:
+    """Undo what was done before ``error``, the last first.
+
+    Raises:
+        SurgeryError: that failed, too; what could be undone was.
+    """
+    try:
+        with uninterrupted(), ExitStack() as steps:  # which takes all of them, even if one fails
+            for step in undo:
+                steps.callback(step)
+    except Exception as other:
+        raise SurgeryError(
+            f"the prune failed ({type(error).__name__}: {error}) and could not be undone ({type(other).__name__}: "
+            f"{other}): the model is in pieces, load the last checkpoint"
+        ) from other
+
+
+def _cut(cuts: list[Cut], parts: list[Batch], undo: list[Undo]) -> None:
+    """Cut the tensors; what takes each step back is appended to ``undo`` first."""
     nodes = _accumulators([c.tensor for c in cuts if c.tensor.requires_grad])
     for cut in cuts:
-        undo.append(partial(_restore, cut))
-        _swap(cut, blank, nodes)
+        cut.node = nodes.get(id(cut.tensor))
+    with_grad = [cut for cut in cuts if cut.grad is not None]
+
+    def attach() -> None:
+        for cut in with_grad:
+            cut.attach_grad()
+
+    undo.append(attach)
+    for cut in with_grad:
+        cut.detach_grad()
+    for part in parts:
+        undo.append(part.back)
+        part.cut()
+    attach()
+
+
+def _follow(changes: list[Change], bindings: list[Binding], kept: Kept, undo: list[Undo]) -> Smaller:
+    """Set the attributes and write down what was done; what takes each step back is appended to ``undo`` first."""
     attributes: list[Change] = []
     undo.append(lambda: apply_changes(list(reversed(attributes)), []))
     apply_changes(changes, attributes)
@@ -193,8 +248,10 @@ def layout_of(binding: Binding) -> Layout:
     return known
 
 
-def _cuts(bindings: list[Binding], sizes: NDArray[np.int64], optimizers: list[Optimizer]) -> list[Cut]:
-    """Those of the plan's tensors that come to have other ``sizes [T, D]``.
+def _cuts(
+    bindings: list[Binding], sizes: NDArray[np.int64], kept: Kept, optimizers: list[Optimizer]
+) -> tuple[list[Cut], list[Move]]:
+    """Those of the plan's tensors that come to have other ``sizes [T, D]``, and all that is cut with them.
 
     Raises:
         PlanError: the model is not the one that the plan was made for.
@@ -206,41 +263,34 @@ def _cuts(bindings: list[Binding], sizes: NDArray[np.int64], optimizers: list[Op
     plan = bindings[0].plan
     holders = [list(b.tensors.values()) for b in bindings]
     seen: set[int] = set()
-    found = []
+    cuts: list[Cut] = []
+    moves: list[Move] = []
+    blanks: Blanks = {}
     for number in np.flatnonzero((sizes != plan.shapes.sizes).any(1)).tolist():
         for tensor in (held[number] for held in holders):
             if id(tensor) in seen:  # a copy may share some
                 continue
             seen.add(id(tensor))
-            cut = Cut(number, tensor, tensor.data, tensor.grad)
+            cut = Cut(tensor, tensor.grad, blanks)
+            cuts.append(cut)
+            moves.append(Move(number, tensor.data, cut.put_data, holders=2))
+            if cut.grad is not None:
+                if cut.grad.layout != torch.strided:
+                    raise SurgeryError(
+                        f"{plan.tensors[number].name} has a sparse gradient; call zero_grad() before pruning"
+                    )
+                moves.append(Move(number, cut.grad, cut.put_grad))
             if optimizers and isinstance(tensor, nn.Parameter):
-                cut.states = state_tensors(optimizers, tensor, plan.tensors[number].name)
-            if cut.grad is not None and cut.grad.layout != torch.strided:
-                raise SurgeryError(
-                    f"{plan.tensors[number].name} has a sparse gradient; call zero_grad() before pruning"
-                )
-            found.append(cut)
-    return found
+                for state in state_tensors(optimizers, tensor, plan.tensors[number].name):
+                    factored = partial(_gathered, plan.tensors[number], state, kept) if state.factored else None
+                    moves.append(Move(number, state.tensor, state.putter(tensor), factored))
+    return cuts, moves
 
 
-# Making the new tensors
-
-
-def _compact(cuts: list[Cut], gathering: Gathering, kept: Kept) -> None:
-    """Fill ``cut.new`` for all cuts: one op call per device and dtype."""
-    for cut in cuts:
-        cut.new.append(gathering.add(cut.number, cut.data))
-        if cut.grad is not None:
-            cut.new.append(gathering.add(cut.number, cut.grad))
-        cut.new += [gathering.add(cut.number, s.tensor) for s in cut.states if not s.factored]
-        cut.new += [_gathered(gathering, cut.number, s, kept) for s in cut.states if s.factored]
-    gathering.run()
-
-
-def _gathered(gathering: Gathering, number: int, state: StateTensor, keep: Kept) -> Tensor:
+def _gathered(tensor: TensorMap, state: StateTensor, keep: Kept) -> Tensor:
     """Statistics of rows, columns or both: each dimension that follows one of the parameter is gathered."""
     assert state.follows is not None
-    value, tensor = state.tensor, gathering.plan.tensors[number]
+    value = state.tensor
     by_dim = {axis.dim: (axis, kept) for axis, kept in zip(tensor.axes, tensor.kept(keep), strict=True)}
     for dim, followed in enumerate(state.follows):
         if followed is None or followed not in by_dim:
@@ -253,29 +303,6 @@ def _gathered(gathering: Gathering, number: int, state: StateTensor, keep: Kept)
             )
         value = value.index_select(dim, torch.from_numpy(kept).to(value.device))
     return value
-
-
-# Swapping them in
-
-
-def _swap(cut: Cut, blank: dict[tuple[torch.device, torch.dtype], Tensor], nodes: dict[int, Any]) -> None:
-    new = iter(cut.new)
-    data = next(new)
-    grad = next(new) if cut.grad is not None else None
-    key = data.device, data.dtype
-    if key not in blank:
-        blank[key] = _blank(data)
-    set_tensor(cut.tensor, data, grad, blank[key], nodes.get(id(cut.tensor)))
-    if cut.states:
-        ordered = [s for s in cut.states if not s.factored] + [s for s in cut.states if s.factored]
-        for state, value in zip(ordered, new, strict=True):
-            state.put(cut.tensor, value)
-
-
-def _restore(cut: Cut) -> None:
-    set_tensor(cut.tensor, cut.data, cut.grad)
-    for state in cut.states:
-        state.put(cut.tensor, state.tensor)
 
 
 def set_tensor(

@@ -213,7 +213,7 @@ def failures() -> Any:
         "selection": lambda: failing(pruner.goal, "select", error=MemoryError("no memory")),
         "other channels": lambda: failing(pruner.goal, "select", result=others),
         "other plan": lambda: failing(peers, "plan_digest", result=lambda plan: b"another"),
-        "new tensors": lambda: failing(surgery, "_compact", error=MemoryError("no memory for tensors")),
+        "new tensors": lambda: failing(surgery, "_follow", error=MemoryError("no memory for tensors")),
         "interrupt": lambda: failing(pruner.criterion, "score", error=KeyboardInterrupt()),
         "first rank": lambda: failing(pruner.criterion, "score", rank=0, error=ValueError("first")),
         "wrapper": lambda: failing(peers, "check_rebuildable", error=pat.SurgeryError("cannot be rebuilt")),

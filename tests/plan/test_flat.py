@@ -16,7 +16,7 @@ from pat_fast.plan.bind import blocks
 from pat_fast.plan.flat import Kept, Vectors, groups_left, shrunk_shape
 from pat_fast.plan.types import by_first_use
 from pat_fast.surgery import prune
-from pat_fast.surgery.gather import Layout
+from pat_fast.surgery.layout import Layout
 from tests.helpers import Case, canonical, random_keep
 
 NAMES = ("resnet18", "densenet121", "vgg16_bn", "mobilenet_v2", "resnext50", "vit_s16", "unet", "text")

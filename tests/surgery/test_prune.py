@@ -18,6 +18,7 @@ from pat_fast.masks import Mask
 from pat_fast.plan import bind, build_plan
 from pat_fast.plan.running import call
 from pat_fast.plan.types import Kept
+from pat_fast.surgery import journal
 from pat_fast.surgery.prune import dense_strides, prune
 from tests.helpers import Case, Small, random_keep, small_inputs
 
@@ -232,10 +233,15 @@ class Fails(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["_compact", "set_tensor", "apply_changes", "Binding"])
+@pytest.mark.parametrize("stage", ["batches", "_cut", "set_tensor", "apply_changes", "Binding"])
 @pytest.mark.parametrize("error", [Fails, MemoryError, KeyboardInterrupt])
-def test_all_or_nothing(stage: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [0, journal.ROOM])
+def test_all_or_nothing(
+    stage: str, error: type[BaseException], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A prune that fails at any stage leaves weights, gradients, state and attributes bit for bit."""
+    monkeypatch.setattr(journal, "ROOM", room)
+    monkeypatch.setattr(journal, "STEP", room)
     model, x = Small(), small_inputs()
     opt = torch.optim.Adam(model.parameters())
     train_step(model, opt, x, 0)
