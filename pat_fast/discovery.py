@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -243,8 +242,8 @@ def subclasses(cls: type[Any]) -> set[type]:
 
 def living(cls: type[Any]) -> list[Any]:
     """All objects of the process that are of ``cls`` or of a class derived from it."""
-    objects, kinds = gc.get_objects(), subclasses(cls)
-    return list(compress(objects, map(kinds.__contains__, map(type, objects))))  # no bytecode for each of a million
+    kinds = subclasses(cls)
+    return [thing for thing in gc.get_referrers(*kinds) if type(thing) in kinds]  # an object refers to its class
 
 
 def _through(method: weakref.WeakMethod[Any]) -> Any:

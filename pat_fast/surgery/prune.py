@@ -171,7 +171,10 @@ def prune_checked(
             forget_compiled()
             if then is not None:
                 then(smaller)
-            undo.clear()  # an interrupt that has waited is raised at the end of this block: the prune is done
+            # An interrupt that has waited is raised at the end of this block: the prune is done. What it needed may not
+            # live on in the traceback.
+            for needed in (undo, parts, moves):
+                needed.clear()
     except BaseException as error:
         _take_back(undo, error)
         if isinstance(error, PatError) or not isinstance(error, Exception):
