@@ -17,23 +17,14 @@ from torch.utils._pytree import tree_leaves
 from ..errors import PlanError
 from .configs import follow_config
 from .hollow import Hollow, ValuesRead
-from .labels import PHANTOM, IntArray, Solution, varying
+from .labels import IntArray, Solution, varying
+from .numbering import Numbering, layer_of
 from .numbers import Symbol, resolve
 from .order import After, torch_prunings_order
 from .recurrent import Packing, couple_layers, is_plain, recurrent_layers
 from .running import Still, call
-from .trace import Leaf, Tracer, Work, fixed_outputs
-from .types import (
-    Axis,
-    ChannelArray,
-    Frozen,
-    Group,
-    Plan,
-    TensorMap,
-    Width,
-    WorkTerm,
-    by_first_use,
-)
+from .trace import Leaf, Tracer, fixed_outputs
+from .types import ChannelArray, Frozen, Plan, TensorMap, Width
 from .walk import named_modules, named_tensors
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
@@ -164,7 +155,7 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
     _freeze_third_axes(tracer, leaves)
     solution, counts = resolve(tracer.numbers, tracer.slots)
     roots = _roots(leaves, order, tracer.module_order)
-    numbers = _Numbers(solution, roots)
+    numbers = Numbering(solution, roots)
     channel = numbers.channels
     tensors = []
     for leaf in leaves:
@@ -235,7 +226,7 @@ def _unused_as_they_are(model: nn.Module, leaves: list[Leaf], mapped: set[str], 
         if isinstance(model.get_submodule(path), LAYERS):
             units = [u for slots in leaf.axes.values() for u in solution.unit[slots].tolist()]
             why = next((solution.frozen[u] for u in units if u in solution.frozen), "is not multiplied as it is")
-            found.append(Frozen(_layer(leaf.name), leaf.tensor.shape[0], why))
+            found.append(Frozen(layer_of(leaf.name), leaf.tensor.shape[0], why))
     return found
 
 
@@ -291,12 +282,6 @@ def _choose_shares(tracer: Tracer) -> None:
         tracer.slots.freeze(shared, "is shared by all heads")
         for dim in along:
             tracer.slots.couple(labels, labels.take([0], axis=dim))
-
-
-def _layer(name: str) -> str:
-    """The layer that a tensor is known by: a bare parameter's own name, else the module that has the weight."""
-    module, _, local = name.rpartition(".")
-    return module if module and local == "weight" else name
 
 
 def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
@@ -359,169 +344,6 @@ def _role(leaf: Leaf, dim: int) -> str:
     if dim in leaf.producers:
         return "out"
     return "in" if dim in leaf.consumers else "both"
-
-
-class _Numbers:
-    """Numbers the free channels: group by group, in the order of the root layer's outputs."""
-
-    def __init__(self, solution: Solution, roots: list[tuple[Leaf, int]]) -> None:
-        self.solution = solution
-        self.roots = roots
-        self.frozen: list[Frozen] = []
-        self._is_frozen = solution.frozen.mask[solution.unit]
-        claims = self._claim()
-        claims = self._merge_coupled(claims)
-        classes = np.concatenate([np.zeros(0, np.int64), *[c for _, c in claims]])
-        self.count = len(classes)
-        number = np.full(len(solution.channel), -1, dtype=np.int32)
-        number[classes] = np.arange(self.count, dtype=np.int32)
-        self._number = number[solution.channel]
-        self._stand_in(classes)
-        self._shared: dict[bytes, ChannelArray] = {}
-        self._live: dict[int, bool] = {}
-        self._axes: dict[tuple[int, int, str], Axis] = {}
-        self._phantoms = len(solution.channel) > solution.count
-        self._known: dict[int, tuple[IntArray, ChannelArray]] = {}  # by the id of the slots, which are kept alive
-        self.unit = by_first_use(solution.unit[classes])
-        self.n_units = int(self.unit.max()) + 1 if self.count else 0
-        self._claims = claims
-
-    def _stand_in(self, classes: IntArray) -> None:
-        """A phantom lives as long as its unit: it is counted as the unit's first channel."""
-        of_unit = np.full(len(self.solution.unit), -1, dtype=np.int32)
-        of_unit[self.solution.unit[classes[::-1]]] = np.arange(self.count, dtype=np.int32)[::-1]
-        behind = slice(self.solution.count, None)
-        self._number[behind] = of_unit[self.solution.unit[behind]]
-
-    def channels(self, slots: IntArray) -> ChannelArray:
-        """The channels of ``slots``; equal vectors are one object."""
-        known = self._known.get(id(slots))
-        if known is not None:
-            return known[1]
-        where = slots
-        if self._phantoms and slots.size and slots.max() >= PHANTOM:
-            where = np.where(slots >= PHANTOM, slots - PHANTOM + self.solution.count, slots)
-        found = self._number[where]
-        found = self._shared.setdefault(found.tobytes(), found)
-        self._known[id(slots)] = slots, found
-        return found
-
-    def live(self, slots: IntArray) -> bool:
-        """Whether some of ``slots`` are channels of the plan."""
-        found = self.channels(slots)
-        if id(found) not in self._live:
-            self._live[id(found)] = bool((found >= 0).any())
-        return self._live[id(found)]
-
-    def axis(self, dim: int, slots: IntArray, role: str) -> Axis:
-        """Axes that are alike are one object."""
-        channels = self.channels(slots)
-        key = (id(channels), dim, role)
-        if key not in self._axes:
-            self._axes[key] = Axis(dim, channels, role)
-        return self._axes[key]
-
-    def work(self, work: Work) -> WorkTerm:
-        """A term of work; axes that hold no channel are multiplied into its scale."""
-        scale = work.scale * math.prod(len(a) for a in work.axes if not self.live(a))
-        return WorkTerm(scale, tuple(self.channels(a) for a in work.axes if self.live(a)))
-
-    def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
-        """Each root takes the free channels of its axis that no earlier root has taken."""
-        solution = self.solution
-        claims: list[tuple[list[Leaf], IntArray]] = []
-        taken = np.zeros(len(solution.channel), dtype=np.bool_)
-        for leaf, dim in self.roots:
-            slots = leaf.axes[dim]
-            stuck = self._is_frozen[slots]
-            if stuck.any():
-                reason = solution.frozen[int(solution.unit[slots[stuck][0]])]
-                self.frozen.append(Frozen(_layer(leaf.name), int(stuck.sum()), reason))
-                slots = slots[~stuck]
-            classes = _each_once(solution.channel[slots])
-            classes = classes[~taken[classes]]
-            if classes.size:
-                taken[classes] = True
-                claims.append(([leaf], classes))
-        return self._adopt(claims, taken)
-
-    def _adopt(self, claims: list[tuple[list[Leaf], IntArray]], taken: np.ndarray) -> list[tuple[list[Leaf], IntArray]]:
-        """Channels that no layer makes go along with the unit that they belong to.
-
-        A bias per head, say. It comes last in the group that has the unit.
-        """
-        solution = self.solution
-        proper = np.arange(len(solution.channel)) < solution.count
-        is_class = proper & (solution.channel == np.arange(len(solution.channel)))
-        orphans = np.flatnonzero(is_class & ~taken & ~self._is_frozen)
-        adopted = []
-        for leaves, classes in claims:
-            own = np.isin(solution.unit[orphans], solution.unit[classes])
-            adopted.append((leaves, np.concatenate([classes, orphans[own]])))
-            orphans = orphans[~own]
-        return adopted
-
-    def _merge_coupled(self, claims: list[tuple[list[Leaf], IntArray]]) -> list[tuple[list[Leaf], IntArray]]:
-        """Groups that share a unit are ranked together: they become one."""
-        home = np.full(len(self.solution.unit), -1)  # the first group that was seen to have a unit
-        into = list(range(len(claims)))
-
-        def first(i: int) -> int:
-            while into[i] != i:
-                i = into[i]
-            return i
-
-        for i, (_, classes) in enumerate(claims):
-            units = self.solution.unit[classes]
-            for other in np.unique(home[units]).tolist():
-                if other >= 0:
-                    low, high = sorted((first(other), first(i)))
-                    into[high] = low
-            home[units[home[units] < 0]] = i
-        target = [first(i) for i in range(len(claims))]
-        merged: dict[int, tuple[list[Leaf], list[IntArray]]] = {}
-        for t, (leaves, classes) in zip(target, claims, strict=True):
-            entry = merged.setdefault(t, ([], []))
-            entry[0].extend(leaves)
-            entry[1].append(classes)
-        return [(leaves, np.concatenate(parts)) for leaves, parts in merged.values()]
-
-    def groups(self, tensors: list[TensorMap]) -> tuple[Group, ...]:
-        """The groups, with every tensor axis that holds their channels."""
-        of_channel = np.repeat(np.arange(len(self._claims)), [len(c) for _, c in self._claims])
-        members: list[list[tuple[str, int]]] = [[] for _ in self._claims]
-        layers: list[list[str]] = [[] for _ in self._claims]
-        held: dict[int, list[int]] = {}  # axes share their vectors of channels
-        for tensor in tensors:
-            for axis in tensor.axes:
-                if id(axis.channels) not in held:
-                    counts = np.bincount(of_channel[axis.channels[axis.channels >= 0]])
-                    held[id(axis.channels)] = np.flatnonzero(counts).tolist()
-                for i in held[id(axis.channels)]:
-                    members[i].append((tensor.name, axis.dim))
-                    if axis.role == "out":
-                        layers[i].append(_layer(tensor.name))
-        found: list[Group] = []
-        is_noted = self.solution.noted.mask
-        start = 0
-        for i, (leaves, classes) in enumerate(self._claims):
-            statistic = classes[is_noted[classes]]
-            noted = self.solution.noted[int(statistic[0])] if statistic.size else None
-            root = _layer(leaves[0].name)
-            if any(g.root == root for g in found):  # a weight that is used transposed, too, makes channels twice
-                root += " transposed"
-            stop = start + len(classes)
-            found.append(Group(root, start, stop, tuple(layers[i]), tuple(members[i]), noted))
-            start = stop
-        return tuple(found)
-
-
-def _each_once(values: IntArray) -> IntArray:
-    """Distinct ``values`` in the order in which they come first."""
-    if len(values) < 2 or (values[1:] > values[:-1]).all():
-        return values
-    distinct, first = np.unique(values, return_index=True)
-    return distinct[np.argsort(first)]
 
 
 def total_params(model: nn.Module) -> int:
