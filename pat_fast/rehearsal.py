@@ -287,7 +287,7 @@ class Rehearsal:
 
 def _ranks(kind: IntArray, key: NDArray[np.float64]) -> IntArray:
     """The rank of each item among those of its ``kind`` by ``key``."""
-    order = np.lexsort((key, kind))
+    order = np.argsort(kind + key)  # a key is less than one
     ranked = kind[order]
     rank = np.empty(len(kind), dtype=np.int64)
     rank[order] = np.arange(len(kind)) - np.searchsorted(ranked, ranked)

@@ -439,11 +439,17 @@ class Plan:
     def kind_of_unit(self) -> IndexArray:
         """A number for each unit that is the same for those that may change places (see :attr:`kinds`): ``[U]``."""
         # Random weights tell sets of (axis, count) apart, as a hash does: no Python loop over channels.
-        weights = np.random.default_rng(0)
+        axes = [axis for _, axis in self.axes()]
+        weights = np.random.default_rng(0).integers(2**63, size=len(axes), dtype=np.uint64)
+        of_vector: dict[int, list[int]] = {}  # axes share their vectors of channels
+        for number, axis in enumerate(axes):
+            of_vector.setdefault(id(axis.channels), []).append(number)
         signature = np.zeros(self.n_channels, dtype=np.uint64)
-        for _, axis in self.axes():
-            held, count = self.counts(axis)
-            signature[held] += stirred(count.astype(np.uint64) + weights.integers(2**63, dtype=np.uint64))
+        for numbers in of_vector.values():
+            held, count = self.counts(axes[numbers[0]])
+            kinds, which = np.unique(count, return_inverse=True)
+            hashed = stirred(kinds.astype(np.uint64)[:, None] + weights[numbers]).sum(1)
+            signature[held] += hashed[which]
         order, starts = self.by_unit
         unit = self.unit[order]
         place = np.arange(len(order)) - starts[unit]
