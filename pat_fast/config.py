@@ -40,7 +40,7 @@ class PruneConfig(Section):
         description="a number in [0, 1): the share of channels to remove",
     )
     schedule: str | dict[str, Any] = Field(
-        default="linear",
+        default="cubic",
         description="a schedule: a name such as 'linear' or 'cubic', or an object with 'name' and options",
     )
     unit: Literal["epoch", "step"] = Field(

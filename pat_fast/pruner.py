@@ -67,7 +67,7 @@ class Pruner:
             model's or, above 1, as a number; or ``{"latency": 0.5}`` (a fraction) or ``{"latency_ms": 4.0}``, of one
             forward on this device, ``{"latency_ms": 4.0, "batch": 8}`` of one of 8 examples, from layers that are
             measured. The fewest channels go that reach it; the schedule goes by it.
-        schedule: a name (``"linear"``, ``"cubic"``, ``"cosine"``, ``"one_shot"``, ... see
+        schedule: a name (``"cubic"``, ``"linear"``, ``"cosine"``, ``"one_shot"``, ... see
             :data:`pat_fast.schedules.CURVES`), a dict of a name and options (``{"name": "polynomial", "power": 2}``),
             or a function of the progress ``t`` in 0 .. 1.
         example_inputs: a tensor, tuple or dict for one forward; by default the inputs of the first forward.
@@ -123,7 +123,7 @@ class Pruner:
         self,
         model: nn.Module,
         target_sparsity: float = DEFAULT_SPARSITY,
-        schedule: str | Mapping[str, Any] | Curve = "linear",
+        schedule: str | Mapping[str, Any] | Curve = "cubic",
         *,
         example_inputs: Any = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,

@@ -170,7 +170,7 @@ class Schedule:
         ConfigError: an unknown curve, or epochs out of order.
     """
 
-    curve: str | Mapping[str, Any] | Curve = "linear"
+    curve: str | Mapping[str, Any] | Curve = "cubic"
     start: int = 0
     end: int = 10
     interval: int = 1

@@ -155,7 +155,7 @@ def test_soft_masks_may_shrink_at_the_target_or_be_ended_before() -> None:
 
 
 def test_hybrid_shrinks_after_so_many_steps_and_at_the_target() -> None:
-    model, optimizer, pruner = started({"name": "hybrid", "steps": 2}, end_epoch=5)
+    model, optimizer, pruner = started({"name": "hybrid", "steps": 2}, end_epoch=5, schedule="linear")
     whole = sizes(model)
     now = []
     for _ in range(7):

@@ -1,15 +1,15 @@
-"""One cell of the table, in a process of its own: `python -m benchmarks.accuracy.cell '{"task": ..., ...}'`."""
+"""One cell of the table, in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import resource
-import sys
 import time
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer would import it, on the clock
 from torch.nn import functional as F
 
 from pat_fast.measure import count_macs, count_params, evaluating
@@ -67,5 +67,11 @@ def run(cell: Cell) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    print(json.dumps(run(Cell(**json.loads(sys.argv[1])))))
+def tell(cell: Cell, pipe: Connection) -> None:
+    """:func:`run`, from another process: sends what came out, or the cell with the `error`."""
+    try:
+        record = run(cell)
+    except Exception as error:
+        record = asdict(cell) | {"error": f"{type(error).__name__}: {error}"}
+    pipe.send(record)
+    pipe.close()
