@@ -17,6 +17,7 @@ from .plan.types import ChannelArray, Group, Plan
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Units = NDArray[np.int64]
+SPARING = 8  # units, from the most important that would go, that are looked at once more
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def select(
         removable: how many of the plan's channels are to go, for a scope (see :meth:`Limits.scope`). A unit
             that would exceed it stays; with multiples to be kept it is as near as they allow.
         limits: see :class:`Limits`.
-        enough: stop removing as soon as this holds of the channels kept (a target in MACs, say).
+        enough: stop removing as soon as this holds of the channels kept (a target in MACs, say). Where the last unit
+            is a large one, units that went before it are spared as far as it still holds.
     """
     ranks = unit_scores(plan, scores)
     size = np.bincount(plan.unit, minlength=plan.n_units)
@@ -213,17 +215,39 @@ def select(
     rounding = _Rounding(plan, order, ranks, size, home, limits)
     order = _in_turns(plan, order, ranks, size, home, limits, removable, rounding)
     gone_before = int(np.isneginf(ranks[order]).sum())
+    group = home[order]
+    place = _place_in_group(group)
 
-    def keep_after(count: int) -> BoolArray:
+    def keep_after(count: int, more: Units = order[:0]) -> BoolArray:
+        """With the first units gone, and as many more of their groups as ``more`` has."""
+        units = np.concatenate([order[:count], more])
+        if more.size:
+            units = order[place < np.bincount(home[units], minlength=len(plan.groups))[group]]
         removed = np.zeros(plan.n_units, dtype=np.bool_)
-        removed[rounding.apply(order[:count])] = True
+        removed[rounding.apply(units)] = True
         return ~removed[plan.unit]
 
     count = len(order)
-    if enough is not None and enough(keep_after(count)):
-        # The fewest removals that are enough.
-        count = _first(lambda n: enough(keep_after(n)), gone_before, count)
-    return keep_after(count)
+    if enough is None or not enough(keep_after(count)):
+        return keep_after(count)
+    # The fewest removals that are enough. The last one may have been more than was needed (a head, say): what went
+    # before it and fits stays then.
+    count, more = _first(lambda n: enough(keep_after(n)), gone_before, count), order[:0]
+    for _ in range(SPARING):
+        if count <= gone_before:
+            break
+        count, more = count - 1, np.append(more, order[count - 1])
+        if count > gone_before and enough(keep_after(count - 1, more)):
+            count = _first(lambda n, more=more: enough(keep_after(n, more)), gone_before, count - 1)  # type: ignore[misc]
+    return keep_after(count, more)
+
+
+def _place_in_group(group: Units) -> Units:
+    """How many entries of the same group come before each of ``group [n]``."""
+    by_group = np.argsort(group, kind="stable")
+    place = np.empty(len(group), dtype=np.int64)
+    place[by_group] = np.arange(len(group)) - np.searchsorted(group[by_group], group[by_group])
+    return place
 
 
 def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
