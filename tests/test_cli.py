@@ -205,7 +205,7 @@ def test_plan_says_where_the_model_holds_channels_and_what_would_free_them(
     [
         ("one_shot", ["epoch  share", "    1  50.0%"]),
         ('{"schedule": "linear", "end_epoch": 2, "unit": "step"}', ["step  share", "   1  25.0%", "   2  50.0%"]),
-        ("examples/prune_config.json", ["    5   0.0%", "   10   5.6%", "   50  50.0%"]),
+        ("examples/prune_config.json", ["    5   0.0%", "   10  14.9%", "   50  50.0%"]),
     ],
 )
 def test_plan_shows_a_schedule(text: str, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,8 +183,9 @@ class Fickle:
 @pytest.mark.parametrize("ranking", ["local", "global"])
 def test_what_is_masked_stays_masked_whatever_it_scores_later(ranking: str) -> None:
     pruner = pat.Pruner(
-        Small(), 0.6, example_inputs=small_inputs(), end_epoch=4, mode="mask", ranking=ranking, importance=Fickle()
-    )
+        Small(), 0.6, "linear", example_inputs=small_inputs(), end_epoch=4, mode="mask", ranking=ranking,
+        importance=Fickle(),
+    )  # fmt: skip
     dead = torch.zeros(28, dtype=torch.bool)
     for epoch in range(1, 5):
         report = pruner.step()

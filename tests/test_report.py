@@ -57,7 +57,7 @@ def test_a_report_cannot_be_changed() -> None:
 def test_a_real_report_counts_the_model() -> None:
     model = Small()
     dense = sum(p.numel() for p in model.parameters())
-    pruner = pat.Pruner(model, 0.5, end_epoch=2, example_inputs=small_inputs())
+    pruner = pat.Pruner(model, 0.5, "linear", end_epoch=2, example_inputs=small_inputs())
     first, second = pruner.step(), pruner.step()
     assert (first.channels, second.channels) == ((28, 21), (21, 14))
     assert first.params[0] == first.dense_params == dense

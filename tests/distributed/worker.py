@@ -106,7 +106,7 @@ def shapes(model: nn.Module) -> list[list[int]]:
 def together() -> Any:
     """Each rank sees other activations, and yet all prune alike; the wrapper goes on working."""
     ddp, optimizer = wrapped()
-    pruner = pat.Pruner(ddp, 0.5, importance=Activation(), end_epoch=3)
+    pruner = pat.Pruner(ddp, 0.5, "linear", importance=Activation(), end_epoch=3)
     own = []
     score = pruner.criterion.score
     pruner.criterion.score = lambda binding: own.append(score(binding)) or own[-1]  # type: ignore[method-assign]

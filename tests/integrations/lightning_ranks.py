@@ -19,7 +19,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(32, 3, 8, 8), torch.arange(32) % 5), batch_size=8)
     model = Classifier()
-    callback = PruningCallback(0.5, start_epoch=1, end_epoch=4, verify=False, importance="activation")
+    options = {"start_epoch": 1, "end_epoch": 4, "schedule": "linear", "importance": "activation"}
+    callback = PruningCallback(0.5, verify=False, **options)
     trainer = lightning.Trainer(
         max_epochs=5, accelerator="cpu", devices=2, strategy="ddp", callbacks=[callback], logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,

@@ -38,7 +38,7 @@ def fit(folder: Path, epochs: int, resume: Path | None = None, **options: Any) -
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(16, 3, 8, 8), torch.arange(16) % 5), batch_size=8)
     model = Classifier()
-    callback = PruningCallback(0.5, start_epoch=1, end_epoch=4, verify=False, **options)
+    callback = PruningCallback(0.5, schedule="linear", start_epoch=1, end_epoch=4, verify=False, **options)
     files = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
