@@ -205,6 +205,8 @@ def _replace(model: nn.Module, names: list[str], tensor: Tensor, own: Tensor) ->
 def _open(path: Path, use: Callable[[Any, Structure], Any]) -> Any:
     """Call ``use`` with the open file and its structure."""
     try:
+        if path.exists() and not path.is_file():  # to open a pipe is to wait for whoever writes to it
+            raise OSError("it is no file")
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
             if header is None:

@@ -19,6 +19,7 @@ from .surgery.modules import sizes
 from .surgery.record import KEY, Record, note_sizes, of, records
 
 FORMAT = 2
+DEEPEST = 64  # objects and lists inside each other
 OLDER = (1,)  # sizes and aliases alone
 
 
@@ -50,9 +51,11 @@ class Structure:
             CheckpointError: a config or a metric is no JSON (NaN is not, either).
         """
         try:
-            return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False)
+            text = json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False)
+            _parsed(text)
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"config and metrics: expected what JSON can hold, got: {error}") from None
+        return text
 
     def summary(self) -> str:
         """A few lines for people: what it is, where it comes from, what is left of each group."""
@@ -78,7 +81,7 @@ class Structure:
             CheckpointError: it is damaged, or of a format that is not known here.
         """
         try:
-            found = json.loads(text)
+            found = _parsed(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"cannot read {where}: {error}") from error
         number = found.get("format") if isinstance(found, dict) else type(found).__name__
@@ -93,10 +96,34 @@ class Structure:
                 raise CheckpointError(f"{where}: the structure lacks {key!r}; the file is damaged")
         _check_channels(found["channels"], where)
         dense, prunes = found["provenance"].get("dense", {}), found["provenance"].get("prunes", 0)
-        if type(prunes) is not int or not isinstance(dense, dict) or any(type(n) is not int for n in dense.values()):
+        if not isinstance(dense, dict) or not all(type(n) is int and 0 <= n < 2**63 for n in (prunes, *dense.values())):
             raise CheckpointError(f"{where}: the provenance does not count; the file is damaged")
         fields = {key: found[key] for key in cls.__dataclass_fields__ if key != "model"}
         return cls(str(found.get("model", "")), **fields)
+
+
+def _parsed(text: str) -> Any:
+    """JSON, strictly: no NaN, no key twice, nothing nested so deeply that writing it again could fail.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return found
+
+    found = json.loads(text, parse_constant=refuse, object_pairs_hook=once)
+    level = [found]
+    for _ in range(DEEPEST):
+        level = [v for x in level if isinstance(x, (dict, list)) for v in (x.values() if isinstance(x, dict) else x)]
+        if not level:
+            return found
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
 
 
 def _check_channels(channels: dict[str, Any], where: str) -> None:
@@ -175,8 +202,6 @@ def holder(module: nn.Module, path: str) -> tuple[Any, str] | None:
         found = getattr(found, "__dict__", {}).get(part)
     inside = getattr(found, "__dict__", {})
     return (found, name) if name in inside and not name.startswith("__") else None
-
-
 
 
 def is_pruned(value: Any, own: Any) -> bool:

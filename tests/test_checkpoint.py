@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -235,6 +236,12 @@ def put(name: str, attribute: str, value: Any) -> Callable[[dict[str, Tensor], d
 CHANGES: list[tuple[Callable[[dict[str, Tensor], dict[str, Any]], Any], str]] = [
     (lambda t, s: "not json", "cannot read"),
     (lambda t, s: "[" * 50_000, "cannot read"),
+    (lambda t, s: json.dumps(s | {"metrics": {"a": float("nan")}}), "cannot read .*: NaN is no JSON"),
+    (lambda t, s: json.dumps(s | {"config": {"a": -float("inf")}}), "cannot read .*: -Infinity is no JSON"),
+    (lambda t, s: json.dumps(s)[:-1] + ', "modules": {}}', "cannot read .*: a key stands twice"),
+    (lambda t, s: s["config"].update(a=json.loads("[" * 70 + "]" * 70)), "nested more than 64 levels deep"),
+    (lambda t, s: s["provenance"].update(prunes=-1), "the provenance does not count"),
+    (lambda t, s: s["provenance"].update(dense={"channels": 10**400}), "the provenance does not count"),
     (lambda t, s: "[1, 2]", "expected format 1 or 2, got 'list'"),
     (lambda t, s: s.pop("format"), "expected format 1 or 2, got None"),
     (lambda t, s: s.update(format=3), "expected format 1 or 2, got 3; a newer pat_fast may read it"),
@@ -398,6 +405,12 @@ def test_dtypes_of_other_worlds(dtype: str, bits: int, tmp_path: Path) -> None:
         assert unchanged(model, before)
     else:
         assert model.a.dtype.is_floating_point
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(pat.CheckpointError, match="it is no file"):
+        pat.load(tmp_path / "pipe", Small())
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_config_metrics_and_versions(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["pat_fast"])["format"] == 2
 
 
-@pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}])
+@pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}, json.loads("[" * 70 + "]" * 70)])
 def test_what_is_no_json_is_refused(value: Any, tmp_path: Path) -> None:
     with pytest.raises(pat.CheckpointError, match="expected what JSON can hold"):
         pat.save(Small(), tmp_path / "a", metrics={"x": value})
