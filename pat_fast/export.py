@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -40,6 +41,8 @@ class ExportReport:
         relative_error: the same, of the largest absolute output.
         batches: the batch sizes that were compared.
         simplified: whether the graph was simplified (ONNX).
+        needs_vnni: whether its integer products can overflow on x86 without VNNI (quantized ONNX): two of them, an
+            unsigned and a signed byte each, are added in 16 signed bits there.
     """
 
     path: Path
@@ -49,13 +52,15 @@ class ExportReport:
     relative_error: float
     batches: tuple[int, ...]
     simplified: bool = False
+    needs_vnni: bool = False
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.batches))
         simple = ", simplified" if self.simplified else ""
+        vnni = "; may be wrong on x86 without VNNI (weights of more than 7 bits)" if self.needs_vnni else ""
         return (
             f"{self.path}: {self.format}{simple}, {self.bytes / 1e6:.2f} MB; largest difference from PyTorch "
-            f"{self.max_error:.2e} ({self.relative_error:.2e} of the largest output) at batch sizes {sizes}"
+            f"{self.max_error:.2e} ({self.relative_error:.2e} of the largest output) at batch sizes {sizes}{vnni}"
         )
 
 
@@ -116,7 +121,7 @@ def export_onnx(
             _check_integers(case, runner(content, optimize=optimize), optimize)
     write_whole(Path(path), lambda temporary: temporary.write_bytes(content), ExportError)
     kind = f"ONNX ({exporter}{', quantized' if quantized else ''})"
-    return ExportReport(Path(path), kind, len(content), error, share, case.batches, simplified)
+    return ExportReport(Path(path), kind, len(content), error, share, case.batches, simplified, _overflows(written))
 
 
 def export_program(
@@ -394,6 +399,24 @@ def _check_integers(case: Case, run: Runner, optimized: bool) -> None:
                 )
 
 
+def _overflows(written: Any) -> bool:
+    """Whether a pair of products of any two weights of an output and the largest byte leaves 16 signed bits."""
+    from onnx import numpy_helper
+
+    stored = {t.name: t for t in written.graph.initializer}
+    for node in written.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
+            continue
+        values = numpy_helper.to_array(stored[node.input[0]])
+        if values.dtype != np.int8 or values.ndim < 2:
+            continue
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        rows = np.sort(np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1).astype(np.int64), 1)
+        if 255 * rows[:, -2:].sum(1).max() >= 2**15 or 255 * rows[:, :2].sum(1).min() < -(2**15):
+            return True
+    return False
+
+
 @contextmanager
 def _failures(what: str) -> Iterator[None]:
     try:
@@ -409,7 +432,7 @@ def _failures(what: str) -> Iterator[None]:
 def quietly() -> Iterator[None]:
     """Without the exporters' warnings and chatter, none of which is about the model."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what fails is raised
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +14,15 @@ from .ops import channel_scale_
 from .plan.bind import Binding, Tiles
 from .plan.types import Axis, TensorMap, is_grouped
 from .surgery.optimizer import check_state, state_tensors
+
+_ACTIVE: weakref.WeakSet[Mask] = weakref.WeakSet()  # those that hold, or held, channels at zero
+
+
+def masked_channels(model: nn.Module) -> int:
+    """How many channels of ``model``, of parts of it or of what it is a part of, a pruner holds at zero."""
+    parts = set(model.modules())
+    found = [m for m in _ACTIVE if m.is_active and (m.binding.model in parts or model in m.binding.modules.values())]
+    return sum(int((~m.alive).sum()) for m in found)
 
 
 def weight_norm_dim(owner: nn.Module, local: str) -> int | None:
@@ -86,6 +96,7 @@ class Mask:
         averages = [Mask(Binding(self.binding.plan, copy)) for copy in copies]
         self.alive = self.binding.alive = alive.to(self.binding.device)
         self.is_active = not bool(alive.all())
+        _ACTIVE.add(self)
         self.hold_weights()
         self.hold_gradients()
         for name, state in states:

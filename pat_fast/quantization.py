@@ -18,20 +18,23 @@ from torch.nn import functional as F
 from .errors import ExportError, check, check_model
 from .export import Case, quietly
 from .layers import register_layer
+from .masks import masked_channels
 from .optional import require
 
 QUANTIZERS = {
-    "x86": ("x86_inductor_quantizer", "X86InductorQuantizer"),
-    "arm": ("arm_inductor_quantizer", "ArmInductorQuantizer"),
-    "xpu": ("xpu_inductor_quantizer", "XPUInductorQuantizer"),
+    "onnxruntime": "",
+    "x86": "X86InductorQuantizer",
+    "arm": "ArmInductorQuantizer",
+    "xpu": "XPUInductorQuantizer",
 }
+"""Names, and torchao's classes."""
 SAFE_BITS = 7
 """Without VNNI, x86 adds two products of an unsigned and a signed byte in 16 signed bits: 2 * 255 * 127 does not fit,
 2 * 255 * 64 does."""
 
 
 def prepare_qat(
-    model: nn.Module, example_inputs: Any, *, quantizer: str | Any = "x86", weight_bits: int = SAFE_BITS
+    model: nn.Module, example_inputs: Any, *, quantizer: str | Any = "onnxruntime", weight_bits: int = SAFE_BITS
 ) -> torch.fx.GraphModule:
     """Make of a pruned model one that trains under fake quantization of convolutions and linear layers.
 
@@ -41,24 +44,34 @@ def prepare_qat(
 
     Args:
         example_inputs: a tensor, a tuple of tensors or a dict of them, batch first.
-        quantizer: ``"x86"``, ``"arm"``, ``"xpu"`` or a PT2E quantizer with a configuration of its own.
+        quantizer: ``"onnxruntime"``, for :func:`pat_fast.export_onnx`: whole chains of integer kernels there;
+            ``"x86"``, ``"arm"``, ``"xpu"``, for ``torch.compile``; or a PT2E quantizer with a configuration of its own.
         weight_bits: 7 keeps weights within -64 .. 63 of their scale, so that the sums of pairs which x86 without VNNI
             makes in 16 bits cannot overflow; results are the same on every machine. 8 where it is known to have VNNI.
     Raises:
         MissingPackage: torchao is not installed.
-        ExportError: the model cannot be exported or prepared.
+        ExportError: the model cannot be exported or prepared; or a pruner still holds channels of it at zero, which
+            would come to life again.
         ConfigError: there is no such quantizer.
     """
     check_model(model)
+    if masked := masked_channels(model):
+        raise ExportError(
+            f"prepare_qat: expected a model that is pruned, got one of which {masked} channels are only masked; call "
+            "pruner.finalize() first"
+        )
     require("torchao.quantization.pt2e", "qat", "prepare_qat")
     check("weight_bits", weight_bits, lambda v: type(v) is int and 2 <= v <= 8, "an integer in 2 .. 8")
     with quietly():
         from torchao.quantization.pt2e import allow_exported_model_train_eval
         from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
+        from .integer import name_sources
+
         chosen = _quantizer(quantizer, weight_bits) if isinstance(quantizer, str) else quantizer
         # What is exported shares its weights with the model.
         exported = Case(copy.deepcopy(model), example_inputs).program(training=True).module(check_guards=False)
+        name_sources(exported)
         try:
             prepared = prepare_qat_pt2e(exported, chosen)
         except Exception as error:
@@ -101,14 +114,29 @@ def convert_qat(prepared: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def _quantizer(name: str, bits: int) -> Any:
-    """torchao's quantizer of that name, with weights of ``bits`` bits per output channel."""
+    """The quantizer of that name, with weights of ``bits`` bits per output channel."""
     check("quantizer", name, lambda v: v in QUANTIZERS, f"one of {', '.join(QUANTIZERS)}")
-    module = importlib.import_module(f"torchao.quantization.pt2e.quantizer.{QUANTIZERS[name][0]}")
-    default = getattr(module, f"get_default_{name}_inductor_quantization_config")
-    config = default() if name == "xpu" else default(is_qat=True)
+    family = {"onnxruntime": "x86", "xpu": "x86"}.get(name, name)
+    default = getattr(_torchao(family), f"get_default_{family}_inductor_quantization_config")
+    config = default(is_qat=True)
     half = 2 ** (bits - 1)
-    weight = dataclasses.replace(config.weight, quant_min=-half, quant_max=half - 1)
-    return getattr(module, QUANTIZERS[name][1])().set_global(dataclasses.replace(config, weight=weight))
+    config = dataclasses.replace(config, weight=_ranged(config.weight, -half, half - 1))
+    if name == "onnxruntime":
+        from .integer import OnnxRuntimeQuantizer
+
+        return OnnxRuntimeQuantizer(config.input_activation, config.weight)
+    if name == "xpu":  # torchao has no ranges for training there: its own signed activations, learned as on x86
+        signed = _ranged(config.input_activation, -128, 127, dtype=torch.int8)
+        config = dataclasses.replace(config, input_activation=signed, output_activation=signed)
+    return getattr(_torchao(name), QUANTIZERS[name])().set_global(config)
+
+
+def _torchao(name: str) -> Any:
+    return importlib.import_module(f"torchao.quantization.pt2e.quantizer.{name}_inductor_quantizer")
+
+
+def _ranged(spec: Any, low: int, high: int, **changes: Any) -> Any:
+    return dataclasses.replace(spec, quant_min=low, quant_max=high, **changes)
 
 
 # Under pruning

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,12 +105,154 @@ def test_one_schedule_from_pruning_to_integers(bits: int, tmp_path: Path) -> Non
     assert float((found == converted(x).argmax(1)).float().mean()) > 0.95
 
 
-@pytest.mark.parametrize(("bits", "overflows"), [(7, False), (8, True)])
-def test_what_fits_into_sixteen_bits(bits: int, overflows: bool) -> None:
+def integers(model: nn.Module, x: Tensor, **options: Any) -> torch.fx.GraphModule:
+    """``model`` with ranges of a few random batches, converted."""
+    prepared = pat.prepare_qat(model, x, **options)
+    with torch.no_grad():
+        for _ in range(3):
+            prepared(torch.randn_like(x))
+    return pat.convert_qat(prepared)
+
+
+def optimized(path: Path) -> Counter[str]:
+    """The ops that onnxruntime runs."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(path.with_suffix(".optimized.onnx"))
+    options.log_severity_level = 3
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+
+class Maps(nn.Module):
+    """What lies between convolutions: ReLUs of both spellings, a clamp, pools, a sum, a product, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.pool, self.clip = nn.MaxPool2d(2), nn.ReLU6(inplace=True)
+        self.one, self.two, self.three = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.gate, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(16, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.norm(self.stem(x)).relu())
+        y = F.relu(x + self.two(self.clip(self.one(x))))
+        z = self.three(y) * self.gate(y)
+        return self.head(self.last(torch.cat([y, z], 1)).relu().mean((2, 3)))
+
+
+def test_a_chain_of_integer_kernels(tmp_path: Path) -> None:
+    """ReLUs and batch norms fold into integer convolutions; between two of them nothing is made a float."""
+    torch.manual_seed(0)
+    pat.export_onnx(integers(Maps().eval(), torch.randn(4, 3, 8, 8)), torch.randn(4, 3, 8, 8), tmp_path / "a.onnx")
+    found = optimized(tmp_path / "a.onnx")
+    assert found["QLinearConv"] == 6
+    assert (found["QLinearAdd"], found["QLinearMul"], found["QLinearConcat"]) == (1, 1, 1)
+    assert not {"Conv", "FusedConv", "Relu", "Clip", "Add", "Mul", "Concat"} & set(found)
+    assert found["QuantizeLinear"] <= 2  # the input, and what the head's mean gives
+
+
+def test_linear_layers_between_other_ops(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(F.gelu(self.up(self.norm(x))))
+
+    x = torch.randn(4, 7, 16)
+    pat.export_onnx(integers(Mlp().eval(), x), x, tmp_path / "a.onnx")
+    found = optimized(tmp_path / "a.onnx")
+    assert found["MatMulIntegerToFloat"] == 2
+    assert not {"MatMul", "DequantizeLinear"} & set(found)
+
+
+def observed(prepared: nn.Module) -> Counter[str]:
+    """The ops whose results go through fake quantization."""
+    nodes = [n.args[0] for n in prepared.graph.nodes if n.op == "call_module"]
+    return Counter(str(n.target) for n in nodes if n.op == "call_function")
+
+
+def test_the_quantizer_of_inductor_finds_its_patterns() -> None:
+    """No fake quantization lies between a convolution, its batch norm, a sum and a ReLU."""
+    found = observed(pat.prepare_qat(Net().eval(), small_inputs(2), quantizer="x86"))
+    assert found["aten.batch_norm.default"] == found["aten.add.Tensor"] == 0
+    assert found["aten.relu.default"] == 3
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("arm", torch.int8), ("xpu", torch.int8), ("x86", torch.uint8)])
+def test_quantizers_of_other_machines(name: str, dtype: torch.dtype) -> None:
+    """The numbers are those of any machine; the kernels there were never run."""
+    torch.manual_seed(0)
+    model = Net().eval()
+    prepared = pat.prepare_qat(model, small_inputs(2), quantizer=name)
+    F.cross_entropy(prepared(task()[0]), task()[1]).backward()
+    converted = pat.convert_qat(prepared)
+    calls = [n for n in converted.graph.nodes if "quantize_per_tensor" in str(n.target)]
+    assert {n.args[-1] for n in calls} == {dtype}
+    assert accuracy(converted) == pytest.approx(accuracy(model), abs=0.2)
+
+
+def pairs(path: Path) -> list[tuple[int, int]]:
+    """For each integer weight the least and the largest sum of two products that x86 without VNNI may add up."""
+    file = onnx.load(path)
+    found = []
+    for tensor in file.graph.initializer:
+        weight = onnx.numpy_helper.to_array(tensor)
+        if weight.dtype == np.int8 and weight.ndim >= 2:
+            rows = np.sort(weight.reshape(len(weight), -1).astype(int), 1)
+            # Of an unsigned byte, 0 .. 255, with any two weights of an output, whatever their order in memory.
+            found.append((int(255 * rows[:, :2].sum(1).min()), int(255 * rows[:, -2:].sum(1).max())))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "bits", "overflows"),
+    [
+        ("onnxruntime", 7, False),
+        pytest.param("onnxruntime", 8, True, marks=pytest.mark.slow),
+        pytest.param("x86", 7, False, marks=pytest.mark.slow),
+    ],
+)
+def test_what_fits_into_sixteen_bits(quantizer: str, bits: int, overflows: bool, tmp_path: Path) -> None:
     """x86 without VNNI adds pairs of products of an unsigned and a signed byte in 16 signed bits (``vpmaddubsw``)."""
-    half = 2 ** (bits - 1)
-    worst = 2 * 255 * np.array([-half, half - 1])
-    assert ((worst < -(2**15)) | (worst >= 2**15)).any() == overflows
+    torch.manual_seed(0)
+    model = integers(Net().eval(), small_inputs(2), quantizer=quantizer, weight_bits=bits)
+    report = pat.export_onnx(model, small_inputs(2), tmp_path / "a.onnx")
+    found = pairs(tmp_path / "a.onnx")
+    assert len(found) == 4
+    assert any(low < -(2**15) or high >= 2**15 for low, high in found) == overflows
+    assert report.needs_vnni == overflows
+    assert ("without VNNI" in str(report)) == overflows
+
+
+def test_a_masked_model_is_refused(tmp_path: Path) -> None:
+    """Its masked channels would learn again, and be carried along for nothing."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = pat.Pruner(
+        model, 0.4, mode="mask", schedule="one_shot", end_epoch=1, example_inputs=small_inputs(2), optimizer=optimizer
+    )
+    pat.prepare_qat(model, small_inputs(2))  # nothing is masked yet
+    pruner.step()
+    for whole in (model, nn.Sequential(model)):
+        with pytest.raises(pat.ExportError, match=r"channels are only masked; call pruner.finalize\(\) first"):
+            pat.prepare_qat(whole, small_inputs(2))
+    pruner.finalize()
+    prepared = pat.prepare_qat(model, small_inputs(2))
+    assert sum(p.numel() for p in prepared.parameters()) < sum(p.numel() for p in Net().parameters())
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e", None)
+    with pytest.raises(pat.PatError, match=r"expected torchao to be installed.*pip install 'pat-fast\[qat\]'"):
+        pat.prepare_qat(Net(), small_inputs(2))
 
 
 def test_weights_rounded_while_they_are_pruned(tmp_path: Path) -> None:
