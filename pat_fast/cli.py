@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,7 +188,9 @@ def bench(
     runtimes: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="A,B", help="Of --deploy: eager, compile, onnxruntime, int8; by default all.", show_default=False
+            metavar="A,B",
+            help="Of --deploy: eager, channels_last, compile, onnxruntime, int8; by default all.",
+            show_default=False,
         ),
     ] = None,
     macs: Annotated[float, typer.Option(help="Of --deploy: the share of MACs that the pruned model keeps.")] = 0.5,
@@ -303,19 +306,25 @@ def load(
         from .checkpoint import read_structure
         from .factory import build_model
         from .measure import count_params
-        from .runs import WEIGHTS, open_run
+        from .runs import CONFIG, WEIGHTS, is_known, read_run
 
-        model = None
+        keywords, named = _json_object(args, "--args"), None
         if path.is_dir():
-            opened = open_run(path)
-            structure, model = opened.structure, opened.model
+            config, structure = read_run(path)
+            named, file = config.model.factory, path / WEIGHTS
+            if factory in (None, named):
+                keywords = config.model.args | keywords
+            if factory is None and is_known(named):
+                factory = named
         else:
-            structure = read_structure(path)
-            if factory is not None:
-                model = load_model(path, build_model(factory, _json_object(args, "--args"), "--model"))
-        typer.echo(f"{path / WEIGHTS if path.is_dir() else path}\n{structure.summary()}")
+            structure, file = read_structure(path), path
+        model = None if factory is None else load_model(file, build_model(factory, keywords, "--model"))
+        typer.echo(f"{file}\n{structure.summary()}")
         if model is not None:
             typer.echo(f"rebuilt: {count_params(model):,} parameters, every shape fits")
+        elif named is not None:
+            # Whoever made the folder may have named any code at all.
+            typer.echo(f"not rebuilt: its {CONFIG} names {named!r}; give --model {shlex.quote(named)} to run that")
 
 
 @app.command()

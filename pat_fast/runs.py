@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,21 +42,34 @@ class Exported:
     accuracy: float
 
 
+def read_run(folder: Path) -> tuple[TrainConfig, Structure]:
+    """What a run's folder says of itself; none of the code that its configuration names is run.
+
+    Raises:
+        ConfigError: it is not the folder of a finished run.
+        CheckpointError: its model file is damaged.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ConfigError(f"RUN: expected the folder of a finished pat-fast train, got {folder}: it has no {name}")
+    return load_config(folder / CONFIG, TrainConfig), read_structure(folder / WEIGHTS)
+
+
 def open_run(folder: Path) -> Run:
-    """Read the model of a run, on the CPU.
+    """Read the model of a run, on the CPU. The model's factory is the one that the run's configuration names.
 
     Raises:
         ConfigError: it is not the folder of a finished run.
         CheckpointError: its model file is damaged, or belongs to another definition of the model.
     """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ConfigError(f"RUN: expected the folder of a finished pat-fast train, got {folder}: it has no {name}")
-    config = load_config(folder / CONFIG, TrainConfig)
-    path = folder / WEIGHTS
-    structure = read_structure(path)
-    model = load(path, build_model(config.model.factory, config.model.args)).eval()
+    config, structure = read_run(folder)
+    model = load(folder / WEIGHTS, build_model(config.model.factory, config.model.args)).eval()
     return Run(folder, config, model, structure)
+
+
+def is_known(factory: str) -> bool:
+    """Whether a factory makes networks and nothing else, whoever named it."""
+    return re.fullmatch(r"(pat_fast\.models|transformers):[a-z0-9_-]+", factory) is not None
 
 
 def export_run(

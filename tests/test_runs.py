@@ -16,7 +16,7 @@ from pat_fast.cli import app
 from pat_fast.config import TrainConfig
 from pat_fast.export import runner
 from pat_fast.models import resnet20
-from pat_fast.runs import open_run
+from pat_fast.runs import is_known, open_run
 from tests.helpers import Small, small_inputs
 from tests.test_checkpoint import pruned
 from tests.test_checkpoint_models import change
@@ -65,6 +65,30 @@ def test_load_shows_what_it_is(folder: Path) -> None:
     file = cli("load", folder / "model.safetensors", "--model", "pat_fast.models:resnet20", "--args", '{"width": 4}')
     assert "every shape fits" in file.output
     assert "rebuilt" not in cli("load", folder / "model.safetensors").output
+
+
+def test_load_runs_no_code_that_a_folder_names(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"] = {"factory": "os:mkdir", "args": {"path": str(tmp_path / "made")}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = cli("load", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "names 'os:mkdir'; give --model os:mkdir to run that" in result.output
+    assert not (tmp_path / "made").exists()
+    assert "every shape fits" not in result.output
+    result = cli("load", tmp_path, "--model", "pat_fast.models:resnet20", "--args", '{"width": 4}')
+    assert "every shape fits" in result.output
+    assert cli("load", tmp_path, "--model", "os:mkdir").exit_code == 2
+    assert (tmp_path / "made").exists()  # it was said to
+
+
+def test_what_may_be_built_without_being_asked_for() -> None:
+    assert is_known("pat_fast.models:resnet20")
+    assert is_known("transformers:vit")
+    for name in ("pat_fast.models:torch.load", "os:system", "transformers:AutoModel.from_config", "pat_fast:load"):
+        assert not is_known(name)
 
 
 @pytest.mark.slow
@@ -127,7 +151,7 @@ def test_deploy_measures_every_runtime(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "a.json").read_text())
     assert [(r["runtime"], r["batch"]) for r in found["rows"]] == [
-        (runtime, batch) for runtime in ("eager", "compile", "onnxruntime", "int8") for batch in (1, 2)
+        (runtime, batch) for runtime in ("eager", "channels_last", "compile", "onnxruntime", "int8") for batch in (1, 2)
     ]
     assert found["cost"]["resnet18"]["macs_left"] < 0.55
     for row in found["rows"]:

@@ -25,7 +25,8 @@ from . import machine as machines
 from .clock import NOISY, Clock
 from .models import find
 
-RUNTIMES = ("eager", "compile", "onnxruntime", "int8")
+RUNTIMES = ("eager", "channels_last", "compile", "onnxruntime", "int8")
+"""``channels_last`` is eager mode, too: with images and weights in the layout that convolutions on a CPU read best."""
 SIDES = ("dense", "pruned")
 Run = Callable[[], object]
 
@@ -39,7 +40,7 @@ class DeploySettings:
         runtimes: of ``RUNTIMES``.
         batches: batch sizes.
         macs: share of the MACs that the pruned model keeps.
-        round_to: widths of the pruned model are multiples of this.
+        round_to: widths of the pruned model are multiples of this, ``"auto"``: of what this machine computes best.
         inputs, args, small, rounds: as for the other measurements.
     """
 
@@ -47,7 +48,7 @@ class DeploySettings:
     runtimes: tuple[str, ...] = RUNTIMES
     batches: tuple[int, ...] = (1, 8)
     macs: float = 0.5
-    round_to: int = 8
+    round_to: int | str = "auto"
     inputs: tuple[Tensor, ...] = ()
     args: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 15
@@ -194,9 +195,12 @@ def _row(
 
 def _made(runtime: str, model: nn.Module, inputs: list[Tensor], path: Path) -> Run:
     """A function that runs ``model`` in ``runtime`` on ``inputs``."""
-    if runtime == "eager":
-        own = copy.deepcopy(model)
-        return lambda: own(*inputs)
+    if runtime in ("eager", "channels_last"):
+        own, given = copy.deepcopy(model), inputs
+        if runtime == "channels_last":
+            own = own.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            given = [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs]
+        return lambda: own(*given)
     if runtime == "compile":
         compiled = torch.compile(copy.deepcopy(model), dynamic=False)
         return lambda: compiled(*inputs)
@@ -310,7 +314,7 @@ def render(result: DeployResult) -> str:
     out = [_where(result.machine)]
     for name, cost in result.cost.items():
         counts = ", ".join(f"{k} {v['dense']:,} -> {v['pruned']:,}" for k, v in cost.items() if isinstance(v, dict))
-        out.append(f"{name}: {counts} ({cost['macs_left']:.1%}), widths in multiples of {cost['round_to']}")
+        out.append(f"{name}: {counts} ({cost['macs_left']:.1%}), round_to={cost['round_to']}")
     out += ["", *("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in lines)]
     if any(row.spread and max(row.spread.values()) > NOISY for row in result.rows):
         out.append(f"!  noise: quartiles more than {NOISY:.0%} of the median apart; the processor time stands")
@@ -321,5 +325,3 @@ def render(result: DeployResult) -> str:
 def _where(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return f"{machine['cpu']}, cores {machine['cores']}, threads {machine['threads']}, {versions}"
-
-
