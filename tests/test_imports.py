@@ -50,7 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     "optional": {"errors"},
     "export": PLAN | {"checkpoint", "measure", "optional", "structure", "surgery"},
     "quantization": PLAN
-    | {"checkpoint", "export", "layers", "measure", "optional", "structure", "surgery"},
+    | {"checkpoint", "export", "integer", "layers", "masks", "measure", "optional", "structure", "surgery"},
+    "integer": set(),
     "dry_run": PLAN | {"masks", "surgery"},
     "rehearsal": PLAN | {"surgery"},
     "proof": PLAN | {"dry_run", "masks", "rehearsal", "surgery"},
