@@ -17,7 +17,7 @@ from .plan.types import ChannelArray, Group, Plan
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Units = NDArray[np.int64]
-SPARING = 8  # units, from the most important that would go, that are looked at once more
+SPARING = 32  # groups that are looked at once more when a target is met, those of the best units that would go first
 
 
 @dataclass(frozen=True)
@@ -214,32 +214,32 @@ def select(
     order = _capped(plan, order[free[order]], ranks, size, home, limits)
     rounding = _Rounding(plan, order, ranks, size, home, limits)
     order = _in_turns(plan, order, ranks, size, home, limits, removable, rounding)
-    gone_before = int(np.isneginf(ranks[order]).sum())
-    group = home[order]
-    place = _place_in_group(group)
+    lost = np.isneginf(ranks[order])
 
-    def keep_after(count: int, more: Units = order[:0]) -> BoolArray:
-        """With the first units gone, and as many more of their groups as ``more`` has."""
-        units = np.concatenate([order[:count], more])
-        if more.size:
-            units = order[place < np.bincount(home[units], minlength=len(plan.groups))[group]]
+    def keep_without(units: Units) -> BoolArray:
         removed = np.zeros(plan.n_units, dtype=np.bool_)
         removed[rounding.apply(units)] = True
         return ~removed[plan.unit]
 
-    count = len(order)
-    if enough is None or not enough(keep_after(count)):
-        return keep_after(count)
-    # The fewest removals that are enough. The last one may have been more than was needed (a head, say): what went
-    # before it and fits stays then.
-    count, more = _first(lambda n: enough(keep_after(n)), gone_before, count), order[:0]
-    for _ in range(SPARING):
-        if count <= gone_before:
-            break
-        count, more = count - 1, np.append(more, order[count - 1])
-        if count > gone_before and enough(keep_after(count - 1, more)):
-            count = _first(lambda n, more=more: enough(keep_after(n, more)), gone_before, count - 1)  # type: ignore[misc]
-    return keep_after(count, more)
+    if enough is None or not enough(keep_without(order)):
+        return keep_without(order)
+    # The fewest removals that are enough.
+    count = _first(lambda n: enough(keep_without(order[:n])), int(lost.sum()), len(order))
+    # The last one may have been more than was needed (a head, say): others stay then, as far as they fit.
+    group = home[order]
+    place = _place_in_group(group)
+    gone = np.bincount(group[:count], minlength=len(plan.groups))
+    least = np.bincount(group[lost], minlength=len(plan.groups))
+    for number in list(dict.fromkeys(group[:count][::-1].tolist()))[:SPARING]:
+        every = gone[number]
+
+        def fits(n: int, number: int = number) -> bool:
+            gone[number] = n
+            return enough(keep_without(order[place < gone[group]]))
+
+        few = every > least[number] and fits(every - 1)
+        gone[number] = _first(fits, int(least[number]), int(every) - 1) if few else every
+    return keep_without(order[place < gone[group]])
 
 
 def _place_in_group(group: Units) -> Units:
