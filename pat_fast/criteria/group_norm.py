@@ -42,13 +42,17 @@ class GroupNorm:
     @torch.no_grad()
     def score(self, binding: Binding) -> Tensor:
         """Scores ``[N]``: float32, or float64 where the model is."""
-        raw = self.magnitude(binding)
-        mean = binding.over_groups(raw, "mean")
-        mean.masked_fill_(mean <= 0, 1.0)  # a group of zeros: all equally unimportant
-        return raw / binding.spread(mean)
+        # The number of members cancels out. A group of zeros: all equally unimportant.
+        total = self.total(binding)
+        mean = binding.over_groups(total, "mean").clamp_min_(torch.finfo(total.dtype).tiny)
+        return total.div_(binding.spread(mean))
 
     def magnitude(self, binding: Binding) -> Tensor:
         """The same before it is divided by the group's mean: ``[N]``."""
+        return self.total(binding) / binding.member_count("scored")
+
+    def total(self, binding: Binding) -> Tensor:
+        """The sum over a group's members: ``[N]``."""
         total: Tensor | None = None
         for tiles in binding.tiles("scored", is_scored):
             sums = channel_reduce(tiles.tensors, tiles.table, f="pow", p=self.p)
@@ -56,4 +60,4 @@ class GroupNorm:
             total = found if total is None else total + found
         if total is None:
             return torch.zeros(binding.plan.n_channels, device=binding.device)
-        return total / binding.member_count("scored")
+        return total

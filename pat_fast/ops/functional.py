@@ -20,7 +20,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from pat_fast.errors import OpError, did_you_mean
+from pat_fast.ops.known import Known, is_plain, is_reliable, is_watched
 from pat_fast.ops.memory import clash
+from pat_fast.ops.register import implementation
 from pat_fast.ops.schema import accumulator
 from pat_fast.ops.tiles import COL, ROW, C, K, R, TileTable
 
@@ -56,10 +58,11 @@ def channel_reduce(
     if (ys is None) != (f == "pow"):
         wanted = "no ys" if f == "pow" else "ys like xs"
         _fail(f"{wanted} for f={f!r}", "none" if ys is None else f"{len(ys)} tensors")
-    _check_tensors("xs", xs, table)
+    plain = _check_tensors("xs", xs, table)
     if ys is not None:
-        _check_tensors("ys", ys, table, like=xs)
-    return _ops.channel_reduce.default(xs, ys or (), table.table, table.slots, f, float(p))
+        plain = _check_tensors("ys", ys, table, like=xs) and plain
+    run = implementation("channel_reduce", "cpu") if plain else _ops.channel_reduce.default
+    return run(xs, ys or (), table.table, table.slots, f, float(p))
 
 
 @torch.no_grad()
@@ -77,12 +80,13 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], table: TileTable, 
     Raises:
         OpError: tensors that do not fit the table, tiles or tensors that overlap.
     """
-    _check_tensors("ys", ys, table)
-    _check_tensors("xs", xs, table, like=ys)
+    plain = _check_tensors("ys", ys, table)
+    plain = _check_tensors("xs", xs, table, like=ys) and plain
     _check_slots("coef", coef, table, ys)
     _check_writable("ys", table)
     _check_apart("ys", ys, xs, coef, table)
-    _ops.channel_axpy_.default(ys, xs, table.table, coef)
+    run = implementation("channel_axpy_", "cpu") if plain and is_plain(coef) else _ops.channel_axpy_.default
+    run(ys, xs, table.table, coef)
 
 
 @torch.no_grad()
@@ -98,11 +102,12 @@ def channel_scale_(xs: Sequence[Tensor], table: TileTable, scale: Tensor) -> Non
     Raises:
         OpError: tensors that do not fit the table, tiles or tensors that overlap.
     """
-    _check_tensors("xs", xs, table)
+    plain = _check_tensors("xs", xs, table)
     _check_slots("scale", scale, table, xs)
     _check_writable("xs", table)
     _check_apart("xs", xs, (), scale, table)
-    _ops.channel_scale_.default(xs, table.table, scale)
+    run = implementation("channel_scale_", "cpu") if plain and is_plain(scale) else _ops.channel_scale_.default
+    run(xs, table.table, scale)
 
 
 @torch.no_grad()
@@ -152,15 +157,22 @@ def _check_tensors(
     *,
     dtypes: Sequence[torch.dtype] | None = FLOATS,
     like: Sequence[Tensor] | None = None,
-) -> None:
-    """Compare a tensor list with the layouts of ``table``; this loop is most of a call's overhead."""
+) -> bool:
+    """Compare a tensor list with the layouts of ``table``.
+
+    Returns whether these are plain tensors on the CPU that nothing else wants to see: the dispatcher, which takes as
+    long as it takes to look at them, would lead to the kernel and nowhere else.
+    """
     if len(xs) != table.n_tensors:
         _fail(f"{table.n_tensors} tensors in {name}, as in the table", str(len(xs)))
     if not len(xs):
-        return
+        return False
     first = like[0] if like is not None else xs[0]
     dtype, device = first.dtype, first.device
     eager = not torch.compiler.is_compiling()
+    known = table.known.get(name) if eager and dtypes is not None else None
+    if known is not None and known.dtype is dtype and known.device == device and known.matches(xs):
+        return known.plain and not is_watched()
     if dtypes is not None and dtype not in dtypes:
         _fail(f"{name} of dtype {', '.join(str(d) for d in dtypes)}", str(dtype))
     for i, (x, (shape, strides)) in enumerate(zip(xs, table.layouts)):  # noqa: B905 (length checked above)
@@ -176,6 +188,17 @@ def _check_tensors(
             _fail(f"{name}[{i}] of {dtype} on {device}, as its companions", f"{x.dtype} on {x.device}")
         if eager and (x.is_neg() or (dtypes is None and x.is_conj())):
             _fail(f"{name}[{i}] as it stands in memory", "a lazily negated or conjugated view", "call resolve_neg()")
+    if eager and dtypes is not None:
+        _remember(name, xs, table)
+    return False
+
+
+def _remember(name: str, xs: Sequence[Tensor], table: TileTable) -> None:
+    """Recognise tensors like ``xs`` from now on; from their second time on, since many tables serve a single call."""
+    if name not in table.known:
+        table.known[name] = None
+    elif not is_watched() and is_reliable():
+        table.known[name] = Known(xs)
 
 
 def _check_slots(name: str, values: Tensor, table: TileTable, xs: Sequence[Tensor]) -> None:
@@ -213,14 +236,21 @@ def _check_apart(
 
 
 def _surely_apart(written: Sequence[Tensor], read: Sequence[Tensor], vector: Tensor, table: TileTable) -> bool:
-    """Whether tensors do not even reach into one another; addresses change at every step, so this is fast."""
-    tensors = (*written, *read, vector)
-    bytes_each = table.extents * written[0].element_size()
-    sizes = np.concatenate([bytes_each, bytes_each[: len(read)], [vector.numel() * vector.element_size()]])
-    starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    """Whether tensors do not even reach into one another; gradients may have new addresses at every step."""
+    addresses = list(map(Tensor.data_ptr, (*written, *read, vector)))
+    own, more = written[0].element_size(), vector.numel() * vector.element_size()
+    key = (own, more, len(read), *addresses)
+    if key == table.apart:
+        return True
+    bytes_each = table.extents * own
+    sizes = np.concatenate([bytes_each, bytes_each[: len(read)], [more]])
+    starts = np.array(addresses, np.int64)
     order = starts.argsort(kind="stable")
     order = order[sizes[order] > 0]
-    return bool(((starts + sizes)[order[:-1]] <= starts[order[1:]]).all())
+    found = bool(((starts + sizes)[order[:-1]] <= starts[order[1:]]).all())
+    if found:
+        table.apart = key
+    return found
 
 
 def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, index: Tensor) -> None:

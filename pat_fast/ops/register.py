@@ -26,8 +26,14 @@ def register() -> None:
     for device in DEVICES:
         key = "CompositeExplicitAutograd" if device == ANY else device.upper()
         for op in OPS:
-            run = runner(op, device)
-            LIB.impl(op, _bumping(run) if op in _WRITES else run, key)
+            LIB.impl(op, implementation(op, device), key)
+
+
+@cache
+def implementation(op: str, device: str) -> Callable[..., Any]:
+    """What the dispatcher calls for ``op`` on a device type; to call it at once saves what lies between."""
+    run = runner(op, device)
+    return _bumping(run) if op in _WRITES else run
 
 
 def _bumping(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,8 +41,9 @@ def _bumping(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def run_and_bump(written: Sequence[Tensor], *rest: Any) -> None:
         run(written, *rest)
-        if any(map(Tensor.is_inference, written)):  # they have no version counter
-            written = [t for t in written if not t.is_inference()]
-        torch.autograd.graph.increment_version(written)
+        try:
+            torch.autograd.graph.increment_version(written)
+        except RuntimeError:  # inference tensors have no version counter
+            torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
     return run_and_bump

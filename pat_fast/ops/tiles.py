@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pat_fast.errors import OpError
+from pat_fast.ops.known import Known
 
 TENSOR, OFFSET, R, C, K, SR, SC, SK, ROW, COL = range(10)
 WIDTH = 10
@@ -69,9 +70,23 @@ class TileTable:
         extents: ``[n_tensors]``, elements from a tensor's first to its last.
         rows: ``table`` as Python integers.
         writable: whether no element is named twice, so that each can be written on its own.
+        known: lists of tensors that were given before, by the name of the argument; None for one that came once.
+        apart: addresses of tensors that were seen to share no memory, with the sizes that matter.
     """
 
-    __slots__ = ("extents", "layouts", "n_tensors", "rows", "shapes", "slots", "strides", "table", "writable")
+    __slots__ = (
+        "apart",
+        "extents",
+        "known",
+        "layouts",
+        "n_tensors",
+        "rows",
+        "shapes",
+        "slots",
+        "strides",
+        "table",
+        "writable",
+    )
 
     def __init__(
         self, table: Tensor, tensors: Sequence[Tensor], slots: int, *, shared_slots: bool = False
@@ -112,6 +127,8 @@ class TileTable:
         if not shared_slots and not _surely_own_slots(columns):
             _check_slots(self.rows)
         self.writable = _is_disjoint(self.rows, columns, extents)
+        self.known: dict[str, Known | None] = {}
+        self.apart: tuple[int, ...] = ()
 
     @classmethod
     def from_tiles(
@@ -138,6 +155,12 @@ class TileTable:
             slots = max((end for entry in entries for _, end, _ in _slot_ranges(entry)), default=0)
         table = torch.tensor(entries, dtype=torch.int64).reshape(len(entries), WIDTH)
         return cls(table, tensors, slots, shared_slots=shared_slots)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors``, of the shapes that the table was made for, still have its strides."""
+        if not torch.compiler.is_compiling() and any(k is not None and k.matches(tensors) for k in self.known.values()):
+            return True
+        return tuple(map(Tensor.stride, tensors)) == self.strides
 
     def __len__(self) -> int:
         """Return the number of tiles."""

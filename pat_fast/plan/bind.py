@@ -126,17 +126,19 @@ def _if_any(channels: ChannelArray) -> ChannelArray | None:
 class Tiles:
     """Tensors of one device and dtype, their tile table, and the channel of every slot.
 
-    ``slot_channel [slots]`` int64 on the tensors' device; a slot without a channel holds ``n_channels``.
+    ``slot_channel [slots]`` int64 on the tensors' device; a slot without a channel holds ``n_channels``, and ``full``
+    says that there is none.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     table: TileTable
     slot_channel: Tensor
+    full: bool
 
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors``, the table's or their likes, lie in memory as the table has it."""
-        return tuple(map(Tensor.stride, tensors)) == self.table.strides
+        return self.table.fits(tensors)
 
 
 class Binding:
@@ -291,20 +293,23 @@ class Binding:
                 (r, sr), (c, sc), (k, sk) = block.row, block.col, block.kernel
                 tiles.append(Tile(i, block.offset, (r, c, k), (sr, sc, sk), *starts))
         channel = np.concatenate([np.zeros(0, np.int32), *slots]).astype(np.int64)
-        channel[channel < 0] = self.plan.n_channels
+        without = channel < 0
+        channel[without] = self.plan.n_channels
         table = TileTable.from_tiles(tensors, tiles, slots=at)
         slot_channel = torch.from_numpy(channel).to(tensors[0].device)
-        return Tiles(tuple(m.name for m in maps), tuple(tensors), table, slot_channel)
+        return Tiles(tuple(m.name for m in maps), tuple(tensors), table, slot_channel, not without.any())
 
     def to_channels(self, tiles: Tiles, values: Tensor) -> Tensor:
         """Sum ``values [slots]`` onto channels: ``[N]``."""
-        sums = values.new_zeros(self.plan.n_channels + 1)
-        return sums.scatter_add_(0, tiles.slot_channel, values)[:-1]
+        sums = values.new_zeros(self.plan.n_channels + (not tiles.full))
+        return sums.scatter_add_(0, tiles.slot_channel, values)[: self.plan.n_channels]
 
     def to_slots(self, tiles: Tiles, values: Tensor, fill: float) -> Tensor:
         """Spread ``values [N]`` over slots; slots without a channel get ``fill``."""
         dtype = torch.float64 if tiles.tensors[0].dtype == torch.float64 else torch.float32
-        padded = torch.cat([values.to(tiles.slot_channel.device, dtype), values.new_full((1,), fill, dtype=dtype)])
+        padded = values.to(tiles.slot_channel.device, dtype)
+        if not tiles.full:
+            padded = torch.cat([padded, padded.new_full((1,), fill)])
         return padded.index_select(0, tiles.slot_channel)  # several times as fast as brackets
 
     def member_count(self, key: str) -> Tensor:

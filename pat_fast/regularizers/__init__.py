@@ -11,7 +11,7 @@ from .group_norm import GroupNormRegularizer
 from .growing import GrowingRegularizer
 from .penalty import Penalty
 from .proximal import ProximalGroupLasso
-from .push import REGULARIZED, Regularizer, gradients, is_regularized
+from .push import REGULARIZED, Regularizer, is_regularized
 
 __all__ = [
     "REGULARIZED",
@@ -21,6 +21,5 @@ __all__ = [
     "Penalty",
     "ProximalGroupLasso",
     "Regularizer",
-    "gradients",
     "is_regularized",
 ]

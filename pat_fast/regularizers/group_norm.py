@@ -12,7 +12,7 @@ from ..criteria import Criterion, GroupNorm
 from ..errors import check
 from ..plan.bind import Binding
 from .penalty import Penalty
-from .push import push_layers, shrink_layers, without_nan_groups
+from .push import push_layers, shrink_layers
 
 
 class GroupNormRegularizer(Penalty):
@@ -21,8 +21,8 @@ class GroupNormRegularizer(Penalty):
     With ``n_c`` the square root of the channel's score and its extremes taken over the group,
     ``gamma_c = alpha ** ((n_max - n_c) / (n_max - n_min))``: from 1 for the most important channel to
     ``alpha`` for the least. A weight gets the term of its output channel plus that of its input channel.
-    A group whose channels all score alike has gamma 1; one with a score that is NaN is not pushed. Fang et al.,
-    CVPR 2023, section 3.3, https://arxiv.org/abs/2301.12900.
+    A group whose channels all score alike has gamma 1; one with a score that is NaN or infinite is not pushed. Fang et
+    al., CVPR 2023, section 3.3, https://arxiv.org/abs/2301.12900.
 
     Args:
         strength: at least 0; DepGraph uses 1e-4 to 1e-3.
@@ -52,12 +52,14 @@ class GroupNormRegularizer(Penalty):
     @torch.no_grad()
     def gamma(self, binding: Binding) -> Tensor:
         """How hard each channel is pushed: ``[N]``, in ``1 .. alpha``, or 0."""
-        norm = self.criterion.score(binding).clamp_min(0).sqrt()
+        own = type(self.criterion) is GroupNorm  # what it divides by cancels out
+        scores = self.criterion.total(binding) if own else self.criterion.score(binding)  # type: ignore[attr-defined]
+        norm = scores.clamp_min(0).sqrt_()
         low, high = binding.over_groups(norm, "min"), binding.over_groups(norm, "max")
-        span = binding.spread(high - low)
-        place = torch.where(span > 0, (binding.spread(high) - norm) / span, 0.0)
-        gamma = torch.where(torch.isnan(norm), norm, self.alpha ** place.clamp(0.0, 1.0))
-        return without_nan_groups(binding, gamma)
+        per_span = (high - low).clamp_min_(torch.finfo(norm.dtype).tiny).reciprocal_()
+        place = (binding.spread(high) - norm).mul_(binding.spread(per_span)).clamp_(0.0, 1.0)
+        # A NaN reaches its whole group: through the extremes, or, where a score is infinite, through their distance.
+        return torch.pow(self.alpha, place).nan_to_num_(0.0)
 
     def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
         push_layers(binding, self._rates(binding, factor, where), self.bias, only)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -74,13 +74,14 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
         every, wanted = wanted, lambda m, *of: m.name not in held and every(m, *of)
         key = f"{key} without {', '.join(held)}"
     for tiles in binding.tiles(key, wanted):
-        pushed = [t.grad is not None for t in tiles.tensors]
-        if all(pushed):
-            _add(binding, tiles, gamma)
-        elif any(pushed):
-            for one, yes in zip(binding.each(tiles), pushed, strict=True):
-                if yes:
-                    _add(binding, one, gamma)
+        found: list[Any] = [t.grad for t in tiles.tensors]
+        missing = sum(g is None for g in found)
+        if not missing:
+            _add(binding, tiles, found, gamma)
+        elif missing < len(found):
+            for one, own in zip(binding.each(tiles), found, strict=True):
+                if own is not None:
+                    _add(binding, one, [own], gamma)
 
 
 def _held(tiles: tuple[Tiles, ...], only: Collection[int]) -> list[str]:
@@ -141,14 +142,13 @@ def by_slot(binding: Binding, tiles: Tiles, values: Sequence[float]) -> Tensor:
     return torch.tensor(values, device=device)[known[id(tiles.table)][1]]
 
 
-def _add(binding: Binding, tiles: Tiles, gamma: Tensor) -> None:
+def _add(binding: Binding, tiles: Tiles, found: list[Tensor], gamma: Tensor) -> None:
     coef = binding.to_slots(tiles, gamma, fill=0.0)
-    channel_axpy_(gradients(tiles), tiles.tensors, tiles.table, coef)
+    channel_axpy_(_fitting(tiles, found), tiles.tensors, tiles.table, coef)
 
 
-def gradients(tiles: Tiles) -> list[Tensor]:
-    """The gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
-    found: list[Tensor] = [t.grad for t in tiles.tensors]  # type: ignore[misc]
+def _fitting(tiles: Tiles, found: list[Tensor]) -> list[Tensor]:
+    """``found``, the gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
     if not tiles.fit(found):
         for i, tensor in enumerate(tiles.tensors):
             if found[i].stride() != tensor.stride():

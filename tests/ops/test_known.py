@@ -1,0 +1,183 @@
+"""Tensors that were checked before: recognised without another look, and never wrongly."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pat_fast import ops
+from pat_fast.errors import OpError
+from pat_fast.ops import Tile, TileTable, functional, known
+
+TILE = Tile(0, 0, (4, 3, 1), (3, 1, 1), 0, 4)
+
+
+@pytest.fixture
+def weights() -> list[Tensor]:
+    return [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
+
+
+@pytest.fixture
+def table(weights: list[Tensor]) -> TileTable:
+    return TileTable.from_tiles(weights, [TILE, Tile(1, 0, (5, 1, 1), (1, 1, 1), 7)])
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What went to a kernel past the dispatcher."""
+    seen: list[str] = []
+    found = functional.implementation
+
+    def counting(op: str, device: str) -> Callable[..., Any]:
+        seen.append(op)
+        return found(op, device)
+
+    monkeypatch.setattr(functional, "implementation", counting)
+    return seen
+
+
+def meet(weights: Sequence[Tensor], table: TileTable) -> None:
+    for _ in range(2):
+        ops.channel_reduce(weights, table)
+        ops.channel_axpy_([torch.zeros_like(w) for w in weights], weights, table, torch.ones(12))
+
+
+def test_this_torch_has_a_guard_that_serves() -> None:
+    assert known.is_reliable()
+
+
+def test_from_the_third_time_on_the_kernel_is_called_at_once(
+    weights: list[Tensor], table: TileTable, called: list[str]
+) -> None:
+    expected = ops.channel_reduce(weights, table)
+    ops.channel_reduce(weights, table)
+    assert not called
+    meet(weights, table)
+    called.clear()
+    grads = [torch.zeros_like(w) for w in weights]
+    assert torch.equal(ops.channel_reduce(weights, table), expected)
+    ops.channel_axpy_(grads, weights, table, torch.ones(12))
+    ops.channel_scale_(weights, table, torch.ones(12))
+    assert called == ["channel_reduce", "channel_axpy_", "channel_scale_"]
+    assert torch.equal(grads[0], 2 * weights[0])
+    assert grads[0]._version == 1  # of autograd
+    assert table.fits(weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: torch.zeros(4, 3, dtype=torch.float64), r"xs\[1\] of torch.float64"),
+        (lambda w: torch.zeros(3, 4).t(), r"strides \(3, 1\)"),
+        (lambda w: torch.zeros(3, 3), r"of shape \(4, 3\)"),
+        (lambda w: torch.zeros(4, 3, device="meta"), "on meta, as its companions"),
+        (lambda w: torch._neg_view(torch.zeros(4, 3)), "lazily negated"),
+    ],
+)
+def test_what_changed_is_seen(
+    weights: list[Tensor], table: TileTable, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    meet(weights, table)
+    with pytest.raises(OpError, match=message):
+        ops.channel_reduce([change(weights[0]), weights[1]], table)
+    weights[0].data = change(weights[0]) if change(weights[0]).device.type == "cpu" else torch.zeros(2, 2)
+    with pytest.raises(OpError):
+        ops.channel_reduce(weights, table)
+
+
+def test_lists_that_are_known_apart_are_still_held_against_each_other(
+    weights: list[Tensor], table: TileTable
+) -> None:
+    meet(weights, table)
+    double = [w.detach().double() for w in weights]
+    for _ in range(3):
+        ops.channel_reduce(double, table)  # known as "xs" from here on; "ys" are known in single precision
+    with pytest.raises(OpError, match=r"ys\[0\] of torch.float64"):
+        ops.channel_reduce(double, table, [torch.zeros_like(w) for w in weights], f="mul")
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Heard(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Seen, Heard])
+def test_who_wants_to_see_ops_sees_them(weights: list[Tensor], table: TileTable, mode: Any) -> None:
+    meet(weights, table)
+    with mode() as seen:
+        ops.channel_reduce(weights, table)
+    assert "pat_fast.channel_reduce.default" in seen.ops
+
+
+def test_fake_mode_and_a_profiler_see_them_too(weights: list[Tensor], table: TileTable, called: list[str]) -> None:
+    meet(weights, table)
+    called.clear()
+    with torch.profiler.profile() as profile:
+        ops.channel_reduce(weights, table)
+    assert "pat_fast::channel_reduce" in {event.key for event in profile.key_averages()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ops.channel_reduce(weights, table)
+    assert not called
+
+
+def test_a_lazily_negated_vector_goes_through_the_dispatcher(weights: list[Tensor], table: TileTable) -> None:
+    meet(weights, table)
+    grads = [torch.zeros_like(w) for w in weights]
+    ops.channel_axpy_(grads, weights, table, torch._neg_view(torch.ones(12)))
+    assert torch.equal(grads[0], -2 * weights[0])
+
+
+@pytest.mark.parametrize("other", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_a_copied_table_looks_for_itself(
+    weights: list[Tensor], table: TileTable, other: Callable[[Any], Any], called: list[str]
+) -> None:
+    meet(weights, table)
+    called.clear()
+    twin = other(table)
+    assert torch.equal(ops.channel_reduce(weights, twin), ops.channel_reduce(weights, table))
+    assert called == ["channel_reduce"]
+    with pytest.raises(OpError, match="of shape"):
+        ops.channel_reduce([weights[0][:2], weights[1]], twin)
+
+
+def test_without_the_guard_all_is_as_before(
+    weights: list[Tensor], table: TileTable, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(functional, "is_reliable", lambda: False)
+    meet(weights, table)
+    meet(weights, table)
+    assert not called
+    assert table.known == {"xs": None, "ys": None}
+
+
+def test_tensors_that_come_to_overlap_are_refused(weights: list[Tensor], table: TileTable) -> None:
+    meet(weights, table)
+    grads = [torch.zeros_like(w) for w in weights]
+    ops.channel_axpy_(grads, weights, table, torch.ones(12))
+    ops.channel_axpy_(grads, weights, table, torch.ones(12))
+    with pytest.raises(OpError, match="share no memory"):
+        ops.channel_axpy_([weights[0].data, grads[1]], weights, table, torch.ones(12))
