@@ -7,6 +7,8 @@ import torch
 from ..ops import Tile, TileTable, channel_axpy_, channel_reduce, channel_scale_
 from .clock import Clock, Timed
 
+DRIFT = 0.3
+"""Rates that fall by more than this share, from the best to the worst look at them, are told of."""
 MEBIBYTES = {"cpu": 256, "cuda": 1024}
 
 
@@ -29,6 +31,7 @@ class Bandwidth:
         self.rates: dict[str, float] = {}
         self.winners: dict[str, str] = {}
         self._clock = clock
+        self._seen: dict[str, list[float]] = {}
         rows = (mebibytes or MEBIBYTES.get(clock.device.type, 256)) * 256
         x = torch.ones(rows, 1024, device=clock.device)
         y = torch.zeros_like(x)
@@ -59,10 +62,20 @@ class Bandwidth:
 
         Called before every case, so that one busy moment does not lower the peak.
         """
+        best: dict[str, float] = {}
         for kind, name, moved, run in self._candidates:
             rate = moved / self._clock.best(run, rounds) / 1e6
+            best[kind] = max(rate, best.get(kind, 0.0))
             if rate > self.rates.get(kind, 0.0):
                 self.rates[kind], self.winners[kind] = rate, name
+        for kind, rate in best.items():
+            self._seen.setdefault(kind, []).append(rate)
+
+    def drift(self) -> str:
+        """Say so if what memory delivers changed while this process measured: others use it, unseen by the cores."""
+        ranges = {kind: (min(rates), max(rates)) for kind, rates in self._seen.items()}
+        moved = [f"{k} {low:.1f} to {high:.1f} GB/s" for k, (low, high) in ranges.items() if low < (1 - DRIFT) * high]
+        return f"the memory was not the same all along: {', '.join(moved)}; shares are of the best" if moved else ""
 
     def __str__(self) -> str:
         return ", ".join(f"{k} {r:.1f} GB/s ({self.winners[k]})" for k, r in self.rates.items())

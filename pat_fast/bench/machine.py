@@ -12,8 +12,14 @@ import torch
 
 from ..env import report
 
-BUSY = 0.5
-"""A load average above this before the start means that somebody else uses the cores."""
+BUSY = 0.1
+"""More than this of a core's time for other processes, or lost to other machines, and the numbers are not to be quoted.
+
+The kernel's own threads take some hundredths."""
+LOADED = 0.5
+"""Where nobody counts the time of all processes: the load average above which the cores are not ours. It decays slowly,
+so it also speaks of what has ended."""
+STAT = Path("/proc/stat")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -43,10 +49,48 @@ def describe(device: torch.device) -> dict[str, Any]:
     return found
 
 
+class Watch:
+    """What others use of the cores, from its making on."""
+
+    def __init__(self) -> None:
+        self._start = _seconds()
+
+    def note(self, machine: dict[str, Any]) -> None:
+        """Write ``others`` and ``stolen`` into a description: cores in use on average, None if unknown."""
+        now = _seconds()
+        machine["others"] = machine["stolen"] = None
+        if now is not None and self._start is not None:
+            wall, everything, stolen, own = (b - a for a, b in zip(self._start, now, strict=True))
+            if wall > 0:
+                machine["others"] = round(max(0.0, everything - own) / wall, 3)
+                machine["stolen"] = round(stolen / wall, 3)
+
+
 def busy(machine: dict[str, Any]) -> str:
-    """Say what else ran on ``machine`` when it was described, or ""."""
-    load = machine["load"]
-    return "" if load is None or load <= BUSY else f"load average {load:.1f} before the start"
+    """Say what else ran on ``machine``, or ""; :meth:`Watch.note` has seen it."""
+    if machine.get("others") is None:
+        load = machine["load"]
+        return "" if load is None or load <= LOADED else f"load average {load:.1f} before the start"
+    found = [
+        f"{machine[key]:.2f} cores {what}"
+        for key, what in (("others", "used by other processes"), ("stolen", "lost to other machines"))
+        if machine[key] > BUSY
+    ]
+    return " and ".join(found)
+
+
+def _seconds() -> tuple[float, float, float, float] | None:
+    """By the clock, of all processes on all cores, lost to the hypervisor, and of this process and its children."""
+    try:
+        fields = STAT.read_text().split("\n", 1)[0].split()
+        ticks = [int(field) for field in fields[1:9]]
+    except (OSError, ValueError):
+        return None
+    if len(ticks) < 8:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = ticks
+    hertz = os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), (user + nice + system + irq + softirq) / hertz, steal / hertz, sum(os.times()[:4])
 
 
 def _load() -> float | None:

@@ -202,7 +202,10 @@ def render(result: Result) -> str:
     where += [f"GPU {machine['gpu']['name']}"] if machine["gpu"] else [str(machine["isa"] or "no C++ kernels")]
     where += [f"{name} {version}" for name, version in machine["versions"].items() if version]
     rates = ", ".join(f"{kind} {rate:.1f} GB/s" for kind, rate in result.bandwidth.items())
-    lines = [", ".join(where), f"bandwidth: {rates}", "", table(result.rows)]
+    lines = [", ".join(where), f"bandwidth: {rates}"]
+    if machine.get("others") is not None:
+        lines.append(f"beside it: {machine['others']:.2f} cores used by others, {machine['stolen']:.2f} lost to others")
+    lines += ["", table(result.rows)]
     lines += [f"note: {note}" for note in result.notes]
     lines += [f"disturbed, do not quote: {reason}" for reason in result.disturbed]
     return "\n".join(lines)

@@ -16,10 +16,10 @@ from ..errors import ConfigError, check, did_you_mean
 from . import machine as machines
 from .bandwidth import Bandwidth
 from .clock import Clock
-from .kernels import VARIANTS, Kernels
+from .kernels import COPIES, MOST, VARIANTS, Kernels
 from .models import Model, find, usual
 from .results import Mismatch, Result, Row
-from .steps import STEPS, Step, training_step_ms
+from .steps import STEPS, Step, ready, training_step_ms
 from .subject import Subject
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -144,6 +144,7 @@ class Bench:
         self.device = device_of(settings.device)
         # Before anything else: what it says of the load must not be our own.
         self.machine = machines.describe(self.device)
+        self._watch = machines.Watch()
         self.backends, self.notes = available(self.device.type, settings.backends)
         self.models = [find(n, settings.inputs, settings.args, settings.small) for n in self.settings.models]
         self.clock = Clock(self.device, settings.rounds, settings.mebibytes)
@@ -160,10 +161,12 @@ class Bench:
         if not rows:
             raise ConfigError(f"expected something to measure, got nothing: {'; '.join(self.notes)}")
         rows = [row.held_against(self.bandwidth) for row in rows]
+        self._watch.note(self.machine)
         disturbed = [machines.busy(self.machine)] if machines.busy(self.machine) else []
         noisy = sum(row.is_noisy for row in rows)
         disturbed += [f"{noisy} of {len(rows)} rows are noisy"] if noisy else []
         disturbed += [f"{self.settings.rounds} rounds: a glance"] if self.settings.rounds <= QUICK_ROUNDS else []
+        self.notes += [self.bandwidth.drift()] if self.bandwidth.drift() else []
         notes = tuple(dict.fromkeys(self.notes))
         rates = self.bandwidth.rates
         return Result(self.machine, self.settings.as_json(), rates, tuple(rows), tuple(disturbed), notes)
@@ -180,6 +183,10 @@ class Bench:
         if not calls:
             return
         case = Kernels(model.shapes(), DTYPES[like.dtype], self.device, like.layout == "channels_last")
+        if "channel_compact fresh" in calls and COPIES * case.bytes > MOST:
+            size = f"{COPIES * case.bytes / 1e9:.1f} GB"
+            self.notes.append(f"not measured: channel_compact fresh of {model.name}: four copies are {size}")
+            calls = [call for call in calls if call != "channel_compact fresh"]
         for backend in self.backends:
             for call in calls:
                 row = replace(like, op=call, backend=backend.name)
@@ -194,6 +201,11 @@ class Bench:
         case.check(row.op, backend.ops())
         call = case.call(row.op, backend.ops())
         self.bandwidth.probe()
+        if call.rival is not None:
+            rival, run = call.rival
+            found = self.clock.compare({"": ready(call.run), rival: ready(run)})
+            extra = {f"{rival} ms": found[rival].ms, f"times {rival}": found[rival].ms / found[""].ms}
+            return self._told(replace(row, traffic=call.traffic, extra=extra).timed(found[""], call.moved))
         sample = self.clock.sample(call.run)
         # The reference is the oracle; as a baseline, its eager time is enough.
         graph = self.clock.replayed(call.run) if dispatch.ANY not in backend.devices else None

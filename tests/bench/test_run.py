@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from torch import nn
 from pat_fast import ConfigError, backends
 from pat_fast.backends import Backend, reference
 from pat_fast.bench import Result, Row, Settings, machine, render, run, steps, table
+from pat_fast.bench.bandwidth import Bandwidth
+from pat_fast.bench.clock import Clock
 from pat_fast.bench.figure import draw
 from pat_fast.bench.kernels import VARIANTS
 from pat_fast.bench.models import SHAPES, find, vary_
@@ -54,7 +57,7 @@ def test_every_op_of_every_backend_gets_a_row() -> None:
         assert row.peak_gbps == result.bandwidth[row.traffic]
         assert row.share == pytest.approx(row.gbps / row.peak_gbps)
     traffic = {row.op: row.traffic for row in result.rows}
-    assert [traffic[op] for op in CALLS] == ["read", "read", "axpy", "scale", "copy"]
+    assert [traffic[op] for op in CALLS] == ["read", "read", "axpy", "scale", "copy", "copy"]
     assert result.is_right
 
 
@@ -64,6 +67,18 @@ def test_bytes_are_those_that_anything_must_move() -> None:
     assert row.gbps is not None
     assert row.ms is not None
     assert row.gbps * row.ms * 1e6 == pytest.approx(3 * 4 * n)
+
+
+def test_what_a_prune_copies_is_held_against_index_select(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = replace(QUICK, ops=("channel_compact",), backends=("reference",))
+    one, row = run(fresh).rows
+    assert row.op == "channel_compact fresh"
+    assert row.extra["times index_select"] == pytest.approx(row.extra["index_select ms"] / row.ms)
+    assert row.gbps * row.ms == pytest.approx(4 * one.gbps * one.ms)
+    monkeypatch.setattr(sys.modules["pat_fast.bench.run"], "MOST", 100)
+    result = run(fresh)
+    assert [row.op for row in result.rows] == ["channel_compact"]
+    assert "not measured: channel_compact fresh of tiny: four copies are 0.0 GB" in result.notes
 
 
 @pytest.mark.parametrize("op", ["channel_reduce", "channel_scale_", "channel_compact"])
@@ -105,13 +120,13 @@ def test_operations_are_compared_with_torch_pruning() -> None:
 
 @pytest.mark.parametrize("op", STEPS)
 def test_a_result_that_differs_gets_no_ratio_but_by_how_much(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    score = steps.GroupNorm.score
+    total = steps.GroupNorm.total
 
     def wrong(self: Any, binding: Any) -> torch.Tensor:
-        scores = score(self, binding)
-        return scores * torch.linspace(1.0, 4.0, len(scores))
+        sums = total(self, binding)
+        return sums * torch.linspace(1.0, 4.0, len(sums))
 
-    monkeypatch.setattr(steps.GroupNorm, "score", wrong)
+    monkeypatch.setattr(steps.GroupNorm, "total", wrong)
     result = run(replace(QUICK, models=("resnet18",), ops=(op,)))
     (row,) = result.rows
     assert row.differs
@@ -229,13 +244,53 @@ def test_names_come_apart_or_with_commas() -> None:
     assert names(["a,b", "c", "a, d", ""]) == ("a", "b", "c", "d")
 
 
+def clocks(*seconds: tuple[float, ...]) -> Any:
+    left = list(seconds)
+    return lambda: left.pop(0)
+
+
 def test_a_busy_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the time that others used meanwhile; what ended before and still stands in the load average does not count."""
     monkeypatch.setattr("os.getloadavg", lambda: (3.25, 1.0, 1.0))
-    result = run(replace(QUICK, rounds=4, ops=("channel_scale_",)))
-    assert "load average 3.2 before the start" in result.disturbed
-    assert "disturbed, do not quote: load average 3.2" in render(result)
-    monkeypatch.setattr("os.getloadavg", lambda: (0.1, 0.1, 0.1))
-    assert machine.busy(machine.describe(torch.device("cpu"))) == ""
+    short = replace(QUICK, rounds=4, ops=("channel_scale_",))
+    monkeypatch.setattr(machine, "_seconds", clocks((0.0, 0.0, 0.0, 0.0), (10.0, 18.0, 2.0, 14.0)))
+    result = run(short)
+    assert "disturbed, do not quote: 0.40 cores used by other processes and 0.20 cores lost to other" in render(result)
+    monkeypatch.setattr(machine, "_seconds", clocks((0.0, 0.0, 0.0, 0.0), (10.0, 18.5, 0.1, 18.0)))
+    result = run(short)
+    assert (result.machine["others"], result.machine["stolen"], result.machine["load"]) == (0.05, 0.01, 3.25)
+    assert "beside it: 0.05 cores used by others, 0.01 lost to others" in render(result)
+    assert not any("cores" in reason for reason in result.disturbed)
+
+
+def test_without_the_time_of_all_processes_the_load_average_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "STAT", tmp_path / "missing")
+    for load, says in ((3.25, "load average 3.2 before the start"), (0.1, "")):
+        monkeypatch.setattr("os.getloadavg", lambda load=load: (load, 1.0, 1.0))
+        found = machine.describe(torch.device("cpu"))
+        machine.Watch().note(found)
+        assert machine.busy(found) == says
+
+
+@pytest.mark.skipif(not machine.STAT.exists(), reason="no /proc/stat")
+def test_what_this_process_uses_is_its_own() -> None:
+    began, watch, found = time.monotonic(), machine.Watch(), machine.describe(torch.device("cpu"))
+    end = time.process_time() + 0.4
+    while time.process_time() < end:
+        pass
+    watch.note(found)
+    ours = 0.4 / (time.monotonic() - began)
+    assert 0 <= found["others"] <= found["cores"] - ours + 0.1
+
+
+def test_memory_that_slows_down_is_told_of() -> None:
+    bandwidth = Bandwidth(Clock(torch.device("cpu"), 1, 1), 1)
+    bandwidth._seen = {"read": [40.0, 39.0], "copy": [30.0, 20.0, 25.0]}
+    assert bandwidth.drift().startswith("the memory was not the same all along: copy 20.0 to 30.0 GB/s;")
+    bandwidth._seen = {"read": [40.0, 39.0]}
+    assert bandwidth.drift() == ""
 
 
 def test_the_machine_is_described() -> None:

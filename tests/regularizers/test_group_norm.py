@@ -299,11 +299,14 @@ def test_biases_are_torch_prunings(name: str) -> None:
     assert any(g.any() for key, g in theirs.items() if key.endswith("bias"))
 
 
-def test_groups_with_nan_scores_are_not_pushed() -> None:
+@pytest.mark.parametrize("unknown", [torch.nan, torch.inf])
+@pytest.mark.parametrize("whole", [False, True])
+def test_groups_that_cannot_be_scored_are_not_pushed(unknown: float, whole: bool) -> None:
     class Blind:
         def score(self, binding: Binding) -> Tensor:
             scores = torch.arange(binding.plan.n_channels, dtype=torch.float64)
-            scores[binding.plan.groups[0].start] = torch.nan
+            group = binding.plan.groups[0]
+            scores[group.start : group.stop if whole else group.start + 1] = unknown
             return scores
 
     _, binding = small_binding()
