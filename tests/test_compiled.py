@@ -50,6 +50,7 @@ def test_every_version_of_a_compiled_model_is_compiled(pruned: str) -> None:
     pruner = pat.Pruner(
         run if pruned == "the compiled model" else model,
         0.8,
+        "linear",
         end_epoch=PRUNES,
         example_inputs=X,
         verify=False,
