@@ -4,35 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from .criteria import GroupNorm
-from .errors import (
-    BackendError,
-    CheckpointError,
-    ConfigError,
-    ExportError,
-    OpError,
-    PatError,
-    PlanError,
-    SurgeryError,
-)
+from .errors import CheckpointError, ConfigError, ExportError, PatError, PlanError, SurgeryError
 from .layers import register_layer
 from .plan import Plan
 from .proof import build_plan
 from .pruner import Pruner
-from .regularizers import GroupNormRegularizer
 from .report import StepReport
 from .surgery import register_state_layout
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError",
     "CheckpointError",
     "ConfigError",
     "ExportError",
-    "GroupNorm",
-    "GroupNormRegularizer",
-    "OpError",
     "PatError",
     "Plan",
     "PlanError",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from numbers import Integral
 from typing import Any
 
 from .criteria import Criterion, GroupNorm, Magnitude
-from .errors import ConfigError, check, did_you_mean, named_options
+from .errors import ConfigError, check, check_flag, did_you_mean, named_options
 from .regularizers import (
     BNScaleRegularizer,
     GroupNormRegularizer,
@@ -17,17 +16,13 @@ from .regularizers import (
     Regularizer,
 )
 
+DEFAULT_STRENGTH = 1e-4
 REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     "group_norm": GroupNormRegularizer,
     "bn_scale": BNScaleRegularizer,
     "growing": GrowingRegularizer,
     "proximal": ProximalGroupLasso,
 }
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise :class:`ConfigError` unless ``value`` is a whole number, at least ``least``."""
-    check(name, value, lambda v: isinstance(v, Integral) and int(v) >= least, f"a whole number, at least {least}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -44,17 +39,13 @@ def check_target(sparsity: Any, mac_target: Any) -> None:
         check("mac_target", mac_target, lambda v: 0.0 < v <= 1.0, "a number in (0, 1], or None")
 
 
-def check_unit(unit: Any, auto: bool) -> None:
-    """Raise :class:`ConfigError` unless ``unit`` is ``"epoch"``, or ``"step"`` where hooks count the steps."""
+def check_unit(unit: Any, auto: Any, verify: Any) -> None:
+    """Raise :class:`ConfigError` unless ``unit`` is ``"epoch"``, or ``"step"`` where hooks count; the others flags."""
+    check_flag("auto", auto)
+    check_flag("verify", verify)
     check_choice("unit", unit, ("epoch", "step"))
     if unit == "step" and not auto:
         raise ConfigError("unit: expected 'epoch' with auto=False, got 'step': there is no hook that counts steps")
-
-
-def check_callback(name: str, value: Any) -> Any:
-    """``value``; raises :class:`ConfigError` unless it is a function or None."""
-    check(name, value, lambda v: v is None or callable(v), "a function, or None")
-    return value
 
 
 def make_regularizer(given: Any, strength: float, criterion: Criterion | None = None) -> Regularizer | None:
@@ -65,11 +56,13 @@ def make_regularizer(given: Any, strength: float, criterion: Criterion | None = 
     Args:
         strength: for options without one.
     Raises:
-        ConfigError: it is no regulariser, or an option is unknown or out of range.
+        ConfigError: it is no regulariser, or an option is unknown or out of range; a strength beside a regulariser that
+            has its own.
     """
     if isinstance(given, (str, Mapping)):
         name, options = named_options("regularizer", given, REGULARIZERS, hidden=("criterion",))
-        options.setdefault("strength", strength)
+        if options.setdefault("strength", strength) != strength and strength != DEFAULT_STRENGTH:
+            raise ConfigError(f"reg_strength: expected one strength, got {strength!r} and {options['strength']!r}")
         shares = "criterion" in inspect.signature(REGULARIZERS[name]).parameters
         if shares and isinstance(criterion, (GroupNorm, Magnitude)):
             options["criterion"] = criterion
@@ -77,5 +70,10 @@ def make_regularizer(given: Any, strength: float, criterion: Criterion | None = 
     if given is not None and (isinstance(given, type) or not callable(getattr(given, "apply", None))):
         known = [repr(name) for name in REGULARIZERS]
         raise ConfigError(f"regularizer: expected {', '.join(known)}, None or an object with apply(), got {given!r}")
+    if given is not None and strength != DEFAULT_STRENGTH:
+        raise ConfigError(
+            f"reg_strength: expected none beside a {type(given).__name__}, which has a strength of its own, got "
+            f"{strength!r}"
+        )
     found: Regularizer | None = given
     return found

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import ConfigError, PlanError
+from .plan.hooks import Hook
 from .plan.running import Call
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class InputCatcher:
 
     def __init__(self, model: nn.Module) -> None:
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._handle = model.register_forward_pre_hook(self._catch, with_kwargs=True)
+        self._handle = model.register_forward_pre_hook(Hook(self._catch), with_kwargs=True)
 
     @property
     def has_inputs(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -46,13 +47,31 @@ class ExportError(PatError, RuntimeError):
 
 
 def check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
-    """Raise :class:`ConfigError` unless ``holds(value)``; a value that cannot even be compared does not."""
+    """Raise :class:`ConfigError` unless ``holds(value)``.
+
+    A value that cannot even be compared does not; nor does True or False, which would pass for 1 and 0.
+    """
     try:
-        good = holds(value)
+        good = not isinstance(value, bool) and holds(value)
     except (TypeError, ValueError):
         good = False
     if not good:
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int, or_none: bool = False) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a whole number, at least ``least`` (or None, with ``or_none``)."""
+
+    def holds(value: Any) -> bool:
+        return (or_none and value is None) or (isinstance(value, Integral) and int(value) >= least)
+
+    check(name, value, holds, f"a whole number, at least {least}" + (", or None" if or_none else ""))
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: expected true or false, got {value!r}")
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError, check, did_you_mean
+from .errors import ConfigError, check, check_count, did_you_mean
 from .plan.bind import Binding
 from .plan.types import Group, Plan
 from .rounding import fast_multiple, multiple_for
@@ -53,16 +53,16 @@ class Rules:
     ) -> None:
         self.scopes = _scopes(ranking)
         self.ranking = ranking if isinstance(ranking, str) else "global"
-        _whole("min_channels", min_channels)
+        check_count("min_channels", min_channels, 1)
         self.min_channels = min_channels
         if isinstance(round_to, str):
             what = "a whole number, at least 1, 'auto', or a number for each type of layer"
             check("round_to", round_to, lambda v: v == "auto", what)
         elif isinstance(round_to, Mapping):
             for kind, multiple in round_to.items():
-                _whole(f"round_to: {kind}", multiple)
+                check_count(f"round_to: {kind}", multiple, 1)
         elif round_to is not None:
-            _whole("round_to", round_to)
+            check_count("round_to", round_to, 1)
         self.round_to = round_to
         self.layer_ratios = _shares("layer_ratios", layer_ratios or {}, lambda v: 0 <= v < 1, "[0, 1)")
         self.max_ratio = 1.0
@@ -220,13 +220,8 @@ def _scopes(ranking: Any) -> list[list[str]]:
     return scopes
 
 
-def _whole(name: str, value: Any) -> None:
-    expected = "a whole number, at least 1"
-    check(name, value, lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= 1, expected)
-
-
 def _share(name: str, value: Any, holds: Any, interval: str) -> None:
-    check(name, value, lambda v: not isinstance(v, bool) and holds(v), f"a number in {interval}")
+    check(name, value, holds, f"a number in {interval}")
 
 
 def _shares(argument: str, given: Any, holds: Any, interval: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.optim import Optimizer
 
 from .ops import channel_scale_
-from .plan.bind import Binding, Tiles
+from .plan.bind import Binding, Own, Tiles
 from .plan.types import Axis, TensorMap, is_grouped
 from .surgery.optimizer import check_state, state_tensors
 
@@ -70,7 +70,7 @@ class Mask:
         self.alive = torch.ones(binding.plan.n_channels, dtype=torch.bool, device=binding.device)
         self.is_active = False  # whether any channel is masked
         self._directions = [
-            (m, [a for a in m.axes if a.dim != dim])
+            (m, dim)
             for m in binding.plan.tensors
             if m.is_parameter and (dim := weight_norm_dim(*binding.owner(m.name))) is not None
         ]
@@ -111,8 +111,8 @@ class Mask:
         """Zero the weights of masked channels. Call after every optimizer step."""
         for tiles in self._tiles():
             channel_scale_(tiles.tensors, tiles.table, self._scale(tiles))
-        for tensor_map, axes in self._directions:
-            self._clear(tensor_map, axes, self.binding.tensors[tensor_map.name])
+        for tensor_map, dim in self._directions:
+            self._clear(self.binding.own(tensor_map), dim)
 
     @torch.no_grad()
     def hold_gradients(self) -> None:
@@ -120,18 +120,19 @@ class Mask:
 
         Sparse gradients (of embeddings) stay as they are: the weights are cleared after the step.
         """
-        for tiles in self._tiles():
-            grads = [t.grad for t in tiles.tensors]
-            if all(g is not None and g.stride() == t.stride() for g, t in zip(grads, tiles.tensors, strict=True)):
-                channel_scale_([g for g in grads if g is not None], tiles.table, self._scale(tiles))
-            else:
-                for name, grad in zip(tiles.names, grads, strict=True):
-                    if grad is not None and grad.layout == torch.strided:
-                        self._zero(name, grad)
-        for tensor_map, axes in self._directions:
-            grad = self.binding.tensors[tensor_map.name].grad
-            if grad is not None:
-                self._clear(tensor_map, axes, grad)
+        with self.binding.gradients():
+            for tiles in self._tiles():
+                grads = [t.grad for t in tiles.tensors]
+                if all(g is not None and g.stride() == t.stride() for g, t in zip(grads, tiles.tensors, strict=True)):
+                    channel_scale_([g for g in grads if g is not None], tiles.table, self._scale(tiles))
+                else:
+                    for name, grad in zip(tiles.names, grads, strict=True):
+                        if grad is not None and grad.layout == torch.strided:
+                            self._zero(name, grad)
+            for tensor_map, dim in self._directions:
+                own = self.binding.own(tensor_map)
+                if own.tensor.grad is not None:
+                    self._clear(own._replace(tensor=own.tensor.grad), dim)
 
     def _tiles(self) -> tuple[Tiles, ...]:
         return self.binding.tiles("maskable parameters", _is_plain)
@@ -141,16 +142,18 @@ class Mask:
 
     def _zero(self, name: str, tensor: Tensor) -> None:
         """Zero the masked channels of one tensor with the shape of parameter ``name``."""
-        for tensor_map, axes in self._directions:
+        for tensor_map, dim in self._directions:
             if tensor_map.name == name:
-                self._clear(tensor_map, axes, tensor)
+                self._clear(self.binding.own(tensor_map)._replace(tensor=tensor), dim)
                 return
         one = self.binding.like(name, tensor)
         channel_scale_(one.tensors, one.table, self._scale(one))
 
-    def _clear(self, tensor_map: TensorMap, axes: Iterable[Axis], tensor: Tensor) -> None:
-        for axis in axes:
-            clear_(tensor, tensor_map, axis, ~self.alive)
+    def _clear(self, own: Own, dim: int) -> None:
+        """Zero the masked channels of a direction on all of its axes but ``dim``."""
+        for axis in own.map.axes:
+            if axis.dim != dim:
+                clear_(own.tensor, own.map, axis, ~self.alive)
 
 
 @torch.no_grad()
@@ -160,7 +163,9 @@ def zero_filters(binding: Binding, gone: Tensor) -> None:
     Gradients and optimizer state stay, so the filters may grow again.
     """
     for tensor_map, axis in _filters(binding):
-        clear_(binding.tensors[tensor_map.name].detach(), tensor_map, axis, gone)
+        own = binding.own(tensor_map)
+        mine = next(a for a in own.map.axes if a.dim == axis.dim)
+        clear_(own.tensor.detach(), own.map, mine, gone)
 
 
 def _filters(binding: Binding) -> Iterator[tuple[TensorMap, Axis]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import ConfigError, check, named_options
+from .errors import ConfigError, check_count, check_flag, named_options
 from .masks import Mask, zero_filters
 from .plan.bind import Binding
 from .plan.types import Plan
@@ -115,7 +115,7 @@ class HardMask(Mode):
     shrinks = False
 
     def __init__(self, shrink: bool = False) -> None:
-        check("mode: shrink", shrink, lambda v: isinstance(v, bool), "true or false")
+        check_flag("mode: shrink", shrink)
         self.shrink = shrink
 
     def attach(self, binding: Binding) -> None:
@@ -170,8 +170,7 @@ class Hybrid(HardMask):
 
     def __init__(self, steps: int = 5) -> None:
         super().__init__(shrink=True)
-        whole = "a whole number, at least 1"
-        check("mode: steps", steps, lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1, whole)
+        check_count("mode: steps", steps, 1)
         self.steps = steps
         self.since: int | None = None  # the step of the first mask that waits
 

@@ -20,25 +20,25 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .arguments import check_callback, check_count, check_target, check_unit, make_regularizer
+from .arguments import DEFAULT_STRENGTH, check_target, check_unit, make_regularizer
 from .averages import Averages
 from .criteria import Criterion, Watching, checked_scores, make_criterion
-from .criteria.accumulator import Accumulator
-from .discovery import Discovery, Inputs, as_list, check_held, held
+from .discovery import Discovery, Inputs, as_list, check_held
 from .distributed import Peers, unwrapped
-from .errors import check_model
+from .distributed.sharded import as_given, bound, remove, was_sharded, whole
+from .errors import ConfigError, check_count, check_model
 from .limits import Ranking, Ratios, RoundTo, Rules
 from .masks import Mask
 from .modes import make_mode
-from .plan import Binding, Plan, bind
+from .plan import Binding, Plan
 from .proof import build_plan
 from .regularizers import Regularizer
-from .regularizers.stepping import at_weights, loss_scale
-from .report import Changes, Counts, StepReport, changes, joined, make_report
+from .regularizers.stepping import loss_scale
+from .report import Callbacks, Changes, Counts, StepReport, changes, joined, make_report
 from .schedules import Curve, Schedule
 from .selection import Scope, check_any
-from .surgery import prepare, prune, register_state_layout
 from .targets import Goal, Target
+from .upkeep import Upkeep
 
 if TYPE_CHECKING:
     from .stability import Batches, Stability
@@ -47,9 +47,6 @@ log = logging.getLogger("pat_fast")
 
 DEFAULT_STEPS = 10
 DEFAULT_SPARSITY = 0.5
-
-register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # surgery shrinks it likewise
-
 
 class Pruner:
     """Prunes ``model`` while it trains.
@@ -61,7 +58,7 @@ class Pruner:
 
     Args:
         model: the module to prune, in place. Parameters keep their identity. In a ``DistributedDataParallel``, or put
-            into one later, it is pruned alike on all ranks.
+            into one later, or split by ``fully_shard``, it is pruned alike on all ranks.
         target_sparsity: fraction of the prunable channels to remove, in ``[0, 1)``.
         target: instead of it, ``{"params": 0.3}`` or ``{"macs": 0.5}``: what is to be left, as a fraction of the dense
             model's or, above 1, as a number; or ``{"latency": 0.5}`` (a fraction) or ``{"latency_ms": 4.0}``, of one
@@ -137,7 +134,7 @@ class Pruner:
         importance: str | Mapping[str, Any] | Criterion | Callable[[Binding], torch.Tensor] = "group_norm",
         p: float | None = None,
         regularizer: str | Mapping[str, Any] | Regularizer | None = "group_norm",
-        reg_strength: float = 1e-4,
+        reg_strength: float = DEFAULT_STRENGTH,
         round_to: RoundTo = None,
         layers_to_prune: Sequence[str] | None = None,
         ignored_layers: Sequence[str | nn.Module] | None = None,
@@ -160,7 +157,7 @@ class Pruner:
         check_model(model)
         check_target(target_sparsity, mac_target)
         check_count("start_epoch", start_epoch, 0)
-        check_unit(unit, auto)
+        check_unit(unit, auto, verify)
         self.model = model = unwrapped(model)
         self.peers = Peers(model)
         self._mode = make_mode(mode)
@@ -173,8 +170,7 @@ class Pruner:
         self._mode.check_beside(self.schedule)
         self.stability = Stability.of(stability)
         self._steady = Steady(self.stability, self._mode, self.schedule, batches, scheduler)
-        self._on_stage = check_callback("on_stage", on_stage)
-        self._on_prune = check_callback("on_prune", on_prune)
+        self._callbacks = Callbacks(on_stage, on_prune)
         self.criterion = make_criterion(importance, p)
         self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
         weakref.finalize(self, self._watching.detach).atexit = False
@@ -200,6 +196,7 @@ class Pruner:
         self._optimizers = Discovery(self, model, optimizer, auto)
         self._averages = Averages(self, model, averaged, auto)
         self._mode.copies = self._averages.current
+        self._upkeep = Upkeep(self._watching, self.regularizer, self._mode, self._optimizers.current)
         if end_epoch is None and self.schedule.end == end:
             counted = "step()" if unit == "epoch" else "step of the optimizer"
             log.warning("pat_fast: end_epoch was not given; the whole target is reached at the %dth %s", end, counted)
@@ -214,6 +211,12 @@ class Pruner:
         from .config import PruneConfig, load_config
 
         return cls(model, **{**load_config(config, PruneConfig).pruner_kwargs(), **overrides})
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise ConfigError(
+            "a Pruner cannot be copied or pickled: it belongs to one model, by hooks; save its state_dict(), and load "
+            "it into a pruner of the other model"
+        )
 
     # State
 
@@ -245,16 +248,12 @@ class Pruner:
     @property
     def DG(self) -> Any:
         """A Torch-Pruning ``DependencyGraph`` of the model as it is, traced when asked for."""
-        import torch_pruning as tp
-
-        from .plan.running import call, undisturbed
+        from .plan.graph import dependency_graph
 
         plan = self._ready().plan
         if self._graph is None or self._graph[0] is not plan:
-            with undisturbed(self.model):
-                graph = tp.DependencyGraph()
-                graph.build_dependency(self.model, self._inputs.given, forward_fn=call, verbose=False)
-            self._graph = (plan, graph)
+            with whole(self.model):
+                self._graph = (plan, dependency_graph(self.model, self._inputs.given))
         return self._graph[1]
 
     # Work
@@ -302,7 +301,7 @@ class Pruner:
     def _advance(self) -> Changes:
         """Count, and prune or mask if that is due."""
         binding, epoch, stage = self._ready(), self.epoch + 1, self.stage
-        before: Counts = self._counts() if self._on_stage or self._on_prune else (0, 0, 0, None)
+        before: Counts = self._counts() if self._callbacks else (0, 0, 0, None)
         self.goal.check(binding.plan, self._eligible.cpu().numpy())
         now, keep = self._mode.left(), None
         if not self.done and self._due(epoch):
@@ -320,7 +319,7 @@ class Pruner:
             self._watching.detach()
         self._steady.after(self.model, bool(changed), reached, self._optimizers.current)
         self._steady.rewinder.record(epoch, self._optimizers.current)
-        self._tell(stage, before, changed)
+        self._callbacks.tell(stage, self.stage, changed, lambda: self._report(before, changed))
         return changed
 
     def finalize(self) -> StepReport:
@@ -334,7 +333,7 @@ class Pruner:
                 self._remove(binding, keep)
         self.done = True
         self.close()
-        self._tell(stage, before, ())
+        self._callbacks.tell(stage, self.stage, (), lambda: self._report(before, ()))
         return self._reported(before, ())
 
     def _reported(self, before: Counts, changed: Changes) -> StepReport:
@@ -343,13 +342,6 @@ class Pruner:
         self._regularized = False
         self._steady.clear_notes()
         return report
-
-    def _tell(self, stage: str, before: Counts, changed: Changes) -> None:
-        """Call back if something was pruned, or if the stage is no longer ``stage``."""
-        if changed and self._on_prune is not None:
-            self._on_prune(self._report(before, changed))
-        if stage != self.stage and self._on_stage is not None:
-            self._on_stage(self.stage, self._report(before, changed))
 
     @torch.no_grad()
     def regularize(self, scale: float | GradScaler = 1.0, optimizer: Optimizer | None = None) -> None:
@@ -373,31 +365,16 @@ class Pruner:
         binding = self._ready()
         self._regularized = True
         self._steady.rewinder.record(self.epoch, self._optimizers.current)
-        only = None if optimizer is None else held([optimizer])
         self.goal.check(binding.plan, self._eligible.cpu().numpy())
-        if not self.done:
-            self._watching.observe(binding, scale, only)
-        if self.regularizer is not None and self.stage != "finetune":
-            self.regularizer.apply(binding, scale, self._pushed, only)
-            at_weights(self.regularizer, "before_step", binding, optimizer, self._optimizers.current, self._pushed)
-        if self.mask is not None and self.mask.is_active:
-            self.mask.hold_gradients()
+        self._upkeep.before_step(binding, scale, optimizer, self._eligible, self.stage, self.done)
 
     def hold(self, optimizer: Optimizer | None = None) -> None:
         """Take a proximal regulariser's step, clear the weights of masked channels.
 
         Done by the optimizer's hook when ``auto`` is on; else call it after each step of the optimizer.
         """
-        if self.binding is not None and self.stage != "finetune":
-            known = self._optimizers.current
-            at_weights(self.regularizer, "after_step", self.binding, optimizer, known, self._pushed)
-        if self.mask is not None and self.mask.is_active:
-            self.mask.hold_weights()
-
-    @property
-    def _pushed(self) -> torch.Tensor:
-        """The channels that are regularised: bool ``[N]``."""
-        return self._eligible if self.mask is None else self._eligible & self.mask.alive
+        if self.binding is not None:
+            self._upkeep.after_step(self.binding, optimizer, self._eligible, self.stage)
 
     def close(self) -> None:
         """Take all hooks off."""
@@ -450,19 +427,26 @@ class Pruner:
             state, self._pending = self._pending, None
             self.load_state_dict(state)
         assert self.binding is not None
+        if was_sharded(self.binding):
+            held = self._mode.state_dict()
+            self._take(bound(self.binding.plan, self.model, self._state), self._eligible)
+            self._mode.load_state_dict(held, self._optimizers.current)
         return self.binding
 
     def _build(self, example_inputs: Any) -> None:
-        plan = build_plan(self.model, example_inputs, verify=self._verify)
-        binding = bind(plan, self.model)
-        if self._mode.shrinks:
-            prepare(binding)
+        example_inputs = as_given(self.model, example_inputs)
+        with whole(self.model):
+            plan = build_plan(self.model, example_inputs, verify=self._verify)
         eligible, skipped = self._scope.apply(plan)
         check_any(plan, eligible, skipped)
+        binding = bound(plan, self.model, self._state)
         self.goal.start(binding, eligible, example_inputs)
-        self.binding = binding
         self._skipped = skipped
-        self._eligible = torch.from_numpy(eligible).to(binding.device)
+        self._take(binding, torch.from_numpy(eligible))
+
+    def _take(self, binding: Binding, eligible: torch.Tensor) -> None:
+        """Go on with ``binding``, to the dense model, or to its shards once it is sharded."""
+        self.binding, self._eligible = binding, eligible.to(binding.device)
         self._mode.attach(binding)
         if not self.done:
             self._watching.attach(binding)
@@ -500,7 +484,7 @@ class Pruner:
 
         copies = self._averages.current()
         self.peers.begin()
-        prune(binding, keep, followers, copies, follow)
+        remove(binding, keep, followers, copies, follow)
 
     def _report(self, before: Counts, changed: Changes) -> StepReport:
         plan = self._ready().plan

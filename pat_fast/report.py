@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .errors import check
 
 if TYPE_CHECKING:
     from .plan.types import Group
@@ -116,3 +118,29 @@ def make_report(
         frozen=frozen,
         notes=notes,
     )
+
+
+class Callbacks:
+    """What the user wants to be told of while a pruner works.
+
+    Raises:
+        ConfigError: one of them cannot be called.
+    """
+
+    def __init__(
+        self, on_stage: Callable[[str, StepReport], object] | None, on_prune: Callable[[StepReport], object] | None
+    ) -> None:
+        for name, value in (("on_stage", on_stage), ("on_prune", on_prune)):
+            check(name, value, lambda v: v is None or callable(v), "a function, or None")
+        self._on_stage = on_stage
+        self._on_prune = on_prune
+
+    def __bool__(self) -> bool:
+        return self._on_stage is not None or self._on_prune is not None
+
+    def tell(self, before: str, now: str, changed: Changes, report: Callable[[], StepReport]) -> None:
+        """Call back if something was pruned, or if the stage ``before`` has given way to ``now``."""
+        if changed and self._on_prune is not None:
+            self._on_prune(report())
+        if before != now and self._on_stage is not None:
+            self._on_stage(now, report())

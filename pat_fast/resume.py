@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed.ddp import rebuild, wrappers
+from .distributed.sharded import is_sharded
 from .errors import CheckpointError
 from .structure import Structure, describe, remember
 from .surgery.modules import Change
@@ -57,6 +58,11 @@ def fit(model: nn.Module, saved: Mapping[str, Any], where: str = "the state") ->
     found = _changes(model, saved, where)
     if found is None:
         return False
+    if is_sharded(model):
+        raise CheckpointError(
+            f"{where} is of a smaller model, and fully_shard has split this one already; load it before fully_shard, "
+            "then the sharded values"
+        )
     structure, shapes, changes = found
     named = _named(model)
     for name, shape in shapes.items():

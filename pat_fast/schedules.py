@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
-from .errors import ConfigError, check, named_options
+from .errors import ConfigError, check, check_count, named_options
 
 Curve = Callable[[float], float]
 
@@ -126,6 +125,7 @@ def cubic() -> Polynomial:
     return Polynomial(3.0)
 
 
+PROBES = 64
 CURVES: dict[str, Callable[..., Curve]] = {
     "linear": linear,
     "cubic": cubic,
@@ -178,18 +178,16 @@ class Schedule:
     def __post_init__(self) -> None:
         curve = make_curve(self.curve)
         object.__setattr__(self, "_curve", curve)
-        epochs = {"start_epoch": self.start, "end_epoch": self.end, "interval": self.interval}
-        for name, value in epochs.items():
-            if not isinstance(value, Integral):
-                raise ConfigError(f"{name}: expected a whole number, got {value!r}")
-        if self.start < 0:
-            raise ConfigError(f"start_epoch: expected at least 0, got {self.start}")
+        check_count("start_epoch", self.start, 0)
+        check_count("end_epoch", self.end, 0)
+        check_count("interval", self.interval, 1)
         if isinstance(curve, OneShot):
             object.__setattr__(self, "end", max(self.start, 1))
         if self.end < self.start:
             raise ConfigError(f"end_epoch: expected at least start_epoch ({self.start}), got {self.end}")
-        if self.interval < 1:
-            raise ConfigError(f"interval: expected at least 1 epoch, got {self.interval}")
+        if callable(self.curve):  # its mistakes are to be seen now, not when the training is half done
+            for probe in range(1, PROBES):
+                self.fraction(self.start + probe * (self.end - self.start) // PROBES)
 
     @property
     def function(self) -> Curve:

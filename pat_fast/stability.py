@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
-from .arguments import check_count
-from .errors import ConfigError, check, did_you_mean
+from .errors import ConfigError, check, check_count, did_you_mean
 from .modes import Mode, SoftMask
 from .plan.types import Plan
 from .schedules import OneShot, Schedule
@@ -66,8 +65,7 @@ class Stability:
         for name in ("freeze_settled", "max_lost"):
             check(f"stability: {name}", getattr(self, name), lambda v: v is None or 0 < v <= 1, share)
         for name, least in (("recalibrate", 1), ("rewind_to", 0)):
-            if getattr(self, name) is not None:
-                check_count(f"stability: {name}", getattr(self, name), least)
+            check_count(f"stability: {name}", getattr(self, name), least, or_none=True)
         check_count("stability: settled_prunes", self.settled_prunes, 1)
         check("stability: rewind_at", self.rewind_at, lambda v: v in ("target", "prune"), "'target' or 'prune'")
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from .errors import ConfigError, PlanError, check, did_you_mean
+from .errors import ConfigError, PlanError, check, check_count, did_you_mean
 from .latency import LatencyModel
 from .limits import Rules
 from .plan.bind import Binding
@@ -68,9 +68,8 @@ class Target:
         if self.kind == "channels":
             check("target: channels", self.value, lambda v: 0 <= v < 1, what)
         else:
-            good = lambda v: 0 < v <= most and v < math.inf and not isinstance(v, bool)  # noqa: E731
-            check(f"target: {self.kind}", self.value, good, what)
-        check("target: batch", self.batch, lambda v: v == int(v) and v >= 1, "a whole number, at least 1")
+            check(f"target: {self.kind}", self.value, lambda v: 0 < v <= most and v < math.inf, what)
+        check_count("target: batch", self.batch, 1)
 
     @classmethod
     def of(cls, given: Mapping[str, float] | None, sparsity: float, default: float) -> Target:

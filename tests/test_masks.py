@@ -144,10 +144,10 @@ def test_the_binding_knows_who_lives() -> None:
     """Scores are divided by the mean over the living, as they would be after a prune."""
     model, _, mask, alive = inner_and_its_mask(sgd)
     mask.set(alive, [])
-    held = pat.GroupNorm().score(mask.binding)[alive]
+    held = pat.criteria.GroupNorm().score(mask.binding)[alive]
     pruned = copy.deepcopy(model)
     binding: Binding = pat.surgery.prune(bind(mask.binding.plan, pruned), alive)
-    torch.testing.assert_close(held, pat.GroupNorm().score(binding), rtol=1e-6, atol=0)
+    torch.testing.assert_close(held, pat.criteria.GroupNorm().score(binding), rtol=1e-6, atol=0)
 
 
 # As a mode of the pruner

@@ -74,7 +74,7 @@ def test_quick_start_regularises_in_the_training_step() -> None:
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for p in twin.parameters():
         p.grad = torch.zeros_like(p)
-    pat.GroupNormRegularizer(1e-2).apply(bind(build_plan(twin, x), twin))
+    pat.regularizers.GroupNormRegularizer(1e-2).apply(bind(build_plan(twin, x), twin))
     expected = {name: -0.05 * p.grad for name, p in twin.named_parameters()}
     for m in (model, twin):
         train_one_epoch(m, torch.optim.SGD(m.parameters(), lr=0.05), batches=1, x=x)
@@ -429,7 +429,7 @@ def test_a_prune_that_fails_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> N
     def failing(*args: Any) -> None:
         raise pat.SurgeryError("no")
 
-    monkeypatch.setattr(pruner_module, "prune", failing)
+    monkeypatch.setattr(pruner_module, "remove", failing)
     with pytest.raises(pat.SurgeryError):
         pruner.step()
     assert (pruner.epoch, pruner.stage) == (0, "prune")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import pat_fast as pat
+from pat_fast.arguments import REGULARIZERS
+from pat_fast.criteria.registry import CRITERIA
+from pat_fast.modes import MODES
+from pat_fast.schedules import CURVES
 from tests.helpers import Small, small_inputs
 from tests.training import no_hooks_left, sgd, train_one_epoch, untouched
 
@@ -30,7 +36,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"start_epoch": 5, "end_epoch": 4}, r"end_epoch: expected at least start_epoch \(5\), got 4"),
     ({"start_epoch": -1}, r"start_epoch: expected a whole number, at least 0, got -1"),
     ({"start_epoch": "5"}, r"start_epoch: expected a whole number, at least 0, got '5'"),
-    ({"interval": 0}, r"interval: expected at least 1 epoch, got 0"),
+    ({"interval": 0}, r"interval: expected a whole number, at least 1, got 0"),
     ({"round_to": 0}, r"round_to: expected a whole number, at least 1, got 0"),
     ({"round_to": 2.5}, r"round_to: .* got 2.5"),
     ({"min_channels": 0}, r"min_channels: expected a whole number, at least 1, got 0"),
@@ -45,6 +51,12 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"regularizer": "group"}, r"regularizer: expected one of group_norm, .* got 'group'; did you mean 'group_norm'"),
     ({"regularizer": 3}, r"regularizer: expected 'group_norm', .* None or an object with apply\(\), got 3"),
     ({"reg_strength": -1e-4}, r"strength: expected a number, at least 0, got -0.0001"),
+    ({"reg_strength": 1e-3, "regularizer": pat.regularizers.GroupNormRegularizer()}, r"reg_strength: .* a GroupNorm"),
+    ({"reg_strength": 1e-3, "regularizer": {"name": "growing", "strength": 2e-3}}, r"got 0.001 and 0.002"),
+    ({"schedule": lambda t: 2 * t}, r"schedule: the curve must return a fraction in 0 .. 1, got 1.2 at epoch 6"),
+    ({"schedule": lambda t: "all"}, r"schedule: the curve must return a fraction in 0 .. 1, got 'all' at epoch 1"),
+    ({"verify": "no"}, r"verify: expected true or false, got 'no'"),
+    ({"auto": 0}, r"auto: expected true or false, got 0"),
     ({"p": 0}, r"p: expected a positive number"),
     ({"layers_to_prune": ["iner"]}, r"layers_to_prune: 'iner' matches no layer .* did you mean 'inner'"),
     ({"layers_to_prune": []}, r"layers_to_prune: expected at least one name, got an empty list"),
@@ -141,3 +153,34 @@ def test_a_model_that_another_pruner_changed_is_refused_by_name() -> None:
     one.step()
     with pytest.raises(pat.PlanError, match=r"was changed .*by another pruner"):
         other.step()
+
+
+NUMBERS = {"int", "float", "int | None", "float | None"}
+CHOICES: dict[str, Any] = {"importance": CRITERIA, "regularizer": REGULARIZERS, "schedule": CURVES, "mode": MODES}
+
+
+def numbers() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every option of a pruner and of its parts that is a number, with True for its value, and its name."""
+    for name, parameter in inspect.signature(pat.Pruner).parameters.items():
+        if parameter.annotation in NUMBERS:
+            yield name, {name: True}
+    for argument, known in CHOICES.items():
+        for name, cls in known.items():
+            for option, parameter in inspect.signature(cls).parameters.items():
+                if parameter.annotation in NUMBERS:
+                    yield option, {argument: {"name": name, option: True}}
+    yield from ((f.name, {"stability": {f.name: True}}) for f in fields(pat.Stability) if f.type in NUMBERS)
+    yield from (("macs", {"target": {"macs": True}}), ("batch", {"target": {"latency_ms": 4.0, "batch": True}}))
+    yield from (("max_ratio", {"max_ratio": True}), ("head", {"layer_ratios": {"head": False}}))
+
+
+@pytest.mark.parametrize(("name", "arguments"), [pytest.param(*pair, id=str(pair[1])) for pair in numbers()])
+def test_true_and_false_are_no_numbers(name: str, arguments: dict[str, Any]) -> None:
+    for value in (True, False):
+        given = {k: {**v, name: value} if isinstance(v, dict) else value for k, v in arguments.items()}
+        with pytest.raises(pat.ConfigError, match=rf"{'strength' if name == 'reg_strength' else name}: .*got {value}"):
+            pat.Pruner(Small(), **given)
+
+
+def test_enough_numbers_are_tried() -> None:
+    assert len(list(numbers())) > 30

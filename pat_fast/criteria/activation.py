@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..plan.bind import Binding
+from ..plan.hooks import Hook
 from ..plan.types import Axis, TensorMap
 from .base import LAYERS, MemberCriterion, Watching, check_choice
 from .history import History
@@ -68,7 +69,7 @@ class Activation(MemberCriterion, Watching):
         self.detach()
         for part in self._book(binding).ledger.parts:
             layer, _ = binding.owner(part.tensor.name)
-            self._handles.append(layer.register_forward_pre_hook(self._watcher(part.tensor.name, layer)))
+            self._handles.append(layer.register_forward_pre_hook(Hook(self._watcher(part.tensor.name, layer))))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -83,7 +84,7 @@ class Activation(MemberCriterion, Watching):
         def watch(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             criterion = me()
             if criterion is None or module is not mine() or not module.training or not inputs:
-                return  # a copy of the model has a copy of the hook
+                return
             criterion._gather(name, inputs[0].detach(), -1 if isinstance(module, nn.Linear) else _channels(module))
 
         return watch

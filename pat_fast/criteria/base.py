@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, check_flag, did_you_mean
 from ..ops import channel_reduce
 from ..plan.bind import Binding, Tiles
 from ..plan.recurrent import weight_or_bias
@@ -65,8 +65,7 @@ class MemberCriterion:
         if reduction is None:
             known = ", ".join(REDUCTIONS)
             raise ConfigError(f"reduction: expected one of {known} or a function, got None: a channel has one score")
-        if not isinstance(bias, bool):
-            raise ConfigError(f"bias: expected True or False, got {bias!r}")
+        check_flag("bias", bias)
         if self.signed and reduction == "prod":
             raise ConfigError("reduction: expected another than 'prod': a product of two negative scores is positive")
         kind = normalizer.partition("_")[0] if isinstance(normalizer, str) else ""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, check
+from ..errors import PlanError, check, check_count
 from ..plan.types import Kept, Plan
 from .ledger import Ledger
 
@@ -31,8 +31,7 @@ class History:
 
     def __init__(self, decay: float, window: int | None = None) -> None:
         check("decay", decay, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        whole = "a whole number of steps, at least 1, or None"
-        check("window", window, lambda v: v is None or (isinstance(v, int) and v >= 1), whole)
+        check_count("window", window, 1, or_none=True)
         if window is not None and window > 1:
             check("decay", decay, lambda v: v > 0, f"above 0 with a window of {window}: at 0 only the last step counts")
         self.decay = float(decay)

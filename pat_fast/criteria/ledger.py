@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..plan.bind import Binding, Tiles, blocks, is_one_block
+from ..plan.bind import Binding, Own, Tiles, blocks, is_one_block
 from ..plan.types import Axis, ChannelArray, IndexArray, Plan, TensorMap, is_grouped
 
 Member = tuple[str, int]  # a tensor and its dimension
@@ -90,14 +90,18 @@ class Ledger:
             known = self._held[id(axis.channels)] = self.plan.holds(axis.channels)
         return known
 
-    def slots(self, tiles: Tiles) -> Tensor:
-        """The id of every slot of a table over the ledger's tensors; ``indices`` where it has none: ``[slots]``."""
+    def slots(self, tiles: Tiles, own: Callable[[TensorMap], Own]) -> Tensor:
+        """The id of every slot of a table over the ledger's tensors; ``indices`` where it has none: ``[slots]``.
+
+        Args:
+            own: what of a tensor is in its tiles, see :meth:`Binding.own`.
+        """
         starts = {(p.tensor.name, p.axis.dim): p for p in self.parts}
         found = [np.zeros(0, np.int64)]
         for name, tensor in zip(tiles.names, tiles.tensors, strict=True):
-            tensor_map = self._maps[name]
+            tensor_map, rows, _ = own(self._maps[name])
             stride = tensor.stride()
-            if is_one_block(tensor_map, stride):
+            if rows == slice(None) and is_one_block(tensor_map, stride):
                 for axis in sorted(tensor_map.axes, key=lambda a: -stride[a.dim]):
                     part = starts.get((name, axis.dim))
                     if part is not None and len(self._groups(axis)[0]) == part.count:
@@ -106,12 +110,15 @@ class Ledger:
                         found.append(self._ids(axis, part).astype(np.int64))
                 continue
             # The same blocks as the table's, with ids in the place of channels.
-            axes = tuple(replace(a, channels=self._ids(a, starts.get((name, a.dim)))) for a in tensor_map.axes)
+            ids = [self._ids(a, starts.get((name, a.dim))) for a in self._maps[name].axes]
+            axes = tuple(
+                replace(a, channels=i[rows] if a.dim == 0 else i) for a, i in zip(tensor_map.axes, ids, strict=True)
+            )
             for block in blocks(replace(tensor_map, axes=axes), stride):
                 found += [c.astype(np.int64) for c in (block.row_channels, block.col_channels) if c is not None]
-        ids = np.concatenate(found)  # a copy
-        ids[ids < 0] = self.indices
-        return torch.from_numpy(ids).to(tiles.slot_channel.device)
+        every = np.concatenate(found)  # a copy
+        every[every < 0] = self.indices
+        return torch.from_numpy(every).to(tiles.slot_channel.device)
 
     def _ids(self, axis: Axis, part: Part | None) -> ChannelArray:
         own = self.indices if part is None else part.start + np.arange(len(axis.channels)) % part.count
@@ -198,7 +205,8 @@ class Book:
         maps = [m for m in binding.plan.tensors if m.name in names]
         self.tiles = tiles
         self.ledger = Ledger(binding.plan, maps, binding.device, **how)
-        self._slots = [self.ledger.slots(bucket) for bucket in tiles]
+        self._slots = [self.ledger.slots(bucket, binding.own) for bucket in tiles]
+        self._total = WeakMethod(binding.total)  # books are kept for as long as their binding lives
 
     @cached_property
     def named(self) -> list[Tensor]:
@@ -211,7 +219,10 @@ class Book:
         for values, ids in zip(slots, self._slots, strict=True):
             own = values.new_zeros(self.ledger.indices + 1).index_add_(0, ids, values)[:-1].to(self.ledger.device)
             found = own if found is None else found + own  # of several dtypes the wider one
-        return torch.zeros(0, device=self.ledger.device) if found is None else found
+        total = self._total()
+        if found is None or total is None:
+            return torch.zeros(0, device=self.ledger.device)
+        return total(found)
 
 
 _books: WeakKeyDictionary[Binding, dict[str, Book]] = WeakKeyDictionary()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, PlanError
+from ..errors import ConfigError, PlanError, check
 from ..plan.bind import Binding
 from .base import Watching
 
@@ -23,8 +24,7 @@ class Random(Watching):
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise ConfigError(f"seed: expected a whole number or None, got {seed!r}")
+        check("seed", seed, lambda v: v is None or isinstance(v, Integral), "a whole number, or None")
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def score(self, binding: Binding) -> Tensor:

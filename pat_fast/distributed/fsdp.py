@@ -1,14 +1,16 @@
 """FSDP2: channels of a model that ``fully_shard`` has split by rows are scored and removed where they lie.
 
-The plan is made before the model is sharded; names and sizes are the same after it. Scores are sums over entries, so
-each rank adds up its rows and one all-reduce makes them whole. A prune compacts each rank's rows, and hands them on to
-the rank whose chunk they are in now; no tensor is ever whole on one rank.
+Scores are sums over entries, so each rank adds up its rows and one all-reduce makes them whole. A prune compacts each
+rank's rows, and hands them on to the rank whose chunk they are in now; no tensor is ever whole on one rank.
+:class:`pat_fast.Pruner` does it by itself; the two functions here are for loops of one's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,18 +18,18 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ..criteria.group_norm import is_scored
-from ..errors import SurgeryError
-from ..ops import channel_reduce
-from ..plan.bind import Binding
+from ..criteria.group_norm import GroupNorm
+from ..errors import PatError, SurgeryError
 from ..plan.types import Axis, Kept, Plan, TensorMap
-from ..surgery.modules import apply_changes, attribute_changes
-from ..surgery.optimizer import StateTensor, state_tensors
+from ..surgery.compiled import forget_compiled
+from ..surgery.modules import Change, apply_changes, attribute_changes
+from ..surgery.optimizer import StateTensor, check_state, state_tensors
 from ..surgery.prune import set_tensor
-from ..surgery.record import note_prune
+from ..surgery.record import note_prune, restorer
+from ..surgery.undo import Undo, uninterrupted
 from .peers import Peers
+from .sharded import ShardedBinding
 
 NEEDED = ("_init_sharded_param", "_setattr_on_modules", "to_sharded_dtensor", "padded_sharded_param_size")
 
@@ -40,36 +42,21 @@ def rows_of(size: int, ranks: int, rank: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def sharded_scores(plan: Plan, model: nn.Module, p: float = 2.0) -> Tensor:
-    """The scores of :class:`pat_fast.GroupNorm`, of the shards: ``[N]`` float64, the same on every rank.
+    """The scores of :class:`pat_fast.criteria.GroupNorm`, of the shards: ``[N]`` float64, the same on every rank.
 
     Args:
         plan: made by :func:`pat_fast.build_plan` before ``fully_shard(model)``.
     Raises:
         SurgeryError: the model is sharded in a way that is not known here.
     """
-    shards = _shards(plan, model)
-    group = _group(shards)
-    binding = Binding(plan, model)
-    local = Binding(replace(plan, tensors=()), model)
-    local.plan = replace(plan, tensors=tuple(s.own_map for s in shards.values() if s.own_map.shape[0]))
-    local.tensors = {m.name: shards[m.name].local for m in local.plan.tensors}
-    total = torch.zeros(plan.n_channels, dtype=torch.float64, device=local.device)
-    for tiles in local.tiles("scored", is_scored):
-        sums = channel_reduce(tiles.tensors, tiles.table, f="pow", p=p)
-        total += local.to_channels(tiles, sums).to(total)
-    dist.all_reduce(total, group=group)
-    dist.broadcast(total, dist.get_process_group_ranks(group)[0], group=group)
-    scored = {m.name for m in plan.tensors if is_scored(m, *binding.owner(m.name))}
-    members = [max(sum(name in scored for name, _ in g.members), 1) for g in plan.groups]
-    total /= torch.tensor(members, dtype=total.dtype, device=total.device)[local.group_of.to(total.device)]
-    mean = binding.spread(binding.over_groups(total.to(binding.device), "mean"))
-    return total / mean.where(mean > 0, torch.ones_like(mean)).to(total)
+    binding = ShardedBinding(plan, model)
+    scores = GroupNorm(p).score(binding).double()
+    dist.broadcast(scores, dist.get_process_group_ranks(binding.group)[0], group=binding.group)
+    return scores
 
 
 @torch.no_grad()
-def prune_sharded(
-    plan: Plan, keep: NDArray[np.bool_], model: nn.Module, optimizers: Iterable[Optimizer] = ()
-) -> Plan:
+def prune_sharded(plan: Plan, keep: NDArray[np.bool_], model: nn.Module, optimizers: Iterable[Any] = ()) -> Plan:
     """Remove the channels ``~keep [N]`` from a sharded model and from the state of its optimizers, on all ranks.
 
     Parameters stay the objects that optimizers hold. Every rank makes its new shards before any swaps them in.
@@ -81,47 +68,98 @@ def prune_sharded(
         SurgeryError: the ranks do not agree on it, one failed, or the model or an optimizer's state is sharded in a
             way that is not known here; nothing was changed.
     """
-    kept = plan.check_keep(keep)
-    peers = Peers(model, _group(_shards(plan, model)))
+    plan.check_keep(keep)
+    binding = ShardedBinding(plan, model)
+    peers = Peers(model, binding.group)
     with peers.guard("prune of a sharded model"):
         peers.agree("the channels to keep", keep.tobytes())
-        modules: list[Any] = list(model.modules())
-        for module in modules:
-            if hasattr(module, "reshard"):
-                module.reshard()
-        shards = _shards(plan, model)
-        smaller = plan.shrink(kept)
-        binding = Binding(plan, model)
-        changes = attribute_changes(binding, kept, model)
-        given = list(optimizers)
-        cut = [s for s in shards.values() if kept.of(s.map)[1] != s.map.shape]
-        for shard in cut:
-            shard.states = state_tensors(given, shard.parameter, shard.map.name)
-            if any(state.factored for state in shard.states):
-                raise SurgeryError(f"{shard.map.name}: expected element-wise optimizer state, got a factored one")
-        new = [shard.compacted(kept) for shard in cut]
-        buffers = _compacted_buffers(plan, kept, binding)
-        peers.ready()
-        for shard, tensors in zip(cut, new, strict=True):
-            shard.swap(kept.of(shard.map)[1], tensors)
-        for buffer, value in buffers:
-            set_tensor(buffer, value, None)
-        apply_changes(changes, [])
-        note_prune(binding, kept)
-    return smaller
+        return prune_shards(binding, keep, optimizers, lambda _: peers.ready()).plan
+
+
+@torch.no_grad()
+def prune_shards(
+    binding: ShardedBinding,
+    keep: NDArray[np.bool_],
+    followers: Iterable[Any],
+    then: Callable[[ShardedBinding], None],
+) -> ShardedBinding:
+    """What :func:`pat_fast.surgery.prune` does, on this rank's shards; all ranks do it together.
+
+    Args:
+        followers: whose state is to shrink along.
+        then: called with the new binding when all is done; if it raises, all is undone.
+    Raises:
+        PlanError: ``keep`` is not possible, or the model is not the one that the plan was made for.
+        SurgeryError: an optimizer's state cannot be shrunk; model and optimizers are as they were.
+    """
+    binding.check()
+    plan, model = binding.plan, binding.model
+    kept = plan.check_keep(keep)
+    smaller = plan.shrink(kept)
+    changes = attribute_changes(binding, kept, model)
+    given = list(followers)
+    check_state(given)
+    cut = [s for s in binding.shards.values() if kept.of(s.map)[1] != s.map.shape]
+    waiting = [s.map.name for s in cut if s.has_whole_gradient]
+    if waiting:
+        raise SurgeryError(
+            f"{waiting[0]} has gradients that were not reduced yet (set_requires_gradient_sync(False)); prune between "
+            "the optimizer's step and the next backward"
+        )
+    for shard in cut:
+        shard.states = state_tensors(given, shard.parameter, shard.map.name)
+        if any(state.factored for state in shard.states):
+            raise SurgeryError(f"{shard.map.name}: expected element-wise optimizer state, got a factored one")
+    new = [shard.compacted(kept) for shard in cut]
+    buffers = _compacted_buffers(plan, kept, binding)
+    undo: list[Undo] = []
+    try:
+        with uninterrupted():
+            for shard, tensors in zip(cut, new, strict=True):
+                shard.swap(kept.of(shard.map)[1], tensors, undo)
+            for buffer, value in buffers:
+                undo.append(partial(set_tensor, buffer, buffer.data, None))
+                set_tensor(buffer, value, None)
+            attributes: list[Change] = []
+            undo.append(lambda: apply_changes(list(reversed(attributes)), []))
+            apply_changes(changes, attributes)
+            undo.append(restorer(binding.modules.values()))
+            note_prune(binding, kept)
+            found = ShardedBinding(smaller, model, after=binding)
+            forget_compiled()
+            then(found)
+            undo.clear()
+    except BaseException as error:
+        with uninterrupted(), ExitStack() as steps:
+            for step in undo:
+                steps.callback(step)
+        if isinstance(error, PatError) or not isinstance(error, Exception):
+            raise
+        raise SurgeryError(
+            f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
+            "as they were"
+        ) from error
+    return found
 
 
 @dataclass
-class _Shard:
+class Shard:
     """A parameter that is sharded by rows, its own rows, and what FSDP knows of it."""
 
     map: TensorMap
     own_map: TensorMap
+    rows: slice
     parameter: nn.Parameter
     local: Tensor
     fsdp: Any
     group: Any
     states: list[StateTensor] = field(default_factory=list)
+
+    @property
+    def has_whole_gradient(self) -> bool:
+        """Whether a gradient is kept that was not reduced, and split, yet."""
+        own = getattr(self.fsdp, "_unsharded_param", None)
+        return self.fsdp.unsharded_accumulated_grad is not None or (own is not None and own.grad is not None)
 
     def compacted(self, kept: Kept) -> list[Tensor]:
         """This rank's new rows of the parameter, of its gradient if it has one, and of the optimizers' state."""
@@ -149,11 +187,21 @@ class _Shard:
         dist.all_to_all_single(found, local, receive, send, group=self.group)
         return found
 
-    def swap(self, shape: tuple[int, ...], tensors: list[Tensor]) -> None:
+    def swap(self, shape: tuple[int, ...], tensors: list[Tensor], undo: list[Undo]) -> None:
         """Put the new rows in the place of the old ones; the parameter stays the object that it is."""
         parameter, fsdp = self.parameter, self.fsdp
+        before, grad = dict(vars(fsdp)), parameter.grad
+
+        def back() -> None:
+            vars(fsdp).clear()
+            vars(fsdp).update(before)
+            fsdp._setattr_on_modules(parameter)
+            parameter.grad = grad
+            for state in self.states:
+                state.put(parameter, state.tensor)
+
+        undo.append(back)
         data, *rest = tensors
-        has_grad = parameter.grad is not None
         parameter.grad = None
         meta = nn.Parameter(torch.empty(shape, dtype=data.dtype, device="meta"), requires_grad=parameter.requires_grad)
         fsdp._init_sharded_param(meta, fsdp.device, None, fsdp.mesh_info)
@@ -162,25 +210,36 @@ class _Shard:
         padded = data.new_zeros(fsdp.padded_sharded_param_size)
         padded[: len(data)] = data
         fsdp._sharded_param_data = padded.view(-1)
-        fresh = nn.Parameter(fsdp.to_sharded_dtensor(padded[: len(data)]), requires_grad=parameter.requires_grad)
-        torch.utils.swap_tensors(parameter, fresh)
+        other = nn.Parameter(fsdp.to_sharded_dtensor(padded[: len(data)]), requires_grad=parameter.requires_grad)
+        torch.utils.swap_tensors(parameter, other)
+        undo.append(partial(_swap_back, parameter, other))
         fsdp.sharded_param = parameter
         fsdp._setattr_on_modules(parameter)
         fsdp.all_gather_outputs = []
         vars(fsdp).pop("_unsharded_param", None)
-        if has_grad:
+        if grad is not None:
             parameter.grad = fsdp.to_sharded_dtensor(rest.pop(0))
         for state, value in zip(self.states, rest, strict=True):
             state.put(parameter, fsdp.to_sharded_dtensor(value))
+
+
+def _swap_back(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    parameter.grad = None  # the two are to have as many references
+    torch.utils.swap_tensors(parameter, other)
 
 
 def _overlap(one: tuple[int, int], two: tuple[int, int]) -> int:
     return max(min(one[1], two[1]) - max(one[0], two[0]), 0)
 
 
-def _shards(plan: Plan, model: nn.Module) -> dict[str, _Shard]:
-    """The plan's parameters as they are sharded."""
-    from torch.distributed.tensor import DTensor, Shard
+def shards_of(plan: Plan, model: nn.Module) -> dict[str, Shard]:
+    """The plan's parameters as they are sharded.
+
+    Raises:
+        SurgeryError: one is not sharded, or in a way that is not known here.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import Shard as Placed
 
     known: dict[int, Any] = {}
     modules: list[Any] = list(model.modules())
@@ -202,13 +261,16 @@ def _shards(plan: Plan, model: nn.Module) -> dict[str, _Shard]:
                 f"{tensor_map.name}: expected a parameter that fully_shard (of PyTorch 2.13) has sharded, got a "
                 f"{type(parameter).__name__}; shard the whole model, or prune before sharding"
             )
-        if not isinstance(sharded, DTensor) or sharded.placements != (Shard(0),) or fsdp.offload_to_cpu:
+        if not isinstance(sharded, DTensor) or sharded.placements != (Placed(0),) or fsdp.offload_to_cpu:
             raise SurgeryError(
                 f"{tensor_map.name}: expected one mesh dimension and shards by rows on their device; prune before "
                 "sharding"
             )
         if tensor_map.groups > 1 and not tensor_map.whole_groups:
-            raise SurgeryError(f"{tensor_map.name} is of a grouped convolution, whose shards cut its groups")
+            raise SurgeryError(
+                f"{tensor_map.name} is of a grouped convolution, whose groups its shards cut; prune before sharding or "
+                "under DistributedDataParallel"
+            )
         mesh = sharded.device_mesh
         start, stop = rows_of(tensor_map.shape[0], mesh.size(), mesh.get_local_rank())
         axes = tuple(Axis(a.dim, a.channels[start:stop] if a.dim == 0 else a.channels, a.role) for a in tensor_map.axes)
@@ -218,17 +280,14 @@ def _shards(plan: Plan, model: nn.Module) -> dict[str, _Shard]:
             groups=stop - start if tensor_map.whole_groups else 1,
             axes=axes,
         )
-        found[tensor_map.name] = _Shard(tensor_map, own, parameter, sharded.to_local(), fsdp, mesh.get_group())
+        local = sharded._local_tensor
+        found[tensor_map.name] = Shard(tensor_map, own, slice(start, stop), parameter, local, fsdp, mesh.get_group())
+    if not found:
+        raise SurgeryError("expected a plan with parameters to prune, got one without")
     return found
 
 
-def _group(shards: dict[str, _Shard]) -> Any:
-    if not shards:
-        raise SurgeryError("expected a plan with parameters to prune, got one without")
-    return next(iter(shards.values())).group
-
-
-def _compacted_buffers(plan: Plan, kept: Kept, binding: Binding) -> list[tuple[Tensor, Tensor]]:
+def _compacted_buffers(plan: Plan, kept: Kept, binding: ShardedBinding) -> list[tuple[Tensor, Tensor]]:
     """Buffers, which every rank has whole, and what is left of them."""
     found = []
     for tensor_map in plan.tensors:

@@ -25,6 +25,7 @@ from torch import nn
 from ..errors import SurgeryError
 from ..plan.types import Plan
 from .ddp import check_rebuildable, rebuild, wrappers
+from .sharded import group_of
 
 log = logging.getLogger("pat_fast")
 _numbers = count()
@@ -33,8 +34,8 @@ _numbers = count()
 class Peers:
     """What the pruner of ``model`` asks of the other ranks; in a single process every question answers itself.
 
-    The ranks are those of the process group of the ``DistributedDataParallel`` around the model, which is looked for
-    when a prune is due, or of ``group``. A model that nothing wraps is pruned by each process on its own.
+    The ranks are those of the process group of the ``DistributedDataParallel`` around the model, or over which it is
+    sharded, which is looked for when a prune is due, or of ``group``. Another model is pruned by each process alone.
     """
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
@@ -146,6 +147,8 @@ class Peers:
         group = self._given
         if group is None and self._wrappers:
             group = self._wrappers[0].process_group
+        if group is None and model is not None:
+            group = group_of(model)
         if group is not None and dist.get_world_size(group) == 1:
             group = None
         if group is not self._group:

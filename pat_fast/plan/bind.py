@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -141,6 +142,14 @@ class Tiles:
         return self.table.fits(tensors)
 
 
+class Own(NamedTuple):
+    """What of a tensor a process has: the map of these rows, which of the tensor's they are, and their tensor."""
+
+    map: TensorMap
+    rows: slice
+    tensor: Tensor
+
+
 class Binding:
     """The tensors of ``model`` that ``plan`` names.
 
@@ -268,6 +277,23 @@ class Binding:
         self._cache[key] = made
         return made
 
+    def own(self, tensor_map: TensorMap) -> Own:
+        """What of a tensor is in its tiles. Here all of it."""
+        return Own(tensor_map, slice(None), self.tensors[tensor_map.name])
+
+    def known(self, by_id: Any) -> Any:
+        """A set of (or dict by) the ``id`` of parameters, with those of the tensors in tiles added. Here the same."""
+        return by_id
+
+    def total(self, values: Tensor) -> Tensor:
+        """What sums over tiles come to, over all processes that have some. Here there is one."""
+        return values
+
+    @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Around what reads or writes the gradients of the tiles' tensors."""
+        yield
+
     def each(self, tiles: Tiles) -> Iterator[Tiles]:
         """``tiles``, one tensor at a time."""
         for name in tiles.names:
@@ -302,7 +328,7 @@ class Binding:
     def to_channels(self, tiles: Tiles, values: Tensor) -> Tensor:
         """Sum ``values [slots]`` onto channels: ``[N]``."""
         sums = values.new_zeros(self.plan.n_channels + (not tiles.full))
-        return sums.scatter_add_(0, tiles.slot_channel, values)[: self.plan.n_channels]
+        return self.total(sums.scatter_add_(0, tiles.slot_channel, values)[: self.plan.n_channels])
 
     def to_slots(self, tiles: Tiles, values: Tensor, fill: float) -> Tensor:
         """Spread ``values [N]`` over slots; slots without a channel get ``fill``."""

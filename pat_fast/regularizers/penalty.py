@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, check
+from ..errors import check, check_count, check_flag
 from ..plan.bind import Binding
 
 
@@ -34,9 +33,8 @@ class Penalty:
 
     def __init__(self, strength: float, warmup: int = 0, decoupled: bool = False) -> None:
         check("strength", strength, lambda v: 0 <= v < math.inf, "a number, at least 0")
-        check("warmup", warmup, lambda v: isinstance(v, Integral) and int(v) >= 0, "a whole number, at least 0")
-        if not isinstance(decoupled, bool):
-            raise ConfigError(f"decoupled: expected True or False, got {decoupled!r}")
+        check_count("warmup", warmup, 0)
+        check_flag("decoupled", decoupled)
         self.strength = strength
         self.warmup = int(warmup)
         self.decoupled = decoupled

@@ -55,7 +55,7 @@ def at_weights(
     optimizers = known() if optimizer is None else [optimizer]
     if not optimizers:
         raise ConfigError("regularizer: expected an optimizer, whose learning rate it goes by; pass optimizer=")
-    act(binding, learning_rates(optimizers), where)
+    act(binding, binding.known(learning_rates(optimizers)), where)
 
 
 def loss_scale(scaler: GradScaler, optimizer: Optimizer | None, at_weights: bool) -> float | None:

@@ -143,7 +143,7 @@ def test_the_pruner_takes_its_hooks_off() -> None:
     [
         ({"statistic": "var"}, r"statistic: expected one of mean, std, apoz, got 'var'"),
         ({"decay": "x"}, r"decay: expected a number in \[0, 1\], got 'x'"),
-        ({"window": 1.5}, r"window: expected a whole number of steps"),
+        ({"window": 1.5}, r"window: expected a whole number, at least 1, or None"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:

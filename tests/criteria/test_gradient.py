@@ -265,7 +265,7 @@ def test_the_regulariser_and_its_strength_do_not_count() -> None:
     [
         (lambda: Taylor("absolute"), r"how: expected one of abs, joint, signed, got 'absolute'; did you mean 'abs'"),
         (lambda: Taylor(decay=1.5), r"decay: expected a number in \[0, 1\], got 1.5"),
-        (lambda: Taylor(window=0), r"window: expected a whole number of steps, at least 1, or None, got 0"),
+        (lambda: Taylor(window=0), r"window: expected a whole number, at least 1, or None, got 0"),
         (lambda: Taylor(decay=0, window=3), r"decay: expected above 0 with a window of 3"),
         (lambda: Taylor("signed", normalizer="mean"), r"these scores may be negative, and a mean near zero"),
         (lambda: Taylor("signed", reduction="prod"), r"reduction: expected another than 'prod'"),

@@ -12,8 +12,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks.cases import Subject
-from pat_fast import ConfigError, GroupNorm
-from pat_fast.criteria import SCORED
+from pat_fast import ConfigError
+from pat_fast.criteria import SCORED, GroupNorm
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.types import is_grouped
 from tests.helpers import Case, Small, is_weight, small_inputs

@@ -31,7 +31,7 @@ def test_with_its_defaults_magnitude_is_the_group_norm(case: Case) -> None:
     binding = bind(build_plan(case.model, case.inputs), case.model)
     scores = Magnitude().score(binding)
     scored = scores.isfinite()
-    torch.testing.assert_close(scores[scored], pat.GroupNorm().score(binding)[scored])
+    torch.testing.assert_close(scores[scored], pat.criteria.GroupNorm().score(binding)[scored])
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max", "prod", "first", "gate"])
@@ -142,7 +142,7 @@ def test_fpgm_sees_no_masked_channels() -> None:
         (lambda: Magnitude(reduction="mode"), r"expected one of sum, mean"),
         (lambda: Magnitude(reduction=None), r"reduction: expected one of .* got None: a channel has one score"),
         (lambda: Magnitude(normalizer="lamb"), r"normalizer: expected one of .* did you mean 'lamp'"),
-        (lambda: Magnitude(bias=1), r"bias: expected True or False, got 1"),
+        (lambda: Magnitude(bias=1), r"bias: expected true or false, got 1"),
         (lambda: FPGM(normalizer="lamp"), r"normalizer: expected another than 'lamp', which adds up magnitudes"),
     ],
 )

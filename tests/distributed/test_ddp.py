@@ -59,12 +59,20 @@ def test_the_wrapper_keeps_its_settings_and_hooks(tmp_path: Path) -> None:
             assert hook == hooks.get(name)
 
 
+@pytest.mark.slow
+def test_gradients_that_were_not_reduced_yet_are_cut_and_reduced_later(tmp_path: Path) -> None:
+    for found in torchrun("accumulated", tmp_path):
+        assert max(found) < EXACT
+
+
 REASONS = {
     "scores": "rank 1 failed.*ValueError: no data left",
     "selection": "rank 1 failed.*MemoryError: no memory",
     "other channels": "the channels to keep: expected the same on all ranks",
     "other plan": "the plan: expected the same on all ranks",
     "new tensors": "rank 1 failed.*no memory for tensors",
+    "swap": "rank 1 failed.*no memory for notes",
+    "what was gathered": "rank 1 failed.*no memory to go on",
     "interrupt": "rank 1 failed.*KeyboardInterrupt",
     "first rank": "rank 0 failed.*ValueError: first",
     "wrapper": "rank 1 failed.*cannot be rebuilt",

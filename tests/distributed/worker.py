@@ -214,6 +214,8 @@ def failures() -> Any:
         "other channels": lambda: failing(pruner.goal, "select", result=others),
         "other plan": lambda: failing(peers, "plan_digest", result=lambda plan: b"another"),
         "new tensors": lambda: failing(surgery, "_follow", error=MemoryError("no memory for tensors")),
+        "swap": lambda: failing(surgery, "note_prune", error=MemoryError("no memory for notes")),
+        "what was gathered": lambda: failing(pruner._state.mode, "attach", error=MemoryError("no memory to go on")),
         "interrupt": lambda: failing(pruner.criterion, "score", error=KeyboardInterrupt()),
         "first rank": lambda: failing(pruner.criterion, "score", rank=0, error=ValueError("first")),
         "wrapper": lambda: failing(peers, "check_rebuildable", error=pat.SurgeryError("cannot be rebuilt")),
@@ -233,6 +235,35 @@ def failures() -> Any:
     pruner.step()
     pruned = is_same_everywhere(fingerprint(ddp, optimizer)) and pruner.epoch == 1
     return {"stages": found, "went on": pruned and gradient_error(ddp) < 1e-6}
+
+
+def accumulated() -> Any:
+    """Gradients that each rank keeps to itself (no_sync) while a prune comes in between."""
+    found = []
+    for settings in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+        ddp, optimizer = wrapped(**settings)
+        pruner = pat.Pruner(ddp, 0.5, end_epoch=4, verify=False)
+        train(ddp, optimizer, 0)
+        ddp.eval()
+        for buffer in ddp.buffers():
+            dist.broadcast(buffer, 0)
+        alone = copy.deepcopy(ddp.module)
+        follower = pat.Pruner(alone, 0.5, end_epoch=4, verify=False, example_inputs=small_inputs(dtype=torch.float64))
+        ddp.zero_grad()
+        alone.zero_grad()
+        for x, y, mine in batches(5, 1):
+            with ddp.no_sync():
+                loss_of(ddp, x[mine], y[mine]).backward()
+            loss_of(alone, x, y).backward()
+        pruner.step()
+        follower.step()
+        for x, y, mine in batches(6, 1):
+            loss_of(ddp, x[mine], y[mine]).backward()
+            loss_of(alone, x, y).backward()
+        pairs = list(zip(ddp.module.parameters(), alone.parameters(), strict=True))
+        largest = max(q.grad.abs().max() for _, q in pairs)
+        found.append(max(float((p.grad - q.grad).abs().max() / largest) for p, q in pairs))
+    return found
 
 
 def after_the_swap() -> Any:

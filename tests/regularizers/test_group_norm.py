@@ -12,10 +12,11 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from benchmarks.cases import Subject
-from pat_fast import ConfigError, GroupNorm, GroupNormRegularizer
+from pat_fast import ConfigError
+from pat_fast.criteria import GroupNorm
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.types import is_grouped
-from pat_fast.regularizers import REGULARIZED
+from pat_fast.regularizers import REGULARIZED, GroupNormRegularizer
 from tests.helpers import Case, Small, is_weight, small_inputs
 from tests.regularizers.helpers import grads, zero_grads
 

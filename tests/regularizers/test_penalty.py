@@ -280,7 +280,7 @@ def test_it_is_applied_once_for_several_backwards(regularizer: dict[str, Any]) -
     [
         ({"warmup": -1}, "warmup: expected a whole number, at least 0, got -1"),
         ({"warmup": 1.5}, "warmup: expected a whole number"),
-        ({"decoupled": 1}, "decoupled: expected True or False, got 1"),
+        ({"decoupled": 1}, "decoupled: expected true or false, got 1"),
         ({"strength": -1}, "strength: expected a number, at least 0"),
     ],
 )

@@ -1,0 +1,30 @@
+"""Hooks on the modules of a user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Hook:
+    """A function on a module; a copy of the module, or one that was pickled, has one that does nothing in its place.
+
+    So a copy is not watched, holds nothing of what watches the model, and a model can be saved whole while it is.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _nothing, ()
+
+
+def _nothing() -> Callable[..., None]:
+    return ignore
+
+
+def ignore(*args: Any) -> None:
+    """Do nothing."""
