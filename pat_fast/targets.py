@@ -45,7 +45,7 @@ class Target:
             ``"latency_ms"`` (of one forward in eval mode, as :class:`pat_fast.latency.LatencyModel` predicts it).
         value: for channels the fraction to remove, in ``[0, 1)``; else what is to be left: up to 1 a fraction of the
             dense model, above 1 a number. Of ``"latency"`` always a fraction, of ``"latency_ms"`` always milliseconds.
-            It is an upper bound: the fewest removals that reach it are made.
+            It is an upper bound: the fewest removals that reach it are made, and what fits after the last one stays.
         batch: examples per forward, for a latency.
     Raises:
         ConfigError: an unknown kind, or a value out of range.

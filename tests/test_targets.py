@@ -226,3 +226,23 @@ def test_a_target_is_met_within_a_percent_where_heads_go(kind: str, value: float
     for seed in range(5):
         keep = goal.select(plan, np.random.default_rng(seed).random(plan.n_channels), everything, everything, 1.0)
         assert 0.99 < getattr(plan, kind)(keep) / (value * getattr(plan, kind)()) <= 1
+
+
+def test_small_units_are_spared_though_many_large_ones_lie_in_between() -> None:
+    model = ViT(image=8, patch=2, dim=64, depth=4, num_heads=4, head_dim=16, hidden=128, num_classes=10)
+    plan = build_plan(model, torch.randn(1, 3, 8, 8))
+    scores = np.full(plan.n_channels, 4.0)
+    for group in plan.groups:  # hidden units go first, then the residual stream, then heads
+        if "fc1" in group.root:
+            scores[group.start : group.start + 60] = 1.0
+        elif group.channels == 64 and "attn" not in group.root:
+            scores[group.start : group.start + 30] = 2.0
+        elif "attn" in group.root:
+            scores[group.start : group.stop] = 3.0
+    everything = np.ones(plan.n_channels, dtype=np.bool_)
+    before_heads = plan.macs(scores > 2.0)
+    limit = before_heads - plan.macs() // 1000  # a thousandth is due, and a head is far more
+    goal = Goal(Target("macs", limit), None, Rules())
+    goal.start(bind(plan, model), everything)
+    keep = goal.select(plan, scores, everything, everything, 1.0)
+    assert 0.995 < plan.macs(keep) / limit <= 1
