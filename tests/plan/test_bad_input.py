@@ -228,7 +228,7 @@ def test_a_plan_that_could_not_be_verified_says_so_at_every_prune(monkeypatch: p
     monkeypatch.setattr("pat_fast.proof.rehearse", lambda *_, **__: False)  # what proves most models without a copy
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Uncopied(8, 6), nn.ReLU(), nn.Linear(6, 3))
     with pytest.warns(UserWarning, match="could not be verified.*no copies"):
-        pruner = pat.Pruner(model, 0.5, example_inputs=X, end_epoch=2)
+        pruner = pat.Pruner(model, 0.5, "linear", example_inputs=X, end_epoch=2)
     reports = [pruner.step() for _ in range(2)]
     assert all(report.changed for report in reports)
     assert all(any("could not be verified" in note for note in report.notes) for report in reports)

@@ -45,7 +45,7 @@ def make() -> Twin:
     model = Small().train()
     average = AveragedModel(model)
     pruner = pat.Pruner(
-        model, 0.5, example_inputs=small_inputs(), importance="taylor", regularizer="growing", end_epoch=4,
+        model, 0.5, "linear", example_inputs=small_inputs(), importance="taylor", regularizer="growing", end_epoch=4,
         verify=False, averaged=average,
     )  # fmt: skip
     twin = Twin(model, [adamw(model)], pruner, average)

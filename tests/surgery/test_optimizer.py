@@ -144,7 +144,7 @@ def test_masked_equals_pruned_with_several_optimizers_and_state_before_the_first
         x = small_inputs(dtype=torch.float64)
         optimizer = parts if given else None
         options: dict[str, Any] = {"mode": mode, "end_epoch": 3, "verify": False, "regularizer": None}
-        return Twin(model, parts, pat.Pruner(model, 0.5, example_inputs=x, optimizer=optimizer, **options))
+        return Twin(model, parts, pat.Pruner(model, 0.5, "linear", example_inputs=x, optimizer=optimizer, **options))
 
     def train(twin: Twin, step: int) -> Tensor:
         loss = nn.functional.cross_entropy(twin.model(small_inputs(dtype=torch.float64)), torch.arange(4))
