@@ -193,10 +193,11 @@ class Goal:
             self.dense = (*self.dense[:3], self.latency.dense)
 
     def check(self, plan: Plan, eligible: BoolArray) -> None:
-        """Once, before training: refuse what cannot be reached.
+        """Once, before training: refuse what cannot be reached, or asks for nothing.
 
         Raises:
-            ConfigError: with everything gone that may go, the model is still too large.
+            ConfigError: with everything gone that may go, the model is still too large; or it has fewer parameters or
+                MACs already.
         """
         if self._checked:
             return
@@ -206,6 +207,11 @@ class Goal:
             return
         keep = select(plan, np.zeros(plan.n_channels), eligible, lambda scope: plan.n_channels, self.limits)
         least, dense = self.cost(plan, keep), self._dense()
+        if self.latency is None and self.target.left(dense) > dense:
+            raise ConfigError(
+                f"target: expected fewer than the {self._show(dense, False)} of the dense model, or a fraction of "
+                f"them, got {self.target.value}, for which nothing would be pruned"
+            )
         if least > self.target.left(dense):
             share = math.ceil(1e4 * least / dense) / 1e4
             asked = self._show(self.target.left(dense), False)

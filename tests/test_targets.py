@@ -162,6 +162,13 @@ def test_what_cannot_be_reached_is_refused_with_what_can(kind: str) -> None:
     assert getattr(report, kind)[1] <= float(found[1]) * getattr(report, f"dense_{kind}")
 
 
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_a_target_above_the_dense_model_is_refused(kind: str) -> None:
+    pruner = pat.Pruner(Small(), target={kind: 10**9}, example_inputs=small_inputs(), verify=False)
+    with pytest.raises(pat.ConfigError, match=r"fewer than the [\d,]+ of the dense model.*nothing would be pruned"):
+        pruner.step()
+
+
 def test_a_criterion_that_leaves_groups_unscored_may_make_a_target_impossible() -> None:
     pruner = pat.Pruner(
         Small(), target={"params": 0.05}, importance="bn_scale", example_inputs=small_inputs(), schedule="one_shot"
