@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.swa_utils import AveragedModel
 
-from .discovery import living, remove_hooks, subclasses
+from .discovery import living, remove_hooks, retire_hooks, subclasses
 from .errors import ConfigError, SurgeryError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Averages:
                     seen.add(module)
 
             self._handles.append(register_module_module_registration_hook(made))
-            weakref.finalize(pruner, remove_hooks, self._handles).atexit = False
+            weakref.finalize(pruner, retire_hooks, self._handles).atexit = False
 
     def current(self) -> list[nn.Module]:
         """The copies, each with the names of the model's tensors.

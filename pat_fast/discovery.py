@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.modules.module as module_code
+import torch.optim.optimizer as optimizer_code
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -136,7 +139,8 @@ class Discovery:
         self._stepping: list[weakref.ref[Optimizer]] = []
         self._searches = given is None
         self._handles: list[Any] = []
-        weakref.finalize(pruner, remove_hooks, self._handles).atexit = False
+        weakref.finalize(pruner, retire_hooks, self._handles).atexit = False
+        retire_hooks([])
         optimizers = as_list(given)
         for optimizer in optimizers:
             self._ours[optimizer] = True
@@ -233,6 +237,31 @@ def remove_hooks(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+
+
+_RETIRED: list[Any] = []  # hooks of pruners that are gone, which do nothing any more
+# PyTorch's functions that go through hooks of the whole process: an optimizer's step, and what gives a module another.
+_THROUGH_HOOKS = {
+    "wrapper": optimizer_code.__file__,
+    "__setattr__": module_code.__file__,
+    "add_module": module_code.__file__,
+}
+
+
+def retire_hooks(handles: list[Any]) -> None:
+    """Take the hooks off when their pruner was collected, as soon as that can be.
+
+    Garbage may be collected while PyTorch goes through its hooks, whose dict must not change then: they stay until the
+    next call.
+    """
+    _RETIRED.extend(handles)
+    handles.clear()
+    frame = sys._getframe()
+    while frame is not None:
+        if _THROUGH_HOOKS.get(frame.f_code.co_name) == frame.f_code.co_filename:
+            return
+        frame = frame.f_back  # type: ignore[assignment]
+    remove_hooks(_RETIRED)
 
 
 def subclasses(cls: type[Any]) -> set[type]:

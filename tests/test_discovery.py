@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -150,7 +151,7 @@ def test_an_optimizer_that_has_not_stepped_yet_is_found() -> None:
 
 
 def test_an_optimizer_that_gains_the_parameters_later_is_found() -> None:
-    model, other = Small(), nn.Linear(2, 2)
+    model, other = Small(), nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
     pruner = pat.Pruner(model, 0.5, end_epoch=1, example_inputs=small_inputs(), reg_strength=1e-2)
     optimizer.step()  # looked at, and not ours
@@ -329,6 +330,27 @@ def test_hooks_go_with_the_pruner(trained: bool, explicit: bool) -> None:
     del pruner
     gc.collect()
     assert hooks(model, optimizer) == before
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_pruner_may_be_collected_in_an_optimizer_step(explicit: bool) -> None:
+    """While PyTorch goes through the hooks of a step none may leave."""
+    model, other = Small(), nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
+    optimizer = sgd(model)
+
+    def collect(*_: Any) -> None:
+        gc.collect()
+
+    register = optimizer.register_step_pre_hook if explicit else torch_optimizer.register_optimizer_step_pre_hook
+    handle = register(collect)
+    before = hooks(model, optimizer)
+    pruner: Any = pat.Pruner(model, optimizer=optimizer if explicit else None)
+    pruner.itself = pruner  # so that it is for the collector
+    del pruner
+    train_one_epoch(model, optimizer, batches=2)
+    pat.Pruner(other, example_inputs=torch.randn(3, 2), auto=False)  # or any other that begins
+    handle.remove()
+    assert hooks(model, optimizer) == before - 1
 
 
 def test_the_model_can_be_collected_while_its_optimizer_lives() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import pat_fast as pat
+from pat_fast.discovery import retire_hooks
 from tests.helpers import small_inputs
 
 
@@ -157,8 +158,10 @@ def check_alive(twin: Twin) -> None:
 def no_hooks_left() -> Iterator[None]:
     """Fails if more process-wide hooks are there afterwards. On one thread: the models are too small for two."""
     torch.set_num_threads(1)
+    retire_hooks([])
     before = hooks(nn.Identity())
     yield
     if hooks(nn.Identity()) > before:
         gc.collect()
+        retire_hooks([])
     assert hooks(nn.Identity()) <= before
