@@ -54,9 +54,9 @@ def weight_or_bias(owner: nn.Module, local: str) -> str:
 
 def couple_layers(module: nn.RNNBase, path: str, leaves: dict[str, Leaf], slots: Slots) -> None:
     """All layers and directions have one number of hidden units: the j-th of each goes, or none."""
-    for dim, local, blocks in ((0, "weight_ih", gates(module)), (0, "weight_hr", 1)):
+    for local, blocks in (("weight_ih", gates(module)), ("weight_hr", 1)):
         found = [leaves.get(f"{path}.{local}{suffix}" if path else f"{local}{suffix}") for suffix in _suffixes(module)]
-        of_layers: list[IntArray] = [leaf.axes[dim] for leaf in found if leaf is not None and dim in leaf.axes]
+        of_layers: list[IntArray] = [leaf.axes[0] for leaf in found if leaf is not None and 0 in leaf.axes]
         for one, other in pairwise(of_layers):
             size = len(one) // blocks
             slots.couple(one[:size], other[:size])
