@@ -21,11 +21,11 @@ from .gather import Gathering, Pair, Row, pairs
 from .layout import dense_strides
 
 ROOM = 64 * 2**20
-"""Bytes that a prune may take beside the model, or its largest tensor's if these are more. To copy what goes takes as
-long as to copy what stays: small models are spared that."""
+"""Bytes that a prune may take beside the model where speed counts more than memory, in place of its largest tensor's.
+To copy what goes takes as long as to copy what stays: small models are spared that."""
 STEP = 16 * 2**20
-"""Bytes that are cut at once if the largest tensor is no larger. What comes next finds its memory where these were;
-more than 32 MiB at once the C library would ask of the system, page by page."""
+"""Bytes that are cut at once if there is room for them and the largest tensor is no larger. What comes next finds its
+memory where these were; more than 32 MiB at once the C library would ask of the system, page by page."""
 SOME = 2**20  # elements that are put back at once
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that hold what is moved, by size
 
@@ -229,9 +229,13 @@ class Batch:
         self._copies.clear()
 
 
-def batches(gathering: Gathering, moves: list[Move]) -> list[Batch]:
+def batches(gathering: Gathering, moves: list[Move], room: int) -> list[Batch]:
     """The batches in which to cut these tensors.
 
+    Args:
+        gathering: says what stays of them.
+        moves: the tensors.
+        room: bytes that may be taken beside them, if the largest takes fewer.
     Raises:
         SurgeryError: a dtype that cannot be moved.
     """
@@ -241,20 +245,20 @@ def batches(gathering: Gathering, moves: list[Move]) -> list[Batch]:
             raise SurgeryError(f"expected elements of {(*INTEGERS,)} bytes, got {dtype}; convert the model first")
     counts = gathering.sizes.prod(1)[[move.number for move in moves]]
     left = counts * np.array([old.itemsize for old in olds], dtype=np.int64)
-    if left.sum() <= ROOM:
-        return [Batch(gathering, moves, lets_go=False)]
     size_of = [old.nbytes for old in olds]
     del olds
-    largest = max(size_of)
+    largest = max(size_of, default=0)
+    if left.sum() <= max(room, largest):
+        return [Batch(gathering, moves, lets_go=False)]
     extra = np.where([move.frees for move in moves], left, 0)  # of what frees nothing the old tensor may as well stay
     smallest_first = np.argsort(extra, kind="stable")
-    stay = set(smallest_first[np.cumsum(extra[smallest_first]) <= max(ROOM, largest)].tolist())
+    stay = set(smallest_first[np.cumsum(extra[smallest_first]) <= max(room, largest)].tolist())
     found: list[list[Move]] = [[]]
     size = 0
     for number, move in enumerate(moves):
         if number not in stay:
             size += size_of[number]
-            if size > max(STEP, largest):
+            if size > max(min(STEP, room), largest):
                 found.append([])
                 size = size_of[number]
             found[-1].append(move)

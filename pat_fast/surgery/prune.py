@@ -152,10 +152,12 @@ def prune_checked(
     optimizers: Iterable[Optimizer] = (),
     copies: Iterable[nn.Module] = (),
     then: Callable[[Smaller], None] | None = None,
+    room: int = 0,
 ) -> Smaller:
     """As :func:`prune`, to what ``binding.plan.check_keep`` has let pass; the smaller binding is made when asked for.
 
-    ``then`` is called with what is returned.
+    ``then`` is called with what is returned. Beside the model there are never more bytes than ``room``, or the largest
+    tensor's if these are more.
     """
     sizes, _ = binding.plan.shapes.left(kept)
     bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
@@ -164,7 +166,7 @@ def prune_checked(
     undo: list[Undo] = []
     try:
         gathering = Gathering(binding.plan, layout_of(binding), kept, sizes)
-        parts = batches(gathering, moves)
+        parts = batches(gathering, moves, room)
         with uninterrupted():
             _cut(cuts, parts, undo)
             smaller = _follow(changes, bindings, kept, undo)

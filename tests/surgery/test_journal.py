@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from pat_fast.errors import SurgeryError
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.running import call
-from pat_fast.surgery import journal, prune
+from pat_fast.surgery import journal, prune, prune_checked
 from tests.helpers import Case, Small, random_keep, small_inputs
 
 Optimizers = list[torch.optim.Optimizer]
@@ -30,9 +30,7 @@ def fails(*_: Any) -> None:
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[journal.Batch]:
-    """There is no more room than the largest tensor takes; the batches that are cut."""
-    monkeypatch.setattr(journal, "ROOM", 0)
-    monkeypatch.setattr(journal, "STEP", 0)
+    """The batches that are cut."""
     cut: list[journal.Batch] = []
     real = journal.Batch.cut
 
@@ -95,8 +93,7 @@ def test_many_batches_do_what_one_does(case: Case, batches: list[journal.Batch])
     results = []
     for model, room in ((case.model, 0), (other, 2**40)):
         optimizer = training(model, case.inputs)
-        journal.ROOM = room
-        prune(bind(plan, model), keep, [optimizer])
+        prune_checked(bind(plan, model), plan.check_keep(keep), [optimizer], then=lambda smaller: smaller(), room=room)
         results.append(copied(everything(model, [optimizer])))
         if room == 0:
             assert len(batches) > 2

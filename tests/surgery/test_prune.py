@@ -19,7 +19,7 @@ from pat_fast.plan import bind, build_plan
 from pat_fast.plan.running import call
 from pat_fast.plan.types import Kept
 from pat_fast.surgery import journal
-from pat_fast.surgery.prune import dense_strides, prune
+from pat_fast.surgery.prune import dense_strides, prune, prune_checked
 from tests.helpers import Case, Small, random_keep, small_inputs
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -236,12 +236,8 @@ class Fails(Exception):
 @pytest.mark.parametrize("stage", ["batches", "_cut", "set_tensor", "apply_changes", "Binding"])
 @pytest.mark.parametrize("error", [Fails, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("room", [0, journal.ROOM])
-def test_all_or_nothing(
-    stage: str, error: type[BaseException], room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_or_nothing(stage: str, error: type[BaseException], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prune that fails at any stage leaves weights, gradients, state and attributes bit for bit."""
-    monkeypatch.setattr(journal, "ROOM", room)
-    monkeypatch.setattr(journal, "STEP", room)
     model, x = Small(), small_inputs()
     opt = torch.optim.Adam(model.parameters())
     train_step(model, opt, x, 0)
@@ -263,8 +259,9 @@ def test_all_or_nothing(
 
     monkeypatch.setattr(module, stage, failing)
     expected = KeyboardInterrupt if error is KeyboardInterrupt else pat.SurgeryError
+    kept = plan.check_keep(random_keep(plan, 0, ratio=0.5))
     with pytest.raises(expected):
-        prune(binding, random_keep(plan, 0, ratio=0.5), [opt])
+        prune_checked(binding, kept, [opt], then=lambda smaller: smaller(), room=room)
     monkeypatch.undo()
     after = (model.state_dict(), [p.grad for p in model.parameters()], opt.state_dict())
     for key, value in before[0].items():

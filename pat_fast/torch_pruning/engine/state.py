@@ -17,6 +17,7 @@ from ...errors import PlanError
 from ...plan import Binding, Plan
 from ...plan.types import BoolArray, IndexArray
 from ...surgery import Smaller, prepare, prune_checked
+from ...surgery.journal import ROOM
 from .axes import Axes
 from .shaping import Spec, lower
 
@@ -134,7 +135,7 @@ class Engine:
     def prune(self, keep: BoolArray) -> None:
         """Remove the channels ``~keep``; see :func:`pat_fast.surgery.prune`."""
         plan = self.plan
-        self._smaller = prune_checked(self.binding, plan.check_keep(keep), self.optimizers())
+        self._smaller = prune_checked(self.binding, plan.check_keep(keep), self.optimizers(), room=ROOM)
         self.pruned += 1
         for listener in self.listeners:
             listener(plan, keep)
