@@ -224,6 +224,16 @@ class Plan:
         return kept
 
     @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """The groups' roots."""
+        return tuple(g.root for g in self.groups)
+
+    @cached_property
+    def bounds(self) -> IndexArray:
+        """Where each group's channels start, and the end of the last ``[G + 1]``."""
+        return np.array([0, *(g.stop for g in self.groups)], dtype=np.int64)
+
+    @cached_property
     def unit_size(self) -> IndexArray:
         """Channels of each unit: ``[U]``."""
         return np.bincount(self.unit, minlength=self.n_units)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.tiles import NONE
 from ..plan.bind import Block, blocks
-from ..plan.flat import IndexArray, Kept, Shapes
+from ..plan.flat import IndexArray, Kept
 from ..plan.types import Axis, Plan, TensorMap, groups_left
 from .layout import Layout
 
@@ -35,23 +35,22 @@ class Gathering:
     """
 
     def __init__(self, plan: Plan, layout: Layout, kept: Kept, sizes: IndexArray) -> None:
-        self.plan, self.layout, self.kept = plan, layout, kept
-        shapes: Shapes = plan.shapes
-        self.sizes = sizes
-        self.shapes = shapes.tuples(sizes)
-        dense = layout.dense(sizes)
-        self.strides = shapes.tuples(dense)  # of plain tensors
-        none = np.full((len(sizes), 2), NONE)
-        self.before = np.concatenate([layout.tiles(shapes.sizes, layout.dense(shapes.sizes)), none], axis=1)
+        self.plan, self.layout, self.kept, self.sizes = plan, layout, kept, sizes
+        self.strides = layout.dense(sizes)  # of plain tensors
+        self.before = layout.whole
         starts, counts = np.append(kept.bounds[:-1], 0), np.append(kept.counts, 0)
-        full = counts == np.append(plan.vectors.lengths, 0)
+        starts[counts == np.append(plan.vectors.lengths, 0)] = NONE
         self._sides = np.stack([layout.rows, layout.columns], axis=1)
-        lists = np.where(full[self._sides], NONE, starts[self._sides])
-        self.after = np.concatenate([layout.tiles(sizes, dense), lists], axis=1)
-        self.plain = layout.plain.tolist()
+        self.after = np.concatenate([layout.tiles(sizes, self.strides), starts[self._sides]], axis=1)
         self._index = [kept.local.astype(np.int32)]  # lists of indices, by offset; of what every vector keeps first
         self._length = len(self._index[0])
         self.lists: dict[tuple[int, int, int], tuple[int, int]] = {}
+
+    def rows(self, of: IndexArray, numbers: IndexArray) -> list[list[int]]:
+        """What ``sizes`` or ``strides [T, D]`` say of these tensors."""
+        ndim = self.plan.shapes.ndim[numbers]
+        rows: list[list[int]] = of[numbers].tolist()
+        return [row[:n] for row, n in zip(rows, ndim.tolist(), strict=True)]
 
     def index(self) -> Tensor:
         """All lists that the tables made so far point into: int32."""
@@ -97,7 +96,7 @@ def pairs(
     smaller = TensorMap(
         tensor.name,
         tensor.is_parameter,
-        gathering.shapes[number],
+        tuple(gathering.rows(gathering.sizes, np.array([number]))[0]),
         groups_left(tensor, left),
         tensor.whole_groups,
         axes,

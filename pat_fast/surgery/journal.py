@@ -6,19 +6,22 @@ are as large as it was. The last batch keeps its old tensors; its new ones are a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..backends import runner
 from ..errors import SurgeryError
+from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
 from ..plan.flat import IndexArray
 from .gather import Gathering, Pair, Row, pairs
 from .layout import dense_strides
+from .put import Blanks, blank_like, is_alone, set_tensor
 
 ROOM = 64 * 2**20
 """Bytes that a prune may take beside the model where speed counts more than memory, in place of its largest tensor's.
@@ -32,132 +35,165 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # d
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
 
 
-@dataclass(slots=True, eq=False)
-class Move:
-    """A tensor that is to be cut.
+class Moves:
+    """Tensors that are to be cut, side by side.
 
     Attributes:
-        number: of the plan's tensor that it is laid out as.
-        old: the tensor as it is, until it is let go of.
-        put: puts another in its place.
-        cut: makes the new tensor, where the old one is of another shape than the plan's.
-        holders: tensors that share its memory and are known here.
+        numbers: of the plan's tensors that they are laid out as.
+        olds: the tensors as they are, until they are let go of.
+        holders, keys: where each stands: the data of a tensor, whose key is None, or an entry of a dict or a list.
+        made: what makes the new tensor, by the place of one that is of another shape than the plan's.
+        nodes: the gradient accumulators of tensors that have some, by the ``id`` of the tensor, until they are dropped.
+        blanks: empty tensors of other dtypes, by device and dtype.
     """
 
-    number: int
-    old: Tensor | None
-    put: Callable[[Tensor], object]
-    cut: Callable[[], Tensor] | None = None
-    holders: int = 1
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.olds: list[Tensor | None] = []
+        self.holders: list[Any] = []
+        self.keys: list[Any] = []
+        self.made: dict[int, Callable[[], Tensor]] = {}
+        self.nodes: dict[int, Any] = {}
+        self.blanks: Blanks = {}
 
-    @property
-    def frees(self) -> bool:
-        """Whether its memory is free when it is let go of, and can be laid out again as it was."""
-        old = self.old
-        if self.cut is not None or old is None or old.is_neg() or old.is_conj():
+    def add(self, numbers: Iterable[int], olds: Iterable[Tensor], holders: Iterable[Any], keys: Iterable[Any]) -> None:
+        """Take up some more."""
+        self.numbers.extend(numbers)
+        self.olds.extend(olds)
+        self.holders.extend(holders)
+        self.keys.extend(keys)
+
+    def put(self, place: int, new: Tensor) -> None:
+        """Let ``new`` stand where the tensor of this place stood."""
+        holder, key = self.holders[place], self.keys[place]
+        if key is not None:
+            holder[key] = new
+            return
+        node = self.nodes.pop(id(holder), None)  # it is dropped now
+        if node is None and is_alone(holder):
+            holder.data = new
+            return
+        kind = new.device, new.dtype
+        if kind not in self.blanks:
+            self.blanks[kind] = blank_like(new)
+        set_tensor(holder, new, None, self.blanks[kind], node)
+
+    def frees(self, place: int) -> bool:
+        """Whether the memory of a tensor is free when it is let go of, and can be laid out again as it was."""
+        old = self.olds[place]
+        if place in self.made or old is None or old.is_neg() or old.is_conj():
             return False
         storage = old.untyped_storage()
+        known = 2 if self.keys[place] is None else 1  # tensors that share its memory and are known here
         return (
             storage.nbytes() == old.nbytes
-            and _use_count(storage._cdata) <= self.holders + 1
+            and _use_count(storage._cdata) <= known + 1
             and dense_strides(old.shape, old.stride()) == old.stride()
         )
 
 
 class Copy:
-    """The copies of tensors of one device and dtype."""
+    """The copies of tensors of one device and dtype.
 
-    def __init__(self, gathering: Gathering) -> None:
-        self._gathering = gathering
-        self._moves: list[Move] = []
-        self._xs: list[Tensor] = []
+    Args:
+        gathering: says what stays of them.
+        moves: the tensors.
+        places: which of them.
+    """
+
+    def __init__(self, gathering: Gathering, moves: Moves, places: list[int]) -> None:
+        self._gathering, self._moves, self._places = gathering, moves, places
+        self._numbers = np.array([moves.numbers[place] for place in places], dtype=np.int64)
         self._outs: list[Tensor] = []  # what stays of each; then what goes of all, if that is copied
         self._layouts: list[tuple[torch.Size, tuple[int, ...]]] = []
-        self._plain: list[int] = []  # tensors of the plan ...
-        self._places: list[int] = []  # ... and where they stand in the lists above
+        self._plain: IndexArray = np.zeros(0, dtype=np.int64)  # places of tensors that are one dense tile
         self._odd: list[Pair] = []
         self._odd_gone: list[Pair] = []
         self._tables: tuple[IndexArray, IndexArray, Tensor] | None = None
 
-    def add(self, move: Move) -> None:
-        """Plan a copy."""
-        gathering, number, place, source = self._gathering, move.number, len(self._xs), move.old
-        assert source is not None
-        if source.is_neg() or source.is_conj():
-            source = source.resolve_neg().resolve_conj()
-        stride, shape = source.stride(), gathering.shapes[number]
-        plain = gathering.plain[number] and stride == gathering.layout.strides[number]
-        strides = gathering.strides[number] if plain else dense_strides(shape, stride)
-        # No name here for what is new: the traceback of an error would keep it.
-        self._outs.append(torch.empty_strided(shape, strides, dtype=source.dtype, device=source.device))
-        if plain:
-            self._plain.append(number)
-            self._places.append(place)
-        else:
-            for stays, pair in pairs(gathering, number, place, stride, strides):
-                (self._odd if stays else self._odd_gone).append(pair)
-        self._xs.append(source)
-        self._moves.append(move)
-
     def run(self, lets_go: bool) -> None:
         """Copy what stays of the tensors, and what goes of them if they are to be let go of."""
+        xs: list[Any] = [self._moves.olds[place] for place in self._places]
+        if any(map(Tensor.is_neg, xs)) or (xs[0].is_complex() and any(map(Tensor.is_conj, xs))):
+            xs = [x.resolve_neg().resolve_conj() for x in xs]
+        self._lay_out(xs)
         before, after = self._kept()
         if lets_go:
             sources, targets, length = self._gone()
             before, after = np.concatenate([before, sources]), np.concatenate([after, targets])
-            self._layouts = [(x.shape, x.stride()) for x in self._xs]
-            self._outs.append(self._xs[0].new_empty(length))
+            self._layouts = [(x.shape, x.stride()) for x in xs]
+            self._outs.append(xs[0].new_empty(length))
         index = self._gathering.index()
         self._tables = before, after, index
-        xs, self._xs = self._xs, []
         # The tables were made from the plan and from tensors that were held against it just now: the public
-        # wrapper's checks of each tensor would say the same again.
-        torch.ops.pat_fast.channel_compact.default(
-            self._outs, xs, torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device)
-        )
+        # wrapper's checks of each tensor would say the same again. Nor has anyone seen the new tensors yet.
+        plain = xs[0].device.type == "cpu" and not is_watched()
+        compact = runner("channel_compact", "cpu") if plain else torch.ops.pat_fast.channel_compact.default
+        compact(self._outs, xs, torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device))
+
+    def _lay_out(self, xs: list[Tensor]) -> None:
+        """Make the new tensors, and note which have one tile, and the tiles of the others."""
+        gathering, numbers = self._gathering, self._numbers
+        layout = gathering.layout
+        shapes, dense = gathering.rows(gathering.sizes, numbers), gathering.rows(gathering.strides, numbers)
+        plain = layout.plain[numbers]
+        strides = list(map(Tensor.stride, xs))
+        expected = [layout.strides[number] for number in numbers.tolist()]
+        if strides != expected:
+            plain &= [a == b for a, b in zip(strides, expected, strict=True)]
+        for place in np.flatnonzero(~plain).tolist():
+            dense[place] = list(dense_strides(shapes[place], strides[place]))
+            for stays, pair in pairs(gathering, int(numbers[place]), place, strides[place], tuple(dense[place])):
+                (self._odd if stays else self._odd_gone).append(pair)
+        self._plain = np.flatnonzero(plain)
+        make = partial(torch.empty_strided, dtype=xs[0].dtype, device=xs[0].device)
+        # No name here for what is new: the traceback of an error would keep it.
+        self._outs = list(map(xs[0].new_empty_strided if type(xs[0]) is Tensor else make, shapes, dense))
 
     def put(self, lets_go: bool) -> None:
         """Put what stays in the places of the tensors."""
-        for move, new in zip(self._moves, self._outs, strict=not lets_go):
-            move.put(new)
+        moves = self._moves
+        for place, new in zip(self._places, self._outs, strict=not lets_go):
+            moves.put(place, new)
             if lets_go:
-                move.old = None
+                moves.olds[place] = None
 
     def back(self) -> None:
         """Make the tensors that were let go of again, of what stayed of them and what went."""
-        lost = {place: move for place, move in enumerate(self._moves) if move.old is None}
+        lost = {at: place for at, place in enumerate(self._places) if self._moves.olds[place] is None}
         if not lost:
             return
         assert self._tables is not None
         made, like = {}, self._outs[0]
-        for place in lost:
-            shape, stride = self._layouts[place]
-            made[place] = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
+        for at in lost:
+            shape, stride = self._layouts[at]
+            made[at] = torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)
         before, after, index = self._tables
         for source, target in zip(before.tolist(), after.tolist(), strict=True):
             if source[0] in made:
                 _put_back(_view(made[source[0]], source), _view(self._outs[target[0]], target), target, index)
-        for place, move in lost.items():
-            move.old = made[place]
+        for at, place in lost.items():
+            self._moves.olds[place] = made[at]
 
     def _kept(self) -> tuple[IndexArray, IndexArray]:
         """The two tables of what stays."""
-        tables = []
+        tables, numbers = [], self._numbers[self._plain]
         for side, tiles in enumerate((self._gathering.before, self._gathering.after)):
-            table = np.zeros((len(self._plain) + len(self._odd), WIDTH), dtype=np.int64)
-            table[: len(self._plain), 0] = self._places
-            table[: len(self._plain), 2:] = tiles[self._plain]
+            table = np.zeros((len(numbers) + len(self._odd), WIDTH), dtype=np.int64)
+            table[: len(numbers), 0] = self._plain
+            table[: len(numbers), 2:] = tiles[numbers]
             if self._odd:
-                table[len(self._plain) :] = [pair[side] for pair in self._odd]
+                table[len(numbers) :] = [pair[side] for pair in self._odd]
             tables.append(table)
         return tables[0], tables[1]
 
     def _gone(self) -> tuple[IndexArray, IndexArray, int]:
         """The two tables of what goes, which is laid end to end, and how long it is."""
-        plain = np.zeros((2, 2 * len(self._plain), WIDTH), dtype=np.int64)
-        plain[0, :, 0] = np.repeat(self._places, 2)
-        plain[0, :, 2:] = np.repeat(self._gathering.before[self._plain], 2, axis=0)
-        plain[1, :, 2:] = self._gathering.gone[self._plain].reshape(-1, WIDTH - 2)
+        numbers = self._numbers[self._plain]
+        plain = np.zeros((2, 2 * len(numbers), WIDTH), dtype=np.int64)
+        plain[0, :, 0] = np.repeat(self._plain, 2)
+        plain[0, :, 2:] = np.repeat(self._gathering.before[numbers], 2, axis=0)
+        plain[1, :, 2:] = self._gathering.gone[numbers].reshape(-1, WIDTH - 2)
         odd = np.array(self._odd_gone, dtype=np.int64).reshape(len(self._odd_gone), 2, WIDTH).swapaxes(0, 1)
         sources, targets = np.concatenate([plain, odd], axis=1)
         length = targets[:, 2:5].prod(1)
@@ -194,42 +230,43 @@ class Batch:
     Args:
         gathering: says what stays of them.
         moves: the tensors.
+        places: which of them.
         lets_go: whether the old tensors are let go of; they are made again if need be.
     """
 
-    def __init__(self, gathering: Gathering, moves: list[Move], lets_go: bool) -> None:
-        self._gathering, self._moves, self._lets_go = gathering, moves, lets_go
-        self._copies: dict[tuple[torch.device, torch.dtype], Copy] = {}
+    def __init__(self, gathering: Gathering, moves: Moves, places: Sequence[int], lets_go: bool) -> None:
+        self._gathering, self._moves, self._places, self._lets_go = gathering, moves, places, lets_go
+        self._copies: list[Copy] = []
 
     def cut(self) -> None:
         """Make the new tensors, then put them in the places of the old ones."""
-        for move in self._moves:
-            if move.cut is None:
-                assert move.old is not None
-                key = move.old.device, move.old.dtype
-                copy = self._copies.get(key)
-                if copy is None:
-                    copy = self._copies[key] = Copy(self._gathering)
-                copy.add(move)
-        for copy in self._copies.values():
+        moves = self._moves
+        kinds: dict[Any, list[int]] = {}
+        for place in self._places:
+            if place not in moves.made:
+                old: Any = moves.olds[place]
+                kinds.setdefault((old.device, old.dtype), []).append(place)
+        self._copies = [Copy(self._gathering, moves, places) for places in kinds.values()]
+        for copy in self._copies:
             copy.run(self._lets_go)
-        for move in self._moves:
-            if move.cut is not None:
-                move.put(move.cut())
-        for copy in self._copies.values():
+        for place in self._places if moves.made else ():
+            if place in moves.made:
+                moves.put(place, moves.made[place]())
+        for copy in self._copies:
             copy.put(self._lets_go)
 
     def back(self) -> None:
         """Put the old tensors in their places, however many of them have been replaced."""
-        for copy in self._copies.values():
+        for copy in self._copies:
             copy.back()
-        for move in self._moves:
-            assert move.old is not None
-            move.put(move.old)
+        for place in self._places:
+            old = self._moves.olds[place]
+            assert old is not None
+            self._moves.put(place, old)
         self._copies.clear()
 
 
-def batches(gathering: Gathering, moves: list[Move], room: int) -> list[Batch]:
+def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
     """The batches in which to cut these tensors.
 
     Args:
@@ -239,28 +276,31 @@ def batches(gathering: Gathering, moves: list[Move], room: int) -> list[Batch]:
     Raises:
         SurgeryError: a dtype that cannot be moved.
     """
-    olds: list[Any] = [move.old for move in moves]
+    olds: list[Any] = moves.olds
     for dtype in {old.dtype for old in olds}:
         if dtype.itemsize not in INTEGERS:
             raise SurgeryError(f"expected elements of {(*INTEGERS,)} bytes, got {dtype}; convert the model first")
-    counts = gathering.sizes.prod(1)[[move.number for move in moves]]
+    counts = gathering.sizes.prod(1)[moves.numbers]
     left = counts * np.array([old.itemsize for old in olds], dtype=np.int64)
     size_of = [old.nbytes for old in olds]
-    del olds
     largest = max(size_of, default=0)
+    everything = range(len(size_of))
     if left.sum() <= max(room, largest):
-        return [Batch(gathering, moves, lets_go=False)]
-    extra = np.where([move.frees for move in moves], left, 0)  # of what frees nothing the old tensor may as well stay
+        return [Batch(gathering, moves, everything, lets_go=False)]
+    # Of what frees nothing the old tensor may as well stay.
+    extra = np.where([moves.frees(place) for place in everything], left, 0)
     smallest_first = np.argsort(extra, kind="stable")
     stay = set(smallest_first[np.cumsum(extra[smallest_first]) <= max(room, largest)].tolist())
-    found: list[list[Move]] = [[]]
+    found: list[list[int]] = [[]]
     size = 0
-    for number, move in enumerate(moves):
-        if number not in stay:
-            size += size_of[number]
+    for place in everything:
+        if place not in stay:
+            size += size_of[place]
             if size > max(min(STEP, room), largest):
                 found.append([])
-                size = size_of[number]
-            found[-1].append(move)
-    last = [moves[number] for number in sorted(stay)]
-    return [*(Batch(gathering, some, lets_go=True) for some in found), Batch(gathering, last, lets_go=False)]
+                size = size_of[place]
+            found[-1].append(place)
+    return [
+        *(Batch(gathering, moves, some, lets_go=True) for some in found),
+        Batch(gathering, moves, sorted(stay), lets_go=False),
+    ]

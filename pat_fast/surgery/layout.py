@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ops.tiles import NONE
 from ..plan.flat import IndexArray
 from ..plan.types import Plan, is_grouped
 
@@ -67,6 +68,7 @@ class Layout:
     """How the tensors of a plan lie in memory, a row for each ``[T]``.
 
     Attributes:
+        sizes: of the tensors, as the plan has them ``[T, D]``.
         strides: of the tensors.
         plain: whether a tensor is one dense tile.
         places: dimensions that its rows, columns and kernel end with, and sizes of columns and kernel ``[T, 5]``;
@@ -75,6 +77,7 @@ class Layout:
         rows, columns: the channel vectors of both, the number of vectors for none.
     """
 
+    sizes: IndexArray
     strides: list[tuple[int, ...]]
     plain: NDArray[np.bool_]
     places: IndexArray
@@ -87,6 +90,7 @@ class Layout:
         """The layout of tensors with these strides."""
         n, width = plan.shapes.sizes.shape
         made = cls(
+            plan.shapes.sizes,
             strides,
             np.zeros(n, dtype=np.bool_),
             np.zeros((n, 5), dtype=np.int64),
@@ -119,34 +123,53 @@ class Layout:
 
     def dense(self, sizes: IndexArray) -> IndexArray:
         """Strides of dense tensors of ``sizes [T, D]`` in the same order of dimensions ``[T, D]``."""
-        ordered = np.maximum(np.take_along_axis(sizes, self.order, 1), 1)
+        ordered = np.maximum(sizes.reshape(-1)[self._ordered], 1)
         steps = np.ones_like(ordered)
         steps[:, :-1] = np.cumprod(ordered[:, :0:-1], axis=1)[:, ::-1]
         strides = np.empty_like(steps)
-        np.put_along_axis(strides, self.order, steps, 1)
+        strides.reshape(-1)[self._ordered] = steps
         return strides
+
+    @cached_property
+    def _ordered(self) -> IndexArray:
+        """Where the dimensions by descending stride stand in all sizes ``[T, D]``, laid end to end."""
+        number, width = self.order.shape
+        return self.order + width * np.arange(number)[:, None]
 
     def tiles(self, sizes: IndexArray, strides: IndexArray) -> IndexArray:
         """Sizes and strides ``[T, 6]`` of the tiles of tensors of these sizes and strides ``[T, D]``."""
-        number = np.arange(len(sizes))
-        rows, columns, kernel, of_columns, of_kernel = self.places.T
-        is_axis = of_columns == 0
-        return np.stack(
-            [
-                sizes[number, rows],
-                np.where(is_axis, sizes[number, columns], of_columns),
-                of_kernel,
-                strides[number, rows],
-                np.where(columns < 0, 1, strides[number, columns]),
-                np.where(kernel < 0, 1, strides[number, kernel]),
-            ],
-            axis=1,
-        )
+        picked, fixed = self._picked
+        return np.concatenate([sizes.reshape(-1), strides.reshape(-1), fixed])[picked]
+
+    @cached_property
+    def _picked(self) -> tuple[IndexArray, IndexArray]:
+        """Where the entries of :meth:`tiles` stand in all sizes, all strides and what is given second."""
+        number, width = self.order.shape
+        rows, columns, kernel, of_columns, _ = self.places.T
+        first = width * np.arange(number)
+        strides, fixed = number * width + first, 2 * number * width + np.arange(number)
+        one = np.full(number, 2 * number * (width + 1))
+        picked = [
+            first + rows,
+            np.where(of_columns == 0, first + columns, fixed),
+            fixed + number,
+            strides + rows,
+            np.where(columns < 0, one, strides + columns),
+            np.where(kernel < 0, one, strides + kernel),
+        ]
+        return np.stack(picked, axis=1), np.append(self.places[:, 3:].T.reshape(-1), 1)
+
+    @cached_property
+    def whole(self) -> IndexArray:
+        """Sizes and strides of the tiles of the tensors as they are, and that they have no lists ``[T, 8]``."""
+        none = np.full((len(self.sizes), 2), NONE)
+        return np.concatenate([self.tiles(self.sizes, self.dense(self.sizes)), none], axis=1)
 
     def smaller(self, before: Plan, after: Plan, strides: list[tuple[int, ...]]) -> Layout:
         """The layout after a prune, of tensors with these ``strides``, given for all of the plan ``before`` it."""
         kept = after.shapes.rows
         made = Layout(
+            after.shapes.sizes,
             [strides[i] for i in kept.tolist()],
             self.plain[kept],
             self.places[kept],

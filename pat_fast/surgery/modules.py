@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
 from ..plan import recurrent
 from ..plan.bind import Binding
-from ..plan.types import Kept, Width
+from ..plan.types import IndexArray, Kept, Plan, Width
 
 Change = tuple[Any, str, Any]  # module (or an object that it keeps), attribute, new value
 Shape = tuple[int, ...]
+
+
+class Source(NamedTuple):
+    """Where a size stands: in dimension ``dim`` of a tensor, nowhere (1) if that is None.
+
+    It is that, times the groups of the convolution if ``grouped``, divided by ``per``.
+    """
+
+    dim: int | None
+    grouped: bool = False
+    per: int = 1
 
 
 @dataclass(frozen=True)
 class SizeRule:
     """The attributes of a kind of layer that are sizes, and what they say of its tensors.
 
-    ``from_tensor(module, local, shape, groups)`` are the attributes that follow from its tensor ``local`` having that
-    shape; ``shape(module, attributes, local)`` is the shape of tensor ``local``, None if they do not tell.
+    ``sources(module, local)`` says which attributes follow from its tensor ``local``, and how;
+    ``shape(module, attributes, local)`` is the shape of that tensor, None if they do not tell.
     """
 
     attributes: tuple[str, ...]
-    from_tensor: Callable[[Any, str, Shape, int], dict[str, Any]]
+    sources: Callable[[Any, str], dict[str, Source]]
     shape: Callable[[Any, dict[str, Any], str], Shape | None]
 
+    def from_tensor(self, module: nn.Module, local: str, shape: Shape, groups: int) -> dict[str, int]:
+        """The attributes that follow from the tensor ``local`` of ``module`` having that shape."""
+        return {
+            name: (1 if s.dim is None else shape[s.dim]) * (groups if s.grouped else 1) // s.per
+            for name, s in self.sources(module, local).items()
+        }
 
-def _conv_sizes(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
+
+def _conv_sources(module: Any, local: str) -> dict[str, Source]:
     if local != "weight":
         return {}
-    if module.transposed:
-        return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
-    return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
+    entering, leaving = ("out_channels", "in_channels") if module.transposed else ("in_channels", "out_channels")
+    return {entering: Source(1, grouped=True), leaving: Source(0), "groups": Source(None, grouped=True)}
 
 
 def _conv_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
@@ -59,23 +78,23 @@ def _vector_shape(attribute: str) -> Callable[[Any, dict[str, Any], str], Shape 
     return shape
 
 
-def _nothing(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
+def _nothing(module: Any, local: str) -> dict[str, Source]:
     return {}  # normalisation layers follow their plan's widths: they may have no weight
 
 
-def _dimensions(**of: tuple[str, int]) -> Callable[[Any, str, Shape, int], dict[str, Any]]:
+def _dimensions(**of: tuple[str, int]) -> Callable[[Any, str], dict[str, Source]]:
     """Attributes that are each the size of a dimension of a tensor."""
 
-    def sizes(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
-        return {attribute: shape[dim] for attribute, (name, dim) in of.items() if name == local}
+    def sources(module: Any, local: str) -> dict[str, Source]:
+        return {attribute: Source(dim) for attribute, (name, dim) in of.items() if name == local}
 
-    return sizes
+    return sources
 
 
-def _recurrent_sizes(module: Any, local: str, shape: Shape, groups: int) -> dict[str, Any]:
+def _recurrent_sources(module: Any, local: str) -> dict[str, Source]:
     if local == "weight_ih_l0":
-        return {"input_size": shape[1], "hidden_size": shape[0] // recurrent.gates(module)}
-    return {"proj_size": shape[0]} if local == "weight_hr_l0" else {}
+        return {"input_size": Source(1), "hidden_size": Source(0, per=recurrent.gates(module))}
+    return {"proj_size": Source(0)} if local == "weight_hr_l0" else {}
 
 
 def _recurrent_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
@@ -100,7 +119,7 @@ def _cell_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
 
 
 SIZES: dict[type[nn.Module], SizeRule] = {
-    nn.modules.conv._ConvNd: SizeRule(("in_channels", "out_channels", "groups"), _conv_sizes, _conv_shape),
+    nn.modules.conv._ConvNd: SizeRule(("in_channels", "out_channels", "groups"), _conv_sources, _conv_shape),
     nn.Linear: SizeRule(
         ("in_features", "out_features"),
         _dimensions(in_features=("weight", 1), out_features=("weight", 0)),
@@ -111,7 +130,7 @@ SIZES: dict[type[nn.Module], SizeRule] = {
         _dimensions(num_embeddings=("weight", 0), embedding_dim=("weight", 1)),
         lambda module, sizes, local: (sizes["num_embeddings"], sizes["embedding_dim"]) if local == "weight" else None,
     ),
-    nn.RNNBase: SizeRule(("input_size", "hidden_size", "proj_size"), _recurrent_sizes, _recurrent_shape),
+    nn.RNNBase: SizeRule(("input_size", "hidden_size", "proj_size"), _recurrent_sources, _recurrent_shape),
     nn.RNNCellBase: SizeRule(
         ("input_size", "hidden_size"),
         _dimensions(input_size=("weight_ih", 1), hidden_size=("weight_hh", 1)),
@@ -157,18 +176,15 @@ def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Ch
     plan = binding.plan
     if kept.vectors is not plan.vectors:
         kept = Kept(kept.keep, plan.vectors)
-    modules = binding.modules if model is binding.model else dict(model.named_modules(remove_duplicate=False))
+    table, own = tabulate(binding), model is binding.model
+    modules = binding.modules if own else dict(model.named_modules(remove_duplicate=False))
+    holders = table.holders if own else [modules[path] for path in table.paths]
     sizes, groups = plan.shapes.left(kept)
-    changed = (sizes != plan.shapes.sizes).any(1).tolist()
-    shapes, blocks = plan.shapes.tuples(sizes), groups.tolist()
-    changes: list[Change] = []
-    for number, path, local, rule in tabulate(binding).tensors:
-        if changed[number]:
-            module = modules[path]
-            values = rule.from_tensor(module, local, shapes[number], blocks[number])
-            changes += [(module, name, value) for name, value in values.items() if getattr(module, name) != value]
-    counts, place = kept.counts.tolist(), plan.vectors.number
-    widths = [(modules[w.module], w, counts[place[id(w.channels)]]) for w in plan.widths]
+    wanted = zip(holders, table.attributes, *table.values(plan, kept, sizes, groups), strict=True)
+    changes = [(m, name, value) for m, name, value, may in wanted if may and getattr(m, name) != value]
+    counts, place = kept.counts, plan.vectors.number
+    rest = [plan.widths[i] for i in table.rest]
+    widths = [(modules[w.module], w, int(counts[place[id(w.channels)]])) for w in rest]
     return changes + [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
 
 
@@ -177,14 +193,66 @@ class Ruled:
     """Where the modules of a binding keep sizes.
 
     Attributes:
-        tensors: (tensor of the plan, module, name in it, rule) wherever a size follows from a tensor.
+        tensors: (tensor of the plan, module, attribute, source) wherever a size follows from a tensor.
         unruled: modules and attributes of the plan's widths that no rule knows.
         rules: that were known then; others may be registered since.
+        paths, holders, attributes: the modules that keep a size, and where: first those that follow from a tensor, then
+            those that follow from the channels of a width.
+        rest: places of the widths that one attribute shares, or that stand in a tuple or in an object of a module.
     """
 
-    tensors: list[tuple[int, str, str, SizeRule]]
+    tensors: list[tuple[int, str, str, Source]]
     unruled: list[tuple[nn.Module, str]]
     rules: dict[type[nn.Module], SizeRule]
+    paths: list[str]
+    holders: list[nn.Module]
+    attributes: list[str]
+    rest: list[int]
+    _sources: IndexArray  # of each size that follows from a tensor: which, dimension (or -1), grouped, per
+    _widths: IndexArray  # of each that follows from a width: its vector, per
+
+    @classmethod
+    def of(
+        cls,
+        binding: Binding,
+        tensors: list[tuple[int, str, str, Source]],
+        unruled: list[tuple[nn.Module, str]],
+        rules: dict[type[nn.Module], SizeRule],
+    ) -> Ruled:
+        """Put what follows from tensors and from the plan's widths side by side."""
+        plan, place = binding.plan, binding.plan.vectors.number
+        times = Counter((w.module, w.attribute) for w in plan.widths)
+        plain = [w.index is None and "." not in w.attribute and times[w.module, w.attribute] == 1 for w in plan.widths]
+        single = [w for w, yes in zip(plan.widths, plain, strict=True) if yes]
+        paths = [path for _, path, _, _ in tensors] + [w.module for w in single]
+        sources = [(i, -1 if s.dim is None else s.dim, s.grouped, s.per) for i, _, _, s in tensors]
+        widths = [(place[id(w.channels)], w.per) for w in single]
+        return cls(
+            tensors,
+            unruled,
+            rules,
+            paths,
+            [binding.modules[path] for path in paths],
+            [name for _, _, name, _ in tensors] + [w.attribute for w in single],
+            [i for i, yes in enumerate(plain) if not yes],
+            np.array(sources, dtype=np.int64).reshape(len(sources), 4),
+            np.array(widths, dtype=np.int64).reshape(len(widths), 2),
+        )
+
+    def values(
+        self, plan: Plan, kept: Kept, sizes: IndexArray, groups: IndexArray
+    ) -> tuple[list[int], list[bool]]:
+        """What the attributes must be when tensors of these ``sizes [T, D]`` and ``groups [T]`` are left.
+
+        And whether they may have changed.
+        """
+        number, dim, grouped, per = self._sources.T
+        size = np.where(dim < 0, 1, sizes[number, dim])  # dimension -1 is looked up and not used
+        of_tensors = size * np.where(grouped, groups[number], 1) // per
+        smaller = (sizes != plan.shapes.sizes).any(1)[number]
+        vector, per = self._widths.T
+        values = [*of_tensors.tolist(), *(kept.counts[vector] // per).tolist()]
+        return values, [*smaller.tolist(), *[True] * len(vector)]
 
 
 def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
@@ -199,27 +267,29 @@ def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
 
 
 def _tabulate(binding: Binding) -> Ruled:
-    found = Ruled([], [], dict(SIZES))
+    tensors: list[tuple[int, str, str, Source]] = []
+    unruled: list[tuple[nn.Module, str]] = []
     for number, tensor in enumerate(binding.plan.tensors):
         for name in binding.aliases(tensor.name):
             path, _, local = as_published(name).rpartition(".")
             module = binding.modules[path]
             rule = rule_of(module)
-            if rule is not None and rule.from_tensor is _conv_sizes and module.groups > tensor.groups == 1:
+            if rule is not None and rule.sources is _conv_sources and module.groups > tensor.groups == 1:
                 continue  # the weight of a grouped convolution is computed from this one: the plan's widths tell
-            if rule is not None and rule.from_tensor is not _nothing:
-                found.tensors.append((number, path, local, rule))
+            if rule is not None:
+                tensors += [(number, path, name, source) for name, source in rule.sources(module, local).items()]
     for width in binding.plan.widths:
         rule = rule_of(binding.modules[width.module])
         if rule is None or width.attribute not in rule.attributes:
-            found.unruled.append((binding.modules[width.module], width.attribute))
-    return found
+            unruled.append((binding.modules[width.module], width.attribute))
+    return Ruled.of(binding, tensors, unruled, dict(SIZES))
 
 
 def _follow(before: Ruled, binding: Binding) -> Ruled:
     rows = binding.plan.shapes.rows
     number = dict(zip(rows.tolist(), range(len(rows)), strict=True))
-    return Ruled([(number[i], *rest) for i, *rest in before.tensors if i in number], before.unruled, before.rules)
+    tensors = [(number[i], *rest) for i, *rest in before.tensors if i in number]
+    return Ruled.of(binding, tensors, before.unruled, before.rules)
 
 
 def as_published(name: str) -> str:
@@ -273,12 +343,18 @@ def attributes_from_widths(widths: Iterable[tuple[nn.Module, Width, int]]) -> li
 
 def apply_changes(changes: list[Change], undo: list[Change]) -> None:
     """Set the attributes; what they were is appended to ``undo`` first."""
+    plain: dict[tuple[type, str], bool] = {}
     for module, name, value in changes:
+        key = type(module), name
+        if key not in plain:
+            # nn.Module's own way takes long to find that a number is neither a tensor nor a module.
+            plain[key] = key[0].__setattr__ is nn.Module.__setattr__ and not hasattr(*key)
+        held = module.__dict__
+        if plain[key] and name in held:
+            undo.append((module, name, held[name]))
+            held[name] = value
+            continue
         now = getattr(module, name)
         undo.append((module, name, now))
-        # nn.Module's own way takes long to find that a number is neither a tensor nor a module.
-        plain = type(module).__setattr__ is nn.Module.__setattr__ and name in vars(module)
-        if plain and not hasattr(type(module), name):
-            module.__dict__[name] = value
-        elif now != value:  # an attribute that refused its new value need not take its old one
+        if now != value:  # an attribute that refused its new value need not take its old one
             setattr(module, name, value)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -114,19 +113,25 @@ class StateTensor:
 
     def put(self, parameter: Tensor, value: Tensor) -> None:
         """Let ``value`` stand in its place."""
-        self.putter(parameter)(value)
+        holder, key = self.slot(parameter)
+        holder[key] = value
 
-    def putter(self, parameter: Tensor) -> Callable[[Tensor], None]:
-        """What lets a tensor stand in its place; it does not refer to the tensor that is there now."""
-        return partial(_put, self.optimizer.state[parameter], self.key, self.place)
+    def slot(self, parameter: Tensor) -> tuple[Any, Any]:
+        """A dict or list that holds it, and under what; neither refers to the tensor that is there now."""
+        entry = self.optimizer.state[parameter]
+        return (entry, self.key) if self.place is None else (_Places(entry, self.key), self.place)
 
 
-def _put(entry: dict[str, Any], key: str, place: int | None, value: Tensor) -> None:
-    if place is None:
-        entry[key] = value
-    else:
-        held = entry[key]
-        entry[key] = type(held)(value if i == place else old for i, old in enumerate(held))
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """The list or tuple under a key, of which entries can be replaced."""
+
+    entry: dict[str, Any]
+    key: str
+
+    def __setitem__(self, place: int, value: Tensor) -> None:
+        held = self.entry[self.key]
+        self.entry[self.key] = type(held)(value if i == place else old for i, old in enumerate(held))
 
 
 def check_state(optimizers: Iterable[Optimizer]) -> None:

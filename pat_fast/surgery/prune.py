@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge, increment_version
 from torch.optim import Optimizer
 
 from ..errors import PatError, SurgeryError
@@ -24,57 +22,17 @@ from ..plan.bind import Binding
 from ..plan.types import Kept, Plan, TensorMap
 from .compiled import forget_compiled
 from .gather import Gathering
-from .journal import Batch, Move, batches
+from .journal import Batch, Moves, batches
 from .layout import Layout, dense_strides
 from .modules import Change, apply_changes, attribute_changes, tabulate
 from .optimizer import StateTensor, check_state, state_tensors
+from .put import accumulators, is_alone, set_tensor
 from .record import note_prune, restorer
 from .undo import Undo, uninterrupted
 
 __all__ = ["Smaller", "dense_strides", "prepare", "prune", "prune_checked", "set_tensor"]
 
 LAYOUT = "layout"  # what a binding keeps it under
-
-
-Blanks = dict[tuple[torch.device, torch.dtype], Tensor]
-
-
-@dataclass(slots=True, eq=False)
-class Cut:
-    """One parameter or buffer that shrinks.
-
-    Attributes:
-        grad: its gradient, which is not with it while both are of different shapes.
-        blanks: empty tensors of other dtypes, by device and dtype.
-        node: its gradient accumulator, if that is at hand.
-    """
-
-    tensor: Tensor
-    grad: Tensor | None
-    blanks: Blanks
-    node: Any = None
-
-    def detach_grad(self) -> None:
-        """Take the gradient off."""
-        self.tensor.grad = None
-
-    def attach_grad(self) -> None:
-        """Give the tensor its gradient back."""
-        if self.grad is not None:
-            self.tensor.grad = self.grad
-
-    def put_grad(self, grad: Tensor) -> None:
-        """Let the gradient be another."""
-        self.tensor.grad = None
-        self.grad = grad
-
-    def put_data(self, data: Tensor) -> None:
-        """Give the tensor other data."""
-        key = data.device, data.dtype
-        if key not in self.blanks:
-            self.blanks[key] = _blank(data)
-        node, self.node = self.node, None  # it is dropped now
-        set_tensor(self.tensor, data, None, self.blanks[key], node)
 
 
 @dataclass
@@ -84,13 +42,11 @@ class Smaller:
     Attributes:
         before: the binding before the prune.
         kept: what stayed.
-        strides: of the tensors after it.
         plan: the plan after it, if it is known.
     """
 
     before: Binding
     kept: Kept
-    strides: list[tuple[int, ...]]
     plan: Plan | None = None
 
     def __call__(self) -> Binding:
@@ -103,7 +59,8 @@ class Smaller:
         plan = before.plan.shrink(self.kept) if self.plan is None else self.plan
         smaller = Binding(plan, before.model, after=before)
         tabulate(smaller, before)
-        smaller.derived[LAYOUT] = before.derived[LAYOUT].smaller(before.plan, plan, self.strides)
+        strides = [t.stride() for t in before.tensors.values()]
+        smaller.derived[LAYOUT] = before.derived[LAYOUT].smaller(before.plan, plan, strides)
         return smaller
 
 
@@ -161,21 +118,21 @@ def prune_checked(
     """
     sizes, _ = binding.plan.shapes.left(kept)
     bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
-    cuts, moves = _cuts(bindings, sizes, kept, list(optimizers))
+    moves, cut = _moves(bindings, sizes, kept, list(optimizers))
     changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)]
     undo: list[Undo] = []
     try:
         gathering = Gathering(binding.plan, layout_of(binding), kept, sizes)
         parts = batches(gathering, moves, room)
         with uninterrupted():
-            _cut(cuts, parts, undo)
+            _cut(moves, cut, parts, undo)
             smaller = _follow(changes, bindings, kept, undo)
             forget_compiled()
             if then is not None:
                 then(smaller)
             # An interrupt that has waited is raised at the end of this block: the prune is done. What it needed may not
             # live on in the traceback.
-            for needed in (undo, parts, moves):
+            for needed in (undo, parts, moves.olds, moves.made, cut):
                 needed.clear()
     except BaseException as error:
         _take_back(undo, error)
@@ -205,20 +162,19 @@ def _take_back(undo: list[Undo], error: BaseException) -> None:
         ) from other
 
 
-def _cut(cuts: list[Cut], parts: list[Batch], undo: list[Undo]) -> None:
+def _cut(moves: Moves, cut: list[Cut], parts: list[Batch], undo: list[Undo]) -> None:
     """Cut the tensors; what takes each step back is appended to ``undo`` first."""
-    nodes = _accumulators([c.tensor for c in cuts if c.tensor.requires_grad])
-    for cut in cuts:
-        cut.node = nodes.get(id(cut.tensor))
-    with_grad = [cut for cut in cuts if cut.grad is not None]
+    tensors = [tensor for some in cut for tensor in some.tensors]
+    moves.nodes = accumulators([t for t in tensors if not is_alone(t)])
+    with_grad = [(some, i) for some in cut for i, grad in enumerate(some.grads) if grad is not None]
 
     def attach() -> None:
-        for cut in with_grad:
-            cut.attach_grad()
+        for some, i in with_grad:
+            some.tensors[i].grad = some.grads[i]
 
     undo.append(attach)
-    for cut in with_grad:
-        cut.detach_grad()
+    for some, i in with_grad:
+        some.tensors[i].grad = None
     for part in parts:
         undo.append(part.back)
         part.cut()
@@ -233,7 +189,7 @@ def _follow(changes: list[Change], bindings: list[Binding], kept: Kept, undo: li
     undo += [restorer(b.modules.values()) for b in bindings]
     for bound in bindings:
         note_prune(bound, kept)
-    return Smaller(bindings[0], kept, [t.stride() for t in bindings[0].tensors.values()])
+    return Smaller(bindings[0], kept)
 
 
 def prepare(binding: Binding) -> None:
@@ -253,10 +209,22 @@ def layout_of(binding: Binding) -> Layout:
     return known
 
 
-def _cuts(
+@dataclass(slots=True)
+class Cut:
+    """Parameters and buffers that shrink.
+
+    Attributes:
+        grads: their gradients, which are not with them while both are of different shapes.
+    """
+
+    tensors: list[Tensor]
+    grads: list[Tensor | None]
+
+
+def _moves(
     bindings: list[Binding], sizes: NDArray[np.int64], kept: Kept, optimizers: list[Optimizer]
-) -> tuple[list[Cut], list[Move]]:
-    """Those of the plan's tensors that come to have other ``sizes [T, D]``, and all that is cut with them.
+) -> tuple[Moves, list[Cut]]:
+    """All that is cut: those of the plan's tensors that come to have other ``sizes [T, D]``, and what follows them.
 
     Raises:
         PlanError: the model is not the one that the plan was made for.
@@ -266,30 +234,42 @@ def _cuts(
     for binding in bindings:
         binding.check()
     plan = bindings[0].plan
-    holders = [list(b.tensors.values()) for b in bindings]
+    every = np.flatnonzero((sizes != plan.shapes.sizes).any(1)).tolist()
+    moves, cut = Moves(), []
     seen: set[int] = set()
-    cuts: list[Cut] = []
-    moves: list[Move] = []
-    blanks: Blanks = {}
-    for number in np.flatnonzero((sizes != plan.shapes.sizes).any(1)).tolist():
-        for tensor in (held[number] for held in holders):
-            if id(tensor) in seen:  # a copy may share some
-                continue
-            seen.add(id(tensor))
-            cut = Cut(tensor, tensor.grad, blanks)
-            cuts.append(cut)
-            moves.append(Move(number, tensor.data, cut.put_data, holders=2))
-            if cut.grad is not None:
-                if cut.grad.layout != torch.strided:
-                    raise SurgeryError(
-                        f"{plan.tensors[number].name} has a sparse gradient; call zero_grad() before pruning"
-                    )
-                moves.append(Move(number, cut.grad, cut.put_grad))
-            if optimizers and isinstance(tensor, nn.Parameter):
-                for state in state_tensors(optimizers, tensor, plan.tensors[number].name):
-                    factored = partial(_gathered, plan.tensors[number], state, kept) if state.factored else None
-                    moves.append(Move(number, state.tensor, state.putter(tensor), factored))
-    return cuts, moves
+    for binding in bindings:
+        held = list(binding.tensors.values())
+        numbers = [number for number in every if id(held[number]) not in seen]  # a copy may share some
+        tensors = [held[number] for number in numbers]
+        seen.update(map(id, tensors))
+        some = Cut(tensors, [t.grad for t in tensors])
+        cut.append(some)
+        moves.add(numbers, [t.data for t in tensors], tensors, [None] * len(tensors))
+        _add_grads(moves, plan, numbers, some.grads)
+        for number, tensor in zip(numbers, tensors, strict=True) if optimizers else ():
+            if isinstance(tensor, nn.Parameter):
+                _add_states(moves, plan, number, tensor, kept, optimizers)
+    return moves, cut
+
+
+def _add_grads(moves: Moves, plan: Plan, numbers: list[int], grads: list[Tensor | None]) -> None:
+    for place, (number, grad) in enumerate(zip(numbers, grads, strict=True)):
+        if grad is not None:
+            if grad.layout != torch.strided:
+                raise SurgeryError(
+                    f"{plan.tensors[number].name} has a sparse gradient; call zero_grad() before pruning"
+                )
+            moves.add([number], [grad], [grads], [place])
+
+
+def _add_states(
+    moves: Moves, plan: Plan, number: int, parameter: nn.Parameter, kept: Kept, optimizers: list[Optimizer]
+) -> None:
+    tensor = plan.tensors[number]
+    for state in state_tensors(optimizers, parameter, tensor.name):
+        if state.factored:
+            moves.made[len(moves.numbers)] = partial(_gathered, tensor, state, kept)
+        moves.add([number], [state.tensor], *([x] for x in state.slot(parameter)))
 
 
 def _gathered(tensor: TensorMap, state: StateTensor, keep: Kept) -> Tensor:
@@ -308,54 +288,3 @@ def _gathered(tensor: TensorMap, state: StateTensor, keep: Kept) -> Tensor:
             )
         value = value.index_select(dim, torch.from_numpy(kept).to(value.device))
     return value
-
-
-def set_tensor(
-    tensor: Tensor, data: Tensor, grad: Tensor | None, blank: Tensor | None = None, node: Any = None
-) -> None:
-    """Give ``tensor`` other data and another gradient, in place: the object and its hooks stay.
-
-    While an earlier output or loss is alive, autograd keeps the tensor's gradient accumulator, which
-    remembers the old shape and would refuse the next backward. Assigning data of another dtype in between
-    makes autograd drop it. A backward of that earlier loss is refused: its graph holds the new data in the place of
-    what it was computed from. ``blank`` is an empty tensor of another dtype on ``data``'s device and ``node`` the
-    accumulator, if they are at hand.
-    """
-    if tensor.grad is not None:
-        tensor.grad = None
-    if tensor.requires_grad:
-        (get_gradient_edge(tensor).node if node is None else node).register_prehook(_refuse_backward)
-        increment_version(tensor)
-        tensor.data = _blank(data) if blank is None else blank
-    tensor.data = data
-    if grad is not None:
-        tensor.grad = grad
-
-
-class _Touch(torch.autograd.Function):
-    """Has all of its inputs' gradient accumulators as its neighbours."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        return tensors[0].new_empty(0)
-
-
-def _accumulators(tensors: list[Tensor]) -> dict[int, Any]:
-    """The gradient accumulators of leaves that require a gradient, by the leaf's ``id``, in one go."""
-    if not tensors:
-        return {}
-    with torch.enable_grad():
-        touched: Any = _Touch.apply(*tensors)
-    return {id(t): node for t, (node, _) in zip(tensors, touched.grad_fn.next_functions, strict=True)}
-
-
-def _blank(data: Tensor) -> Tensor:
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
-    return torch.empty(0, dtype=other, device=data.device)
-
-
-def _refuse_backward(grads: tuple[Tensor, ...]) -> None:
-    raise SurgeryError(
-        "backward of a loss that was computed before the model was pruned: expected it before the prune, or a new "
-        "forward after it; call step() of the pruner between the optimizer's step and the next forward"
-    )

@@ -6,6 +6,7 @@ It lies in the modules' own dictionaries, so that copies, wrappers and submodule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ Record = dict[str, Any]
 
 Of the module that was pruned also ``"prunes"``, ``"dense"`` (channels, parameters, MACs per example before the first
 prune) and ``"channels"``: for the root layer of each group ``{"of": n, "kept": [...]}``, the channels of the dense
-group that are left, in order.
+group that are left, in order. What the last prunes left of them may still lie under ``"noted"``, see :func:`_fold`.
 """
+MOST = 16  # prunes that are noted before what they left is put together
 
 
 def note_prune(binding: Binding, kept: Kept) -> None:
@@ -30,22 +32,36 @@ def note_prune(binding: Binding, kept: Kept) -> None:
     plan, model = binding.plan, binding.model
     for module, attribute in tabulate(binding).unruled:
         note_sizes(module, [attribute])
-    record = of(model)
+    record = vars(model).setdefault(KEY, {})
     if "dense" not in record:
         record["dense"] = {"channels": plan.n_channels, "params": plan.params(), "macs": plan.macs()}
     record["prunes"] = record.get("prunes", 0) + 1
-    channels: dict[str, dict[str, Any]] = record.setdefault("channels", {})
-    for group in plan.groups:
-        known, left = channels.get(group.root), kept.keep[group.start : group.stop]
-        if known is None or len(known["kept"]) != group.channels:  # a plan of another build: its own count
-            channels[group.root] = {"of": group.channels, "kept": np.flatnonzero(left).tolist()}
-        else:
-            channels[group.root] = {"of": known["of"], "kept": np.asarray(known["kept"])[left].tolist()}
+    record["noted"] = [*record.get("noted", ()), (plan.roots, plan.bounds.tolist(), kept.keep.tobytes())]
+    if len(record["noted"]) > MOST:
+        _fold(record)
+
+
+def _fold(record: Record) -> None:
+    """Put what prunes have left together with what is known: of each its groups, their bounds, and which channels."""
+    noted = record.pop("noted", ())
+    if not noted:
+        return
+    channels: dict[str, dict[str, Any]] = dict(record.get("channels", {}))
+    for roots, bounds, keep in noted:
+        kept = np.frombuffer(keep, dtype=np.bool_)
+        for root, (start, stop) in zip(roots, pairwise(bounds), strict=True):
+            known, left = channels.get(root), kept[start:stop]
+            if known is None or len(known["kept"]) != len(left):  # a plan of another build: its own count
+                channels[root] = {"of": len(left), "kept": np.flatnonzero(left).tolist()}
+            else:
+                channels[root] = {"of": known["of"], "kept": np.asarray(known["kept"])[left].tolist()}
+    record["channels"] = channels
 
 
 def of(module: nn.Module) -> Record:
     """The record of ``module``, empty at first."""
     found: Record = vars(module).setdefault(KEY, {})
+    _fold(found)
     return found
 
 
@@ -60,6 +76,7 @@ def records(model: nn.Module) -> Iterator[tuple[str, Record]]:
     """(path, record) of the modules of ``model`` that have one."""
     for name, module in model.named_modules():
         if KEY in vars(module):
+            _fold(vars(module)[KEY])
             yield name, vars(module)[KEY]
 
 

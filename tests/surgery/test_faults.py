@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 import pat_fast as pat
 from pat_fast.criteria import make_criterion
 from pat_fast.surgery import journal, prune
+from pat_fast.surgery.record import records
 from tests.helpers import Small, small_inputs
 from tests.training import Twin, adamw, check_alive, masked_equals_pruned, same, weights
 
@@ -85,7 +86,7 @@ def digest(twin: Twin) -> str:
         add(repr(module))
         for m in module.modules():
             sizes = {k: v for k, v in vars(m).items() if isinstance(v, (int, tuple)) and not k.startswith("_")}
-            add([sizes, vars(m).get("_pat_fast")])
+            add([sizes, dict(records(m)).get("")])
     add(twin.optimizers[0].state_dict())
     add([id(p) for g in twin.optimizers[0].param_groups for p in g["params"]])
     add(twin.pruner.state_dict())

@@ -233,7 +233,7 @@ class Fails(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["batches", "_cut", "set_tensor", "apply_changes", "Binding"])
+@pytest.mark.parametrize("stage", ["batches", "_cut", "put", "apply_changes", "Binding"])
 @pytest.mark.parametrize("error", [Fails, MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("room", [0, journal.ROOM])
 def test_all_or_nothing(stage: str, error: type[BaseException], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,14 +246,14 @@ def test_all_or_nothing(stage: str, error: type[BaseException], room: int, monke
     model(x).sum().backward()
     before = copy.deepcopy((model.state_dict(), [p.grad for p in model.parameters()], opt.state_dict()))
     widths = [(m.out_channels, m.in_channels) for m in (model.stem, model.inner, model.outer)]
-    module = sys.modules[prune.__module__]
+    module = journal.Moves if stage == "put" else sys.modules[prune.__module__]
     calls = 0
     real = getattr(module, stage)
 
     def failing(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == (4 if stage == "set_tensor" else 1):
+        if calls == (4 if stage == "put" else 1):
             raise error("no")
         return real(*args, **kwargs)
 
