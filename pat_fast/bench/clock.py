@@ -1,4 +1,4 @@
-"""Timing calls on one device, each from cold caches."""
+"""Timing calls on one device, from cold caches unless told otherwise."""
 
 from __future__ import annotations
 
@@ -53,10 +53,13 @@ class Clock:
     Args:
         rounds: timed calls of each function.
         mebibytes: size of that buffer; by default enough for the kind of device.
+        cold: False: before each call of :meth:`compare` comes another, untimed, instead, which warms the caches.
     """
 
-    def __init__(self, device: torch.device, rounds: int = 15, mebibytes: int | None = None) -> None:
-        self.device, self.rounds = device, rounds
+    def __init__(
+        self, device: torch.device, rounds: int = 15, mebibytes: int | None = None, *, cold: bool = True
+    ) -> None:
+        self.device, self.rounds, self.cold = device, rounds, cold
         self.is_cuda = device.type == "cuda"
         size = mebibytes or EVICT_MEBIBYTES.get(device.type, 128)
         self._buffer: Tensor = torch.zeros(size * 2**18, device=device)
@@ -72,7 +75,10 @@ class Clock:
             for name in list(sides) if i % 2 == 0 else reversed(list(sides)):
                 run = sides[name]()
                 gc.collect()
-                self.evict()
+                if self.cold:
+                    self.evict()
+                else:
+                    run()
                 taken = self._wall(run)
                 if i > 0:  # the first round warms up
                     times[name].append(taken)

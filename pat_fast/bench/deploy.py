@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ..arguments import check_choice
 from ..errors import ConfigError, PatError, check
-from ..export import export_onnx, leaves, quietly, runner
+from ..export import export_onnx, leaves, runner
 from ..measure import count_params
 from ..optional import require
+from ..quantization import convert_qat, prepare_qat
 from . import machine as machines
 from .clock import NOISY, Clock
 from .models import find
@@ -68,13 +69,15 @@ class DeploySettings:
             raise ConfigError("--deploy: expected Linux, whose /proc tells the peak of memory")
         if {"onnxruntime", "int8"} & set(self.runtimes):
             require("onnxruntime", "onnx", "--deploy")
+        if "int8" in self.runtimes:
+            require("torchao.quantization.pt2e", "qat", "--deploy: int8")
 
 
 @dataclass(frozen=True)
 class DeployRow:
     """One model in one runtime at one batch size; of each side the median wall time, its spread, the least processor
     time (all threads together), the first call (a warm-up, which is not counted) and the peak memory of a run above
-    what the process held before the model was loaded."""
+    what the process held before the model was loaded. ``disturbed`` says what ran beside the timing, or is empty."""
 
     model: str
     runtime: str
@@ -84,6 +87,7 @@ class DeployRow:
     cpu_ms: dict[str, float] = field(default_factory=dict)
     first_ms: dict[str, float] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
+    disturbed: str = ""
     problem: str = ""
 
     def ratio(self, of: str) -> float:
@@ -119,7 +123,7 @@ def deploy(settings: DeploySettings, tell: Callable[[str], None] = lambda line: 
     machine = machines.describe(torch.device("cpu"))
     rows: list[DeployRow] = []
     cost = {}
-    clock = Clock(torch.device("cpu"), settings.rounds)
+    clock = Clock(torch.device("cpu"), settings.rounds, cold=False)  # a model that serves runs again and again
     for name in settings.models:
         found = find(name, settings.inputs, settings.args, settings.small)
         if found.build is None:
@@ -181,11 +185,13 @@ def _row(
                 runs[side]()
                 row.first_ms[side] = (time.perf_counter() - start) * 1e3
                 row.peak_mib[side] = _peak(runs[side]) - before
+        watch = machines.Watch()
         with torch.inference_mode():
             wall = clock.compare({side: (lambda run=run: run) for side, run in runs.items()})  # type: ignore[misc]
             for side, sample in wall.items():
                 row.ms[side], row.spread[side] = sample.ms, sample.spread
                 row.cpu_ms[side] = _processor_ms(runs[side], clock.rounds)
+        row = replace(row, disturbed=watch.seen())
     except Exception as error:  # one runtime that fails is a finding, not the end of the run
         if not isinstance(error, (PatError, RuntimeError, OSError)):
             raise
@@ -209,42 +215,20 @@ def _made(runtime: str, model: nn.Module, inputs: list[Tensor], path: Path) -> R
 
 
 def _write(path: Path, runtime: str, model: nn.Module, inputs: list[Tensor]) -> None:
-    """The ONNX file that ``runtime`` runs, once for all batch sizes; onnxruntime is loaded by then."""
-    plain = path.with_name(path.name.replace("int8", "onnxruntime"))
-    if not plain.exists():
-        export_onnx(model, tuple(inputs), plain, exporter="torchscript", tolerance=1e-3)
-    if runtime == "int8" and not path.exists():
-        quantize(plain, path, inputs)
+    """The ONNX file that ``runtime`` runs, once for all batch sizes; onnxruntime is loaded by then.
 
-
-def quantize(plain: Path, path: Path, inputs: list[Tensor]) -> None:
-    """Quantize an ONNX file after training, calibrated on ``inputs``: enough for its latency, not for its accuracy.
-
-    Weights have 7 bits per channel, as in :func:`pat_fast.prepare_qat`.
+    Integers come as :func:`pat_fast.prepare_qat` makes them, with the ranges of ``inputs`` and no training: enough for
+    their latency, not for their accuracy.
     """
-    from onnxruntime import InferenceSession
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    names = [x.name for x in InferenceSession(str(plain), providers=["CPUExecutionProvider"]).get_inputs()]
-
-    class Once(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = [{n: x.numpy() for n, x in zip(names, inputs, strict=True)}]
-
-        def get_next(self) -> Any:
-            return self.left.pop() if self.left else None
-
-    with quietly():
-        quantize_static(
-            str(plain),
-            str(path),
-            Once(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+    if path.exists():
+        return
+    if runtime == "onnxruntime":
+        export_onnx(model, tuple(inputs), path, exporter="torchscript", tolerance=1e-3)
+        return
+    prepared = prepare_qat(model, tuple(inputs))
+    with torch.no_grad():
+        prepared(*inputs)
+    export_onnx(convert_qat(prepared), tuple(inputs), path)
 
 
 def _batch(inputs: Sequence[Tensor], size: int) -> list[Tensor]:
@@ -318,8 +302,11 @@ def render(result: DeployResult) -> str:
     out += ["", *("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in lines)]
     if any(row.spread and max(row.spread.values()) > NOISY for row in result.rows):
         out.append(f"!  noise: quartiles more than {NOISY:.0%} of the median apart; the processor time stands")
-    busy = machines.busy(result.machine)
-    return "\n".join(out + ([f"disturbed, do not quote wall times: {busy}"] if busy else []))
+    for row in result.rows:
+        if row.disturbed:
+            of = f"{row.model} {row.runtime} batch {row.batch}"
+            out.append(f"disturbed, do not quote the wall times of {of}: {row.disturbed}")
+    return "\n".join(out)
 
 
 def _where(machine: Mapping[str, Any]) -> str:

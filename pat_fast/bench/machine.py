@@ -55,6 +55,12 @@ class Watch:
     def __init__(self) -> None:
         self._start = _seconds()
 
+    def seen(self) -> str:
+        """Say what else ran since, or ""."""
+        machine = {"load": _load()}
+        self.note(machine)
+        return busy(machine)
+
     def note(self, machine: dict[str, Any]) -> None:
         """Write ``others`` and ``stolen`` into a description: cores in use on average, None if unknown."""
         now = _seconds()

@@ -37,6 +37,17 @@ def test_sides_take_turns_and_are_prepared_before_every_run() -> None:
     assert {name: len(sample.times) for name, sample in found.items()} == {"a": 3, "b": 3}
 
 
+def test_a_warm_clock_calls_once_untimed_before() -> None:
+    calls: list[float] = []
+
+    def prepare() -> Callable[[], None]:
+        return lambda: (calls.append(1.0), time.sleep(0.03 if len(calls) % 2 else 0.0))[1]
+
+    clock = Clock(torch.device("cpu"), rounds=4, mebibytes=1, cold=False)
+    assert clock.compare({"a": prepare})["a"].ms < 20  # every first call, which takes longer, is not timed
+    assert len(calls) == 2 * (1 + 4)
+
+
 def test_times_are_milliseconds_of_the_call_alone() -> None:
     clock = Clock(torch.device("cpu"), rounds=2, mebibytes=1)
     assert 20 <= clock.sample(lambda: time.sleep(0.02)).ms < 500

@@ -274,6 +274,11 @@ def test_without_the_time_of_all_processes_the_load_average_serves(
         assert machine.busy(found) == says
 
 
+def test_what_ran_beside_one_timing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_seconds", clocks((0.0, 0.0, 0.0, 0.0), (10.0, 18.0, 2.0, 14.0)))
+    assert machine.Watch().seen() == "0.40 cores used by other processes and 0.20 cores lost to other machines"
+
+
 @pytest.mark.skipif(not machine.STAT.exists(), reason="no /proc/stat")
 def test_what_this_process_uses_is_its_own() -> None:
     began, watch, found = time.monotonic(), machine.Watch(), machine.describe(torch.device("cpu"))
