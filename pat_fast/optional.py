@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from typing import Any
 
@@ -19,6 +20,8 @@ def require(module: str, extra: str, what: str) -> Any:
     Raises:
         MissingPackage: it is not installed, or does not import.
     """
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # what a package says about its own optional parts, at its import
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -28,3 +31,5 @@ def require(module: str, extra: str, what: str) -> Any:
             f"{what}: expected {module.partition('.')[0]} to be installed, got: {error}; "
             f"pip install 'pat-fast[{extra}]'"
         ) from error
+    finally:
+        logging.disable(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import pat_fast
+from pat_fast.optional import require
 
 PACKAGE = Path(pat_fast.__file__).parent
 
@@ -206,3 +208,14 @@ def test_import_is_lean(tmp_path: Path) -> None:
         assert not started
         assert not cuda
     assert min(seconds for seconds, *_ in results) < 0.150
+
+
+def test_what_an_optional_package_logs_at_its_import_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "chatty_package.py").write_text("import logging\nlogging.getLogger('chatty').warning('no GPU part')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert require("chatty_package", "none", "a test").__name__ == "chatty_package"
+    assert not caplog.records
+    logging.getLogger("chatty").warning("later it may speak")
+    assert [r.getMessage() for r in caplog.records] == ["later it may speak"]
