@@ -8,7 +8,6 @@ rank's rows, and hands them on to the rank whose chunk they are in now; no tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,17 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..criteria.group_norm import GroupNorm
-from ..errors import PatError, SurgeryError
+from ..errors import SurgeryError
 from ..plan.types import Axis, Kept, Plan, TensorMap
 from ..surgery.compiled import forget_compiled
 from ..surgery.modules import Change, apply_changes, attribute_changes
 from ..surgery.optimizer import StateTensor, check_state, state_tensors
-from ..surgery.prune import set_tensor
+from ..surgery.put import refuse_backward, set_tensor
 from ..surgery.record import note_prune, restorer
-from ..surgery.undo import Undo, uninterrupted
+from ..surgery.undo import Undo, take_back, uninterrupted
 from .peers import Peers
 from .sharded import ShardedBinding
 
+HOOKS = ("_pre_backward", "_register_root_post_backward_final_callback")
 NEEDED = ("_init_sharded_param", "_setattr_on_modules", "to_sharded_dtensor", "padded_sharded_param_size")
 
 
@@ -123,6 +123,8 @@ def prune_shards(
             attributes: list[Change] = []
             undo.append(lambda: apply_changes(list(reversed(attributes)), []))
             apply_changes(changes, attributes)
+            for state in _states(model):
+                Forwards(state).begin(undo)
             undo.append(restorer(binding.modules.values()))
             note_prune(binding, kept)
             found = ShardedBinding(smaller, model, after=binding)
@@ -130,16 +132,51 @@ def prune_shards(
             then(found)
             undo.clear()
     except BaseException as error:
-        with uninterrupted(), ExitStack() as steps:
-            for step in undo:
-                steps.callback(step)
-        if isinstance(error, PatError) or not isinstance(error, Exception):
-            raise
-        raise SurgeryError(
-            f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
-            "as they were"
-        ) from error
+        take_back(undo, error)
+        raise
     return found
+
+
+class Forwards:
+    """The forwards of a sharded module since its last prune: the backward of earlier ones is refused.
+
+    FSDP puts hooks on what a module puts out, which gather its weights anew, as they are by then. An error after that
+    would leave FSDP in the middle of a backward, so these hooks have to refuse it themselves.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self._admitted = False
+
+    def begin(self, undo: list[Undo]) -> None:
+        """Refuse those before; what takes that back is appended to ``undo``."""
+        own = vars(self.state)
+        before = {name: own[name] for name in HOOKS if name in own}
+
+        def back() -> None:
+            for name in HOOKS:
+                own.pop(name, None)
+            own.update(before)
+
+        undo.append(back)
+        own.update(zip(HOOKS, (self._pre_backward, self._register), strict=True))
+
+    def _pre_backward(self, grad: Tensor) -> Tensor:
+        if self.state._pre_backward != self._pre_backward:
+            refuse_backward()
+        self._admitted = True
+        try:
+            found: Tensor = getattr(type(self.state), HOOKS[0])(self.state, grad)
+        finally:
+            self._admitted = False
+        return found
+
+    def _register(self) -> None:
+        """The first thing that the class's own hook calls, that of a forward before the first prune, too."""
+        if not self._admitted:
+            self.state._training_state = type(self.state._training_state).IDLE
+            refuse_backward()
+        getattr(type(self.state), HOOKS[1])(self.state)
 
 
 @dataclass
@@ -242,12 +279,11 @@ def shards_of(plan: Plan, model: nn.Module) -> dict[str, Shard]:
     from torch.distributed.tensor import Shard as Placed
 
     known: dict[int, Any] = {}
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    for state in _states(model):
         one = getattr(state, "_fsdp_param_group", None)
         for group in [one] if one is not None else getattr(state, "_fsdp_param_groups", ()):
             known.update({id(p.sharded_param): p for p in group.fsdp_params})
+    known_version = all(hasattr(type(state), name) for state in _states(model) for name in HOOKS)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for tensor_map in plan.tensors:
@@ -256,7 +292,7 @@ def shards_of(plan: Plan, model: nn.Module) -> dict[str, Shard]:
         parameter: Any = parameters.get(tensor_map.name)
         sharded: Any = parameter
         fsdp = known.get(id(parameter))
-        if fsdp is None or any(not hasattr(fsdp, name) for name in NEEDED):
+        if fsdp is None or not known_version or any(not hasattr(fsdp, name) for name in NEEDED):
             raise SurgeryError(
                 f"{tensor_map.name}: expected a parameter that fully_shard (of PyTorch 2.13) has sharded, got a "
                 f"{type(parameter).__name__}; shard the whole model, or prune before sharding"
@@ -285,6 +321,12 @@ def shards_of(plan: Plan, model: nn.Module) -> dict[str, Shard]:
     if not found:
         raise SurgeryError("expected a plan with parameters to prune, got one without")
     return found
+
+
+def _states(model: nn.Module) -> list[Any]:
+    """What FSDP knows of the modules that were sharded, each once."""
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
+    return list({id(state): state for state in (m._get_fsdp_state() for m in modules)}.values())
 
 
 def _compacted_buffers(plan: Plan, kept: Kept, binding: ShardedBinding) -> list[tuple[Tensor, Tensor]]:

@@ -7,7 +7,6 @@ optimizers, schedulers, hooks and the user's own references stay valid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import PatError, SurgeryError
+from ..errors import SurgeryError
 from ..plan.bind import Binding
 from ..plan.types import Kept, Plan, TensorMap
 from .compiled import forget_compiled
@@ -28,7 +27,7 @@ from .modules import Change, apply_changes, attribute_changes, tabulate
 from .optimizer import StateTensor, check_state, state_tensors
 from .put import accumulators, is_alone, set_tensor
 from .record import note_prune, restorer
-from .undo import Undo, uninterrupted
+from .undo import Undo, take_back, uninterrupted
 
 __all__ = ["Smaller", "dense_strides", "prepare", "prune", "prune_checked", "set_tensor"]
 
@@ -135,31 +134,9 @@ def prune_checked(
             for needed in (undo, parts, moves.olds, moves.made, cut):
                 needed.clear()
     except BaseException as error:
-        _take_back(undo, error)
-        if isinstance(error, PatError) or not isinstance(error, Exception):
-            raise
-        raise SurgeryError(
-            f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
-            "as they were"
-        ) from error
+        take_back(undo, error)
+        raise
     return smaller
-
-
-def _take_back(undo: list[Undo], error: BaseException) -> None:
-    """Undo what was done before ``error``, the last first.
-
-    Raises:
-        SurgeryError: that failed, too; what could be undone was.
-    """
-    try:
-        with uninterrupted(), ExitStack() as steps:  # which takes all of them, even if one fails
-            for step in undo:
-                steps.callback(step)
-    except Exception as other:
-        raise SurgeryError(
-            f"the prune failed ({type(error).__name__}: {error}) and could not be undone ({type(other).__name__}: "
-            f"{other}): the model is in pieces, load the last checkpoint"
-        ) from other
 
 
 def _cut(moves: Moves, cut: list[Cut], parts: list[Batch], undo: list[Undo]) -> None:

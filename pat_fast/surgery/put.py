@@ -29,7 +29,7 @@ def set_tensor(
     if tensor.grad is not None:
         tensor.grad = None
     if not is_alone(tensor):
-        (get_gradient_edge(tensor).node if node is None else node).register_prehook(_refuse_backward)
+        (get_gradient_edge(tensor).node if node is None else node).register_prehook(refuse_backward)
         increment_version(tensor)
         tensor.data = blank_like(data) if blank is None else blank
     tensor.data = data
@@ -80,7 +80,12 @@ def blank_like(data: Tensor) -> Tensor:
     return torch.empty(0, dtype=other, device=data.device)
 
 
-def _refuse_backward(grads: tuple[Tensor, ...]) -> None:
+def refuse_backward(*_: object) -> None:
+    """A hook in the graph of a loss that must not be backpropagated any more.
+
+    Raises:
+        SurgeryError: always.
+    """
     raise SurgeryError(
         "backward of a loss that was computed before the model was pruned: expected it before the prune, or a new "
         "forward after it; call step() of the pruner between the optimizer's step and the next forward"

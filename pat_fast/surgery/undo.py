@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+from ..errors import PatError, SurgeryError
 
 Undo = Callable[[], None]
 
@@ -46,3 +48,26 @@ def remember(objects: Iterable[Any]) -> Undo:
             vars(thing).update(attributes)
 
     return restore
+
+
+def take_back(undo: list[Undo], error: BaseException) -> None:
+    """Undo what a prune did before ``error``, the last first; the caller raises that on.
+
+    Raises:
+        SurgeryError: what ``error`` was, if it is neither of this package nor an interrupt; or that undoing failed,
+            too: what could be undone was.
+    """
+    try:
+        with uninterrupted(), ExitStack() as steps:  # which takes all of them, even if one fails
+            for step in undo:
+                steps.callback(step)
+    except Exception as other:
+        raise SurgeryError(
+            f"the prune failed ({type(error).__name__}: {error}) and could not be undone ({type(other).__name__}: "
+            f"{other}): the model is in pieces, load the last checkpoint"
+        ) from other
+    if not isinstance(error, PatError) and isinstance(error, Exception):
+        raise SurgeryError(
+            f"the prune failed ({type(error).__name__}: {error}) and was undone; the model and its optimizers are "
+            "as they were"
+        ) from error

@@ -229,6 +229,26 @@ def undone() -> Any:
     return found
 
 
+def old_losses() -> Any:
+    """The backward of a loss from before a prune is refused, before the first prune and later; training goes on."""
+    found = {}
+    x = small_inputs(6, dtype=torch.float64)
+    for kind in (Small, Depthwise):
+        pair = Pair(kind, end_epoch=4)
+        pair.train()
+        said = []
+        for _ in range(2):
+            old, _ = (model(x).square().mean() for model in (pair.model, pair.alone))
+            pair.step()
+            try:
+                old.backward()
+            except pat.SurgeryError as error:
+                said.append(str(error))
+            pair.train(clear=False)
+        found[kind.__name__] = [said, pair.difference()]
+    return found
+
+
 def failing(target: str, after: int) -> Any:
     """A stand-in for a function that fails on the first rank, the first time that it is called so often."""
     module, _, name = target.rpartition(".")

@@ -53,6 +53,15 @@ def test_a_prune_of_shards_that_fails_is_undone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_loss_from_before_a_prune_cannot_be_backpropagated(tmp_path: Path) -> None:
+    for found in torchrun("old_losses", tmp_path, worker="sharded"):
+        for said, error in found.values():
+            assert len(said) == 2
+            assert all("computed before the model was pruned" in reason for reason in said)
+            assert error < 1e-12
+
+
+@pytest.mark.slow
 def test_mixed_precision_and_going_on_after_sharding(tmp_path: Path) -> None:
     for (_, left), dtype in torchrun("lowered", tmp_path, worker="sharded"):
         assert left < 18
