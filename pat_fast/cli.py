@@ -342,7 +342,6 @@ def _examples(inputs: list[str] | None) -> tuple[torch.Tensor, ...]:
 def _schedule(text: str) -> str:
     """The plot of the schedule that a name, a JSON object or a configuration file says."""
     from .config import PruneConfig, load_config
-    from .pruner import DEFAULT_STEPS
     from .schedules import Schedule
 
     if text.lstrip().startswith("{"):
@@ -351,8 +350,7 @@ def _schedule(text: str) -> str:
         config = load_config(Path(text), PruneConfig)
     else:
         config = load_config({"schedule": text}, PruneConfig)
-    end = config.start_epoch + DEFAULT_STEPS if config.end_epoch is None else config.end_epoch
-    made = Schedule(config.schedule, config.start_epoch, end, config.interval)
+    made = Schedule.of(config.schedule, config.start_epoch, config.end_epoch, config.interval)
     return made.plot(config.target_sparsity, config.unit)
 
 

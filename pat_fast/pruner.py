@@ -26,7 +26,7 @@ from .criteria import Criterion, Watching, checked_scores, make_criterion
 from .discovery import Discovery, Inputs, as_list, check_held
 from .distributed import Peers, unwrapped
 from .distributed.sharded import as_given, bound, remove, was_sharded, whole
-from .errors import ConfigError, check_count, check_model
+from .errors import ConfigError, check_model
 from .limits import Ranking, Ratios, RoundTo, Rules
 from .masks import Mask
 from .modes import make_mode
@@ -35,7 +35,7 @@ from .proof import build_plan
 from .regularizers import Regularizer
 from .regularizers.stepping import loss_scale
 from .report import Callbacks, Changes, Counts, StepReport, changes, joined, make_report
-from .schedules import Curve, Schedule
+from .schedules import Curve, OneShot, Schedule
 from .selection import Scope, check_any
 from .targets import Goal, Target
 from .upkeep import Upkeep
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pat_fast")
 
-DEFAULT_STEPS = 10
 DEFAULT_SPARSITY = 0.5
+
 
 class Pruner:
     """Prunes ``model`` while it trains.
@@ -152,54 +152,61 @@ class Pruner:
         on_prune: Callable[[StepReport], object] | None = None,
     ) -> None:
         from .stability import Stability, Steady  # here: an import of the package stays quick
-        from .state import State
 
         check_model(model)
         check_target(target_sparsity, mac_target)
-        check_count("start_epoch", start_epoch, 0)
         check_unit(unit, auto, verify)
         self.model = model = unwrapped(model)
         self.peers = Peers(model)
+        self.unit, self.target_sparsity, self._verify = unit, target_sparsity, verify
         self._mode = make_mode(mode)
-        self.target_sparsity = target_sparsity
-        end = start_epoch + DEFAULT_STEPS if end_epoch is None else end_epoch
-        self.unit = unit
-        self._counted: weakref.ref[Optimizer] | None = None  # the optimizer whose steps count
-        self._since: tuple[Counts, Changes] | None = None
-        self.schedule = Schedule(schedule, start_epoch, end, interval)
+        self.schedule = Schedule.of(schedule, start_epoch, end_epoch, interval)
         self._mode.check_beside(self.schedule)
         self.stability = Stability.of(stability)
         self._steady = Steady(self.stability, self._mode, self.schedule, batches, scheduler)
         self._callbacks = Callbacks(on_stage, on_prune)
         self.criterion = make_criterion(importance, p)
-        self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
-        weakref.finalize(self, self._watching.detach).atexit = False
         self.regularizer = make_regularizer(regularizer, reg_strength, self.criterion)
         rules = Rules(ranking, round_to, min_channels, layer_ratios, max_ratio)
         goal = Target.of(target, target_sparsity, DEFAULT_SPARSITY)
         self.goal = Goal(goal, mac_target, rules.known(model))
+        self._scope = Scope(model, layers_to_prune, ignored_layers)
+        self._begin()
+        self._attach(example_inputs, optimizer, averaged, auto)
+        if end_epoch is None and not isinstance(self.schedule.function, OneShot):
+            counted = "step()" if unit == "epoch" else "step of the optimizer"
+            end = self.schedule.end
+            log.warning("pat_fast: end_epoch was not given; the whole target is reached at the %dth %s", end, counted)
+
+    def _begin(self) -> None:
+        """Nothing has been counted, built or pruned yet."""
+        from .state import State
+
         self.epoch = 0
         self.done = False
         self.binding: Binding | None = None
-        self._scope = Scope(model, layers_to_prune, ignored_layers)
+        self._counted: weakref.ref[Optimizer] | None = None  # the optimizer whose steps count
+        self._since: tuple[Counts, Changes] | None = None
+        self._fraction = 0.0  # what was due at the last prune
         self._skipped: tuple[tuple[str, str], ...] = ()
-        self._verify = verify
-        self._state = State(self.goal, self._mode, self._steady, self.criterion, self._watching, self.regularizer)
         self._graph: Any = None
         self._pending: dict[str, Any] | None = None  # a state that waits for the first forward
         self._regularized = True  # since the last step
+        self._watching = self.criterion if isinstance(self.criterion, Watching) else Watching()
+        weakref.finalize(self, self._watching.detach).atexit = False
+        self._state = State(self.goal, self._mode, self._steady, self.criterion, self._watching, self.regularizer)
+
+    def _attach(self, example_inputs: Any, optimizer: Any, averaged: Any, auto: bool) -> None:
+        """Find what belongs to the training: inputs, optimizers, averages; make the plan, if there are inputs."""
         if optimizer is not None:
-            check_held(model, as_list(optimizer))
-        self._inputs = Inputs(model, example_inputs, auto)
+            check_held(self.model, as_list(optimizer))
+        self._inputs = Inputs(self.model, example_inputs, auto)
         if example_inputs is not None:
             self._build(example_inputs)
-        self._optimizers = Discovery(self, model, optimizer, auto)
-        self._averages = Averages(self, model, averaged, auto)
+        self._optimizers = Discovery(self, self.model, optimizer, auto)
+        self._averages = Averages(self, self.model, averaged, auto)
         self._mode.copies = self._averages.current
         self._upkeep = Upkeep(self._watching, self.regularizer, self._mode, self._optimizers.current)
-        if end_epoch is None and self.schedule.end == end:
-            counted = "step()" if unit == "epoch" else "step of the optimizer"
-            log.warning("pat_fast: end_epoch was not given; the whole target is reached at the %dth %s", end, counted)
 
     @classmethod
     def from_config(cls, model: nn.Module, config: str | Path | Mapping[str, Any], **overrides: Any) -> Pruner:
@@ -303,9 +310,10 @@ class Pruner:
         binding, epoch, stage = self._ready(), self.epoch + 1, self.stage
         before: Counts = self._counts() if self._callbacks else (0, 0, 0, None)
         self.goal.check(binding.plan, self._eligible.cpu().numpy())
-        now, keep = self._mode.left(), None
+        now, keep, fraction = self._mode.left(), None, self._fraction
         if not self.done and self._due(epoch):
-            keep = self._select(binding, self.schedule.fraction(epoch))
+            fraction = self.schedule.risen(epoch, fraction)
+            keep = self._select(binding, fraction)
         left = now if keep is None else keep
         changed = changes(binding.plan.groups, now, left)
         ends = epoch >= self.schedule.end and not self._steady.waits
@@ -314,7 +322,7 @@ class Pruner:
         if removed is not None:
             self._remove(binding, removed)
         reached = done and not self.done
-        self.epoch, self.done = epoch, done
+        self.epoch, self.done, self._fraction = epoch, done, fraction
         if reached:
             self._watching.detach()
         self._steady.after(self.model, bool(changed), reached, self._optimizers.current)

@@ -125,7 +125,9 @@ def cubic() -> Polynomial:
     return Polynomial(3.0)
 
 
-PROBES = 64
+DEFAULT_STEPS = 10
+PROBES = 1024
+SLACK = 1e-9  # what a curve may fall by rounding
 CURVES: dict[str, Callable[..., Curve]] = {
     "linear": linear,
     "cubic": cubic,
@@ -162,12 +164,12 @@ class Schedule:
 
     Args:
         curve: a name (see :data:`CURVES`), ``{"name": ..., options}``, or a function of the progress ``t`` in 0 .. 1
-            that returns a fraction in 0 .. 1.
+            that returns a fraction in 0 .. 1 and never falls: what was removed does not come back.
         start: last epoch before pruning begins (for ``"constant"`` and ``"one_shot"``, the epoch at which it happens).
         end: epoch at which the whole target is due; ``"one_shot"`` has it at its start.
         interval: epochs between prunes.
     Raises:
-        ConfigError: an unknown curve, or epochs out of order.
+        ConfigError: an unknown curve, a function that leaves its bounds or falls, or epochs out of order.
     """
 
     curve: str | Mapping[str, Any] | Curve = "cubic"
@@ -186,8 +188,15 @@ class Schedule:
         if self.end < self.start:
             raise ConfigError(f"end_epoch: expected at least start_epoch ({self.start}), got {self.end}")
         if callable(self.curve):  # its mistakes are to be seen now, not when the training is half done
-            for probe in range(1, PROBES):
-                self.fraction(self.start + probe * (self.end - self.start) // PROBES)
+            before = 0.0
+            for epoch in range(self.start + 1, self.end, max((self.end - self.start) // PROBES, 1)):
+                before = self.risen(epoch, before)
+
+    @classmethod
+    def of(cls, curve: Any, start: int, end: int | None, interval: int) -> Schedule:
+        """A schedule that ends ``DEFAULT_STEPS`` after its start if no end is given."""
+        check_count("start_epoch", start, 0)
+        return cls(curve, start, start + DEFAULT_STEPS if end is None else end, interval)
 
     @property
     def function(self) -> Curve:
@@ -209,6 +218,20 @@ class Schedule:
             fraction = math.nan
         if not 0.0 <= fraction <= 1.0:
             raise ConfigError(f"schedule: the curve must return a fraction in 0 .. 1, got {value!r} at epoch {epoch}")
+        return fraction
+
+    def risen(self, epoch: int, before: float) -> float:
+        """:meth:`fraction`, after so much was due ``before``.
+
+        Raises:
+            ConfigError: it is less.
+        """
+        fraction = self.fraction(epoch)
+        if fraction < before - SLACK:
+            raise ConfigError(
+                f"schedule: the curve must not fall, got {fraction:.4g} at epoch {epoch} after {before:.4g}; what was "
+                "removed does not come back"
+            )
         return fraction
 
     def due(self, epoch: int) -> bool:

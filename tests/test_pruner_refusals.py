@@ -55,6 +55,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"reg_strength": 1e-3, "regularizer": {"name": "growing", "strength": 2e-3}}, r"got 0.001 and 0.002"),
     ({"schedule": lambda t: 2 * t}, r"schedule: the curve must return a fraction in 0 .. 1, got 1.2 at epoch 6"),
     ({"schedule": lambda t: "all"}, r"schedule: the curve must return a fraction in 0 .. 1, got 'all' at epoch 1"),
+    ({"schedule": lambda t: 0.9 - t / 2}, r"schedule: the curve must not fall, got 0.8 at epoch 2 after 0.85"),
     ({"verify": "no"}, r"verify: expected true or false, got 'no'"),
     ({"auto": 0}, r"auto: expected true or false, got 0"),
     ({"p": 0}, r"p: expected a positive number"),
@@ -153,6 +154,20 @@ def test_a_model_that_another_pruner_changed_is_refused_by_name() -> None:
     one.step()
     with pytest.raises(pat.PlanError, match=r"was changed .*by another pruner"):
         other.step()
+
+
+def test_a_schedule_that_comes_to_fall_is_refused_at_its_step() -> None:
+    """A function that goes by the training may be flat when the pruner is made."""
+    model, due = Small(), [0.5]
+    pruner = pat.Pruner(model, 0.8, schedule=lambda _: due[0], example_inputs=small_inputs(), end_epoch=5)
+    pruner.step()
+    due[0] = 0.25
+    untouched(model, sgd(model), pat.ConfigError, r"must not fall, got 0.25 at epoch 2 after 0.5", pruner.step)
+    assert pruner.epoch == 1
+    due[0] = 0.75
+    before = pruner.plan.n_channels  # type: ignore[union-attr]
+    pruner.step()
+    assert pruner.plan.n_channels < before  # type: ignore[union-attr]
 
 
 NUMBERS = {"int", "float", "int | None", "float | None"}

@@ -91,6 +91,14 @@ def test_a_curve_that_leaves_its_bounds(value: Any) -> None:
         Schedule(lambda t: value if t > 0.6 else t, 0, 10)
 
 
+@pytest.mark.parametrize("end", [10, 5000])
+def test_a_curve_that_falls(end: int) -> None:
+    expected = r"the curve must not fall, got 0.[23].* at epoch \d+ after 0.[67].*does not come"
+    with pytest.raises(ConfigError, match=expected):
+        Schedule(lambda t: t if t < 0.65 else t - 0.4, 0, end)
+    Schedule(lambda t: math.floor(4 * t) / 4 - 1e-12 * t if t > 0.3 else 0.0, 0, end)  # steps, rounded
+
+
 # The shapes of the curves
 
 
