@@ -16,6 +16,8 @@ constexpr int64_t kRunBytes = 32;
 // Runs that are this long are copied faster than compressed, and columns of which fewer than one in so many stay are
 // faster picked out.
 constexpr int64_t kLongBytes = 256, kFew = 6;
+// What is fetched ahead of what is copied, at least, in whole rows: the processor cannot know which rows are kept.
+constexpr int64_t kAheadBytes = 8192;
 
 // One tile and its destination: n rows, c columns, k; the axis that is far apart in the source is rows.
 struct Move {
@@ -115,8 +117,12 @@ void move_rows(const Move& m, int64_t r0, int64_t r1) {
   const int64_t unit_bytes = unit * static_cast<int64_t>(sizeof(T));
   const bool long_runs =
       m.cols == nullptr || unit > 1 || m.c * unit_bytes >= kRunBytes * static_cast<int64_t>(runs.size());
+  const int64_t ahead = kAheadBytes / std::max<int64_t>(1, m.src.c * m.src.k * static_cast<int64_t>(sizeof(T))) + 1;
+  const auto row = [&](int64_t r) {
+    return reinterpret_cast<const T*>(m.from) + (m.rows ? m.rows[r] : r) * m.src.rows.stride;
+  };
   for (int64_t r = r0; r < r1; ++r) {
-    const T* from = reinterpret_cast<const T*>(m.from) + (m.rows ? m.rows[r] : r) * m.src.rows.stride;
+    const T *from = row(r), *later = row(std::min(r + ahead, m.n - 1));
     T* to = reinterpret_cast<T*>(m.to) + r * m.stride;
     if (!packed) {
       move_one_by_one(m, from, to);
@@ -127,7 +133,7 @@ void move_rows(const Move& m, int64_t r0, int64_t r1) {
       T* y = to + k * m.sk;
       if (m.masks)
         kernels().compress(reinterpret_cast<uint32_t*>(y), m.c * unit_bytes / 4, reinterpret_cast<const uint32_t*>(x),
-                           m.src.c * unit_bytes / 4, m.masks);
+                           m.src.c * unit_bytes / 4, m.masks, reinterpret_cast<const uint32_t*>(later + k * m.src.sk));
       else if (long_runs) move_runs(runs, unit_bytes, reinterpret_cast<const char*>(x), reinterpret_cast<char*>(y));
       else gather(m.cols, m.c, x, y);
     }

@@ -26,8 +26,9 @@ struct Kernels {
   // x *= row_scale[r] * col_scale[j]; null counts as 1; a product of 0 writes 0.
   void (*scale[kDTypes])(void* x, const Rows* rows, const void* row_scale, const void* col_scale);
   // Copies those of `length` words of 4 bytes whose bit is set in masks [ceil(length / 16)]: `kept` words, to `to`.
-  // Null where the instruction set has nothing for it.
-  void (*compress)(uint32_t* to, int64_t kept, const uint32_t* from, int64_t length, const uint16_t* masks);
+  // What lies at `ahead`, as long, is fetched meanwhile. Null where the instruction set has nothing for it.
+  void (*compress)(uint32_t* to, int64_t kept, const uint32_t* from, int64_t length, const uint16_t* masks,
+                   const uint32_t* ahead);
 };
 
 const Kernels* kernels_base();

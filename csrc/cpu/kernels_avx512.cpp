@@ -6,17 +6,21 @@ namespace pat {
 namespace {
 
 // Whole registers are stored while they end before the last word: what is too much is written over by what follows.
-void compress_words(uint32_t* to, int64_t kept, const uint32_t* from, int64_t length, const uint16_t* masks) {
+void compress_words(uint32_t* to, int64_t kept, const uint32_t* from, int64_t length, const uint16_t* masks,
+                    const uint32_t* ahead) {
   uint32_t* const end = to + kept;
-  for (int64_t i = 0; i < length; i += 16, ++masks) {
-    const __mmask16 mask = *masks;
+  int64_t i = 0;
+  for (; length - i >= 16 && end - to >= 16; i += 16, ++masks) {
+    _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(*masks, _mm512_loadu_si512(from + i)));
+    to += __builtin_popcount(*masks);
+  }
+  for (; i < length; i += 16, ++masks) {
     // Bits behind the last word are not set, and what no bit asks for is not read.
-    const __m512i words = length - i >= 16
-                              ? _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(from + i))
-                              : _mm512_maskz_compress_epi32(mask, _mm512_maskz_loadu_epi32(mask, from + i));
+    const __mmask16 mask = *masks;
+    const __m512i words = _mm512_maskz_compress_epi32(mask, _mm512_maskz_loadu_epi32(mask, from + i));
     const int count = __builtin_popcount(mask);
-    if (end - to >= 16) _mm512_storeu_si512(to, words);
-    else _mm512_mask_storeu_epi32(to, (__mmask16)((1u << count) - 1u), words);
+    _mm512_mask_storeu_epi32(to, (__mmask16)((1u << count) - 1u), words);
     to += count;
   }
 }
