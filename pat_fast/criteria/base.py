@@ -84,7 +84,7 @@ class MemberCriterion:
         tally = self._book(binding)
         found = reduce_members(self._values(binding, tally), tally.ledger, self.reduction)
         found = normalize(found, Segments.of(binding), self.normalizer)
-        return found.masked_fill(~tally.ledger.scored, torch.inf)
+        return tally.ledger.fill_unscored(found, torch.inf)
 
     def _book(self, binding: Binding) -> Book:
         """The tensors that count, and what their indices count for."""

@@ -126,7 +126,7 @@ class Ledger:
 
     def prepare(self) -> None:
         """Work out ahead what a first score would."""
-        _ = self.count, self.scored, self._outputs
+        _ = self.count, self.all_scored, self._outputs
 
     @cached_property
     def count(self) -> Tensor:
@@ -137,6 +137,15 @@ class Ledger:
     def scored(self) -> Tensor:
         """Channels whose group has a member: bool ``[N]``."""
         return self._spread([len(of) for of in self._of_group]) > 0
+
+    @cached_property
+    def all_scored(self) -> bool:
+        """Whether all channels are."""
+        return bool(self.scored.all())
+
+    def fill_unscored(self, values: Tensor, by: float) -> Tensor:
+        """``values [N]`` with ``by`` at channels that are not scored."""
+        return values if self.all_scored else values.masked_fill(~self.scored, by)
 
     def _spread(self, per_group: Sequence[int]) -> Tensor:
         values = np.repeat(np.asarray(per_group, np.int64), [g.channels for g in self.plan.groups])
@@ -206,6 +215,10 @@ class Book:
         self.tiles = tiles
         self.ledger = Ledger(binding.plan, maps, binding.device, **how)
         self._slots = [self.ledger.slots(bucket, binding.own) for bucket in tiles]
+        # Where one table has the indices in their order, nothing needs to be added up.
+        self._aligned = len(tiles) == 1 and torch.equal(
+            self._slots[0], torch.arange(self.ledger.indices, device=self._slots[0].device)
+        )
         self._total = WeakMethod(binding.total)  # books are kept for as long as their binding lives
 
     @cached_property
@@ -217,7 +230,10 @@ class Book:
         """Sum the slots of each table, ``slots[i] [slots]``, onto the ledger's indices: ``[indices]``."""
         found: Tensor | None = None
         for values, ids in zip(slots, self._slots, strict=True):
-            own = values.new_zeros(self.ledger.indices + 1).index_add_(0, ids, values)[:-1].to(self.ledger.device)
+            own = values
+            if not self._aligned:
+                own = values.new_zeros(self.ledger.indices + 1).index_add_(0, ids, values)[:-1]
+            own = own.to(self.ledger.device)
             found = own if found is None else found + own  # of several dtypes the wider one
         total = self._total()
         if found is None or total is None:

@@ -22,16 +22,18 @@ class Segments:
     """Channels in contiguous groups.
 
     ``group_of [N]`` int64; ``alive [N]`` bool, or None where all are: the dead take no part in statistics.
+    ``lengths [groups]`` int64: how many channels each has, if that is known.
     """
 
     group_of: Tensor
     count: int
     alive: Tensor | None = None
+    lengths: Tensor | None = None
 
     @classmethod
     def of(cls, binding: Binding) -> Segments:
         """The groups of a binding's plan."""
-        return cls(binding.group_of, len(binding.plan.groups), binding.alive)
+        return cls(binding.group_of, len(binding.plan.groups), binding.alive, binding.group_size)
 
     @classmethod
     def one(cls, n: int, device: torch.device) -> Segments:
@@ -44,10 +46,14 @@ class Segments:
 
     def total(self, values: Tensor) -> Tensor:
         """Sum of ``values [N]`` over each group: ``[groups]``."""
+        if self.alive is None and self.lengths is not None:
+            return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True)
         return values.new_zeros(self.count).index_add_(0, self.group_of, self.living(values, 0.0))
 
     def size(self) -> Tensor:
         """Living channels of each group: ``[groups]`` float64."""
+        if self.alive is None and self.lengths is not None:
+            return self.lengths.double()
         return self.total(torch.ones_like(self.group_of, dtype=torch.float64))
 
     def extreme(self, values: Tensor, which: str) -> Tensor:
@@ -57,7 +63,7 @@ class Segments:
 
     def spread(self, per_group: Tensor) -> Tensor:
         """``per_group [groups]`` at each of its channels: ``[N]``."""
-        return per_group[self.group_of]
+        return per_group.index_select(0, self.group_of)
 
     def ascending(self, values: Tensor) -> Tensor:
         """Channels, group by group, by rising ``values [N]`` (ties in channel order, the dead last): ``[N]``."""
@@ -116,11 +122,16 @@ def normalize(scores: Tensor, segments: Segments, how: Normalizer) -> Tensor:
         std = (segments.total(off.square()) / (segments.size() - 1).clamp_min(1)).sqrt()
         found = off / segments.spread(std + EPSILON)
     elif how == "max":
-        found = _divide(x, segments.spread(segments.extreme(x, "amax")))
+        found = _by_statistic(x, segments, segments.extreme(x, "amax"))
     else:
         total = segments.total(x)
-        found = _divide(x, segments.spread(total if how == "sum" else total / segments.size().clamp_min(1)))
+        found = _by_statistic(x, segments, total if how == "sum" else total / segments.size().clamp_min(1))
     return found.to(scores.dtype)
+
+
+def _by_statistic(x: Tensor, segments: Segments, by: Tensor) -> Tensor:
+    """``x [N]`` divided by what ``by [groups]`` says of its group, unless that is zero."""
+    return x / segments.spread(by.masked_fill(by == 0, 1.0))
 
 
 def _divide(x: Tensor, by: Tensor) -> Tensor:

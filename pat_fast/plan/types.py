@@ -193,22 +193,22 @@ class Plan:
                 f"keep must be a bool vector with one entry for each of the {self.n_channels} channels, "
                 f"got shape {keep.shape}, dtype {keep.dtype}"
             )
-        left = np.bincount(self.unit[keep], minlength=self.n_units)
-        torn = np.flatnonzero((left > 0) & (left < self.unit_size))
+        left = self._left_of_units(keep)
+        torn = np.flatnonzero((left > 0) & (left < self.unit_size)) if self.n_units < self.n_channels else left[:0]
         if torn.size:
             group = self.groups[self.group_of[np.flatnonzero(self.unit == torn[0])[0]]]
             raise PlanError(
                 f"group {group.root}: keep takes {left[torn[0]]} of the {self.unit_size[torn[0]]} channels of a unit; "
                 "channels of a unit are kept or removed together"
             )
-        stay = np.bincount(self.unit_home[left > 0], minlength=len(self.groups))
+        stay = self._units_left(left)
         for number in np.flatnonzero(stay < self.least_units_of_groups):
             raise PlanError(
                 f"group {self.groups[number].root}: keep leaves {stay[number]} of "
                 f"{(self.unit_home == number).sum()} units; at least {self.least_units_of_groups[number]} must stay"
             )
-        for group in self.groups:
-            left_over = int(keep[group.start : group.stop].sum()) if group.multiple > 1 else 0
+        for group in self._in_multiples:
+            left_over = int(keep[group.start : group.stop].sum())
             if left_over % group.multiple:
                 raise PlanError(
                     f"group {group.root}: keep leaves {left_over} channels; a kernel that reads them needs "
@@ -222,6 +222,21 @@ class Plan:
                 f"dimension {shapes.dim[place]}; at least {shapes.least[place]} must stay"
             )
         return kept
+
+    def _left_of_units(self, keep: BoolArray) -> IndexArray:
+        """How many channels of each unit are in ``keep [N]``: ``[U]``."""
+        if self.n_units == self.n_channels:  # units are numbered by their first channels
+            return keep.astype(np.int64)
+        return np.bincount(self.unit[keep], minlength=self.n_units)
+
+    def _units_left(self, left: IndexArray) -> IndexArray:
+        """Units of each group ``[G]`` of which channels are ``left [U]``."""
+        return np.bincount(self.unit_home[left > 0], minlength=len(self.groups))
+
+    @cached_property
+    def _in_multiples(self) -> list[Group]:
+        """The groups that must stay a multiple of something."""
+        return [g for g in self.groups if g.multiple > 1]
 
     @cached_property
     def roots(self) -> tuple[str, ...]:
@@ -284,12 +299,7 @@ class Plan:
 
         A group's last unit has no choice left: it is fixed.
         """
-        return kept.keep & (self._units_left(kept) > 1)[self.group_of]
-
-    def _units_left(self, kept: Kept) -> IndexArray:
-        """Units of each group ``[G]`` that stay."""
-        left = np.bincount(self.unit[kept.keep], minlength=self.n_units) > 0
-        return np.bincount(self.unit_home[left], minlength=len(self.groups))
+        return kept.keep & (self._units_left(self._left_of_units(kept.keep)) > 1)[self.group_of]
 
     def shrink(self, kept: Kept) -> Plan:
         """The plan of the model after a prune (see :meth:`check_keep`). Equal to a plan lowered afresh.

@@ -155,7 +155,7 @@ class GroupMagnitudeImportance(Importance):
         tally = self._book(binding)
         found = reduce_members(self._values(tally), tally.ledger, self.group_reduction, order)
         found = normalize(found, Segments.of(binding), self.normalizer)
-        return found.masked_fill(~tally.ledger.scored, torch.nan)
+        return tally.ledger.fill_unscored(found, torch.nan)
 
     def prepare(self, binding: Binding) -> None:
         """Work out ahead which indices of which tensors :meth:`score` adds up, where that is known already."""
@@ -164,7 +164,8 @@ class GroupMagnitudeImportance(Importance):
 
     def _book(self, binding: Binding) -> Book:
         """The tensors that count, and what their indices count for."""
-        skipped = {name for name in binding.tensors if not self._usable(binding, name)}
+        all_usable = type(self)._usable is GroupMagnitudeImportance._usable
+        skipped = set() if all_usable else {name for name in binding.tensors if not self._usable(binding, name)}
         types = [f"{t.__module__}.{t.__qualname__} {id(t)}" for t in self.target_types]
         key = f"importance: {self._rule} bias={self.bias} {types} without {sorted(skipped)}"
 

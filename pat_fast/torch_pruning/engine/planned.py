@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
 
 from ...plan.types import BoolArray, ChannelArray, Group, IndexArray
-from .ranking import Candidate
+from .ranking import Candidate, Scores
 from .shaping import Attention
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Standing:
     """What is known of a group of the plan before its channels are scored.
 
     Attributes:
         number: among the plan's groups.
         group: of the plan.
+        root: its root layer.
         unit: see :class:`Planned`; None where every channel is one.
         every: ``unit`` with the channels' numbers in the place of None.
         units: how many there are.
@@ -30,6 +31,7 @@ class Standing:
 
     number: int
     group: Group
+    root: str
     unit: IndexArray | None
     every: IndexArray
     units: int
@@ -38,35 +40,36 @@ class Standing:
     side: tuple[str, bool, ChannelArray]
 
 
-@dataclass
+@dataclass(slots=True)
 class Planned:
     """A group of the plan in a ranking.
 
     Attributes:
         standing: what was known of it.
-        root: its root layer.
         born: lifelong names of its channels ``[n]``.
         unit: the unit of each, counted from 0 ``[n]``; an attention's extra channels, the last, have none.
         scores: importance of each ``[n]``.
         candidate: its units in the ranking.
-        attention: set if it is one that the user has named.
         heads_gone: bool ``[heads]``, if heads are pruned.
     """
 
     standing: Standing
-    root: str
     born: IndexArray
     unit: IndexArray
-    scores: Tensor
+    scores: Scores
     candidate: Candidate
-    attention: Attention | None = None
     heads_gone: BoolArray | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether a unit is a channel."""
+        return self.standing.attention is None and self.standing.unit is None
 
     def gone(self, prune_dims: bool) -> BoolArray:
         """Its channels that go: bool ``[n]``; none if nothing would be left."""
-        if self.attention is None and self.candidate.units == len(self.born):  # a unit is a channel
+        if self.plain:
             return self.candidate.gone
-        mask = self.candidate.gone[self.unit] & (self.attention is None or prune_dims)
+        mask = self.candidate.gone[self.unit] & (self.standing.attention is None or prune_dims)
         extra = np.zeros(len(self.born) - len(mask), dtype=np.bool_)
         if self.heads_gone is not None:
             mask = mask | np.repeat(self.heads_gone, len(mask) // len(self.heads_gone))
@@ -75,15 +78,15 @@ class Planned:
 
     def any_goes(self, prune_dims: bool) -> bool:
         """Whether a channel goes."""
-        plain = self.attention is None and self.candidate.units == len(self.born)
-        return self.candidate.going > 0 if plain else bool(self.gone(prune_dims).any())
+        return self.candidate.going > 0 if self.plain else bool(self.gone(prune_dims).any())
 
     def head_scores(self) -> Any:
         """Mean score of each head: ``[heads]``."""
-        return self.scores[: len(self.unit)].view(-1, self.candidate.units).mean(1).numpy()
+        scores = torch.from_numpy(self.scores[: len(self.unit)])
+        return scores.view(-1, self.candidate.units).mean(1).numpy()
 
 
-def unit_means(scores: Tensor, unit: IndexArray) -> Any:
+def unit_means(scores: Scores, unit: IndexArray) -> Any:
     """Mean score of each unit, summed as Torch-Pruning does where units repeat block by block: ``[U]``.
 
     Channels without a score (NaN) do not count: an importance of groups cannot score a channel that has several
@@ -91,10 +94,10 @@ def unit_means(scores: Tensor, unit: IndexArray) -> Any:
     """
     units = int(unit.max()) + 1
     if units == len(unit):
-        return scores.numpy()[np.argsort(unit, kind="stable")]
-    known = ~scores.isnan().numpy()
+        return scores[np.argsort(unit, kind="stable")]
+    known = ~np.isnan(scores)
     if known.all() and len(unit) % units == 0 and (unit.reshape(-1, units) == np.arange(units)).all():
-        return scores.view(-1, units).mean(0).numpy()
-    total = np.bincount(unit[known], weights=scores.double().numpy()[known], minlength=units)
+        return torch.from_numpy(scores).view(-1, units).mean(0).numpy()
+    total = np.bincount(unit[known], weights=scores[known], minlength=units)
     count = np.bincount(unit[known], minlength=units)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -21,7 +21,7 @@ Scores = NDArray[np.floating]
 NEAR = 1e-6  # relative distance of scores that count as tied, where ties matter
 
 
-@dataclass
+@dataclass(slots=True)
 class Candidate:
     """A group that takes part in a ranking.
 
@@ -67,15 +67,16 @@ def choose(candidates: Sequence[Candidate], initial: dict[str, int], round_to: i
     for candidate in candidates:
         scopes.setdefault(candidate.scope, []).append(candidate)
     for name, members in scopes.items():
-        bounds = np.cumsum([0, *(c.units for c in members)])
-        total = int(bounds[-1])
+        sizes = [c.units for c in members]
+        bounds = np.cumsum([0, *sizes])
+        total = sum(sizes)
         left = int(initial.setdefault(name, total) * (1 - members[0].ratio))
         gone = _taken(members, bounds, total - left) if total > left else np.zeros(total, dtype=np.bool_)
         going = _count(gone, bounds).tolist()
-        starts = bounds.tolist()
-        for i, candidate in enumerate(members):
-            candidate.gone, candidate.going = gone[starts[i] : starts[i + 1]], going[i]
-            if candidate.going:
+        for candidate, units, count, start in zip(members, sizes, going, bounds.tolist(), strict=False):
+            candidate.gone, candidate.going = gone[start : start + units], count
+            tight = units - count < max(candidate.least, candidate.cap, 1) or candidate.multiple > 1
+            if count and (tight or round_to):
                 _settle(candidate, round_to)
 
 
@@ -91,7 +92,7 @@ def _taken(members: Sequence[Candidate], bounds: NDArray[np.int64], count: int) 
     for c, start in zip(members, bounds.tolist(), strict=False):
         if c.cap:
             scores[start + c.ranked()[c.units - c.cap :]] = np.inf
-    count = min(count, int((scores < np.inf).sum()))
+    count = min(count, int(np.count_nonzero(scores < np.inf)))
     if not count:
         return np.zeros(len(scores), dtype=np.bool_)
     threshold = np.partition(scores, count - 1)[count - 1]

@@ -1,0 +1,253 @@
+"""What goes in a step of a drop-in pruner: scores, scopes, ratios and heads, before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch_pruning.pruner.algorithms.base_pruner import BasePruner as MetaPruner
+
+from ...plan import Plan
+from .._groups import member_order
+from . import layerwise
+from .graph import LiveGraph
+from .planned import Planned, Standing, unit_means
+from .ranking import Candidate, choose, choose_heads, head_counts
+from .scoring import depends_on_order, scores_plans
+from .shaping import Attention
+from .state import Engine
+
+
+class Deciding:
+    """The half of a drop-in pruner that decides; what it decides upon is set by the other (:class:`BasePruner`)."""
+
+    model: nn.Module
+    engine: Engine
+    DG: LiveGraph
+    importance: Any
+    estimate_importance: Callable[..., Any]
+    get_target_pruning_ratio: Callable[..., float]
+    get_target_head_pruning_ratio: Callable[..., float]
+    _get_channel_groups: Callable[..., int]
+    ignored_layers: Sequence[nn.Module]
+    root_module_types: tuple[type, ...]
+    max_pruning_ratio: float
+    global_pruning: bool
+    isomorphic: bool
+    round_to: int | None
+    prune_num_heads: bool
+    prune_head_dims: bool
+    current_step: int
+    per_step_pruning_ratio: list[float]
+    per_step_head_pruning_ratio: list[float]
+    initial_total_heads: int
+
+    def _begin(self) -> None:
+        """Nothing was decided yet."""
+        self._layer_to_scope: dict[nn.Module, tuple[str, Sequence[nn.Module]]] = {}
+        self._scope_initial_channels: dict[str, int] = {}
+        self._units_at_first: dict[str, int] = {}
+        self._heads_at_first: dict[str, int] = {}
+        self._heads: dict[str, int] = {}
+        self._scopes: dict[tuple[int, str], tuple[str, nn.Module | None]] = {}
+        self._open: tuple[int, dict[str, bool]] = (0, {})
+        self._stands: tuple[Plan, list[Standing]] | None = None
+
+    def _is_open(self, number: int) -> bool:
+        lowered, known = self._open
+        if lowered != self.engine.lowered:
+            known = {}
+            self._open = (self.engine.lowered, known)
+        root = self.engine.plan.groups[number].root
+        if root not in known:
+            ignored = {id(m) for m in self.ignored_layers}
+            known[root] = self.DG.is_open(root, number, ignored, (), self.root_module_types)
+        return known[root]
+
+    def _decide(self) -> tuple[list[Planned], list[Any]]:
+        """Groups of the plan with something to remove, and ready groups of layers that no plan expresses."""
+        engine = self.engine
+        engine.current()
+        planned = self._planned()
+        loose = self._loose()
+        choose(
+            [p.candidate for p in planned] + [c for c, _, _ in loose],
+            self._scope_initial_channels,
+            self.round_to or None,
+        )
+        self._choose_heads(planned)
+        ready = []
+        for candidate, group, blocks in loose:
+            if candidate.gone.any():
+                idxs = np.flatnonzero(np.tile(candidate.gone, blocks)).tolist()
+                dep = group[0].dep
+                ready.append(layerwise.group(self.DG, dep.target.module, dep.handler, idxs))
+        order = {"DEFAULT_SCOPE": 0}  # as Torch-Pruning goes
+        for p in planned:
+            order.setdefault(p.candidate.scope, len(order))
+        if len(order) > 1:
+            planned = sorted(planned, key=lambda p: order[p.candidate.scope])
+        return [p for p in planned if p.any_goes(self.prune_head_dims)], ready
+
+    def _scores(self) -> Tensor:
+        """Importance of every channel of the plan ``[N]`` on the CPU; NaN where there is none."""
+        binding = self.engine.binding
+        if self._estimates_by_itself() and scores_plans(self.importance):
+            if depends_on_order(self.importance):
+                groups = (self.DG.maker.whole(n) for n in range(len(binding.plan.groups)) if self._is_open(n))
+                return self.importance.score(binding, member_order(binding, groups)).detach().cpu()
+            return self.importance.score(binding).detach().cpu()
+        found = torch.full((binding.plan.n_channels,), torch.nan)
+        for number in range(len(binding.plan.groups)):
+            if self._is_open(number):
+                for group, channels in self.DG.maker.parts(number):
+                    scores = self.estimate_importance(group)
+                    if scores is not None:
+                        found[torch.from_numpy(channels)] = scores.detach().cpu().to(found.dtype)
+        return found
+
+    def _estimates_by_itself(self) -> bool:
+        """Whether the user's class has no :meth:`estimate_importance` of its own."""
+        return type(self).estimate_importance is MetaPruner.estimate_importance
+
+    def _planned(self) -> list[Planned]:
+        values = self._scores().numpy()
+        born = self.engine.born
+        unknown = np.isnan(values)
+        some = bool(unknown.any())
+        step_ratio = self.per_step_pruning_ratio[self.current_step]
+        found = []
+        for s in self._standing():
+            start, stop = s.group.start, s.group.stop
+            if some and unknown[start:stop].all():
+                continue
+            own = values[start:stop]
+            units = own if s.unit is None else unit_means(own[: len(s.unit)], s.unit)
+            scope, module = self._scope(s.number)
+            ratio = step_ratio
+            if module is not None:
+                ratio = self.get_target_pruning_ratio(module, step=self.current_step)
+            candidate = Candidate(
+                s.root, scope, ratio, units, len(s.every), self._cap(s.root, s.units), s.least, s.group.multiple
+            )
+            found.append(Planned(s, born[start:stop], s.every, own, candidate))
+        return found
+
+    def _standing(self) -> list[Standing]:
+        """The groups that may be pruned."""
+        plan = self.engine.plan
+        if self._stands is None or self._stands[0] is not plan:
+            all_single = plan.n_units == plan.n_channels
+            single = plan.unit_size[plan.unit] == 1
+            found = []
+            for number, group in enumerate(plan.groups):
+                if self._is_open(number):
+                    own = slice(group.start, group.stop)
+                    found.append(self._stand(number, all_single or bool(single[own].all())))
+            self._stands = (plan, found)
+        return self._stands[1]
+
+    def _stand(self, number: int, single: bool) -> Standing:
+        plan = self.engine.plan
+        group = plan.groups[number]
+        attention = self.engine.attentions.get(group.root)
+        unit = None
+        if attention is not None:
+            heads = self._heads.setdefault(group.root, attention.heads)
+            unit = np.tile(np.arange(group.channels // heads - attention.extras), heads)
+        elif not single:
+            unit = np.unique(plan.unit[group.start : group.stop], return_inverse=True)[1]
+        units = group.channels if unit is None else int(unit.max()) + 1
+        every = np.arange(group.channels) if unit is None else unit
+        root = self.DG.maker.root(group)
+        axis = self.engine.axes.of(root.module, root.out)
+        assert axis is not None
+        side = self.DG.name_of(root.module), root.out, axis
+        least = self._least(number, units, group.channels)
+        return Standing(number, group, group.root, unit, every, units, least, attention, side)
+
+    def _least(self, number: int, units: int, channels: int) -> int:
+        plan = self.engine.plan
+        group = plan.groups[number]
+        least = 1 if units == channels or group.root in self.engine.attentions else min(units, 2)
+        least = max(least, plan.least_units(group))
+        if units == channels:
+            return least
+        blocks = {name for name, _ in group.members}
+        grouped = (t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks)
+        return min(units, 2) if any(grouped) else least
+
+    def _cap(self, root: str, units: int) -> int:
+        first = self._units_at_first.setdefault(root, units)
+        return min(units, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9))
+
+    def _scope(self, number: int) -> tuple[str, nn.Module | None]:
+        """What the plan's group ``number`` is ranked with, and the layer whose own ratio it has, if any."""
+        needs_layers = self.isomorphic or self._layer_to_scope
+        if not needs_layers and self.global_pruning:
+            return "DEFAULT_SCOPE", None
+        key = (self.engine.lowered, self.engine.plan.groups[number].root)
+        if key not in self._scopes:
+            deps = self.DG.maker.structure(number).deps if needs_layers else ()
+            self._scopes[key] = self._scope_of(deps, key[1])
+        return self._scopes[key]
+
+    def _scope_of(self, deps: Sequence[Any], root: str) -> tuple[str, nn.Module | None]:
+        is_out = self.DG.is_out_channel_pruning_fn
+        for dep in deps:
+            for module, operation in ((dep.source.module, dep.trigger), (dep.target.module, dep.handler)):
+                if module in self._layer_to_scope and is_out(operation):
+                    return self._layer_to_scope[module][0], module
+        if self.isomorphic:
+            sides = ("out" if is_out(dep.handler) else "in" for dep in deps)
+            return "Isomorphic_" + "".join(
+                f"{type(dep.source.module)}_{side}_{type(dep.target.module)}_{side}"
+                for dep, side in zip(deps, sides, strict=True)
+            ), None
+        return ("DEFAULT_SCOPE" if self.global_pruning else f"layer {root}"), None
+
+    def _loose(self) -> list[tuple[Candidate, Any, int]]:
+        """Candidates for what is pruned layer by layer, with their whole groups and blocks."""
+        if not layerwise.any_foreign(self.DG):
+            return []
+        ignored = {id(m) for m in self.ignored_layers}
+        found = []
+        for group in layerwise.all_groups(self.DG, ignored, (), self.root_module_types):
+            scores = self.estimate_importance(group)
+            if scores is None:
+                continue
+            root = "layerwise " + self.DG.name_of(group[0].dep.target.module)
+            blocks = self._get_channel_groups(group)
+            units = scores.detach().cpu().view(blocks, -1).mean(0).numpy()
+            scope, module = self._scope_of([dep for dep, _ in group], root)
+            ratio = self.per_step_pruning_ratio[self.current_step]
+            if module is not None:
+                ratio = self.get_target_pruning_ratio(module, step=self.current_step)
+            found.append(
+                (Candidate(root, scope, ratio, units, len(scores), self._cap(root, len(units))), group, blocks)
+            )
+        return found
+
+    def _choose_heads(self, planned: Sequence[Planned]) -> None:
+        if not self.prune_num_heads:
+            return
+        chosen = [p for p in planned if (a := p.standing.attention) is not None and self._head_ratio(a) > 0]
+        scores = [p.head_scores() for p in chosen]
+        counts = []
+        if self.global_pruning and chosen:
+            ratio = self.per_step_head_pruning_ratio[self.current_step]
+            counts = head_counts(scores, int(self.initial_total_heads * (1 - ratio)))
+        else:
+            for p, own in zip(chosen, scores, strict=True):
+                assert p.standing.attention is not None
+                first = self._heads_at_first.setdefault(p.standing.root, len(own))
+                counts.append(len(own) - (first - math.ceil(self._head_ratio(p.standing.attention) * first)))
+        for p, mask in zip(chosen, choose_heads(scores, counts), strict=True):
+            p.heads_gone = mask
+
+    def _head_ratio(self, attention: Attention) -> float:
+        return self.get_target_head_pruning_ratio(self.model.get_submodule(attention.projections[0]))
