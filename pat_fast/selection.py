@@ -18,6 +18,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 Units = NDArray[np.int64]
 SPARING = 32  # groups that are looked at once more when a target is met, those of the best units that would go first
+NEAR, TRIES = 0.01, 8  # a target is met from within this share of it, if that many tries find how
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def select(
     removable: Callable[[str | None], int],
     limits: Limits,
     enough: Callable[[BoolArray], bool] | None = None,
+    excess: Callable[[BoolArray], float] | None = None,
 ) -> BoolArray:
     """The channels to keep: bool ``[N]``.
 
@@ -202,6 +204,8 @@ def select(
         limits: see :class:`Limits`.
         enough: stop removing as soon as this holds of the channels kept (a target in MACs, say). Where the last unit
             is a large one, units that went before it are spared as far as it still holds.
+        excess: by how much more than ``enough`` asks in the end is gone, as a share of what is to be left. Above
+            ``NEAR``, the last unit (a head, say) and those after it in its group stay, and smaller ones go instead.
     """
     ranks = unit_scores(plan, scores)
     size = np.bincount(plan.unit, minlength=plan.n_units)
@@ -212,24 +216,51 @@ def select(
     free &= ~np.isposinf(ranks)
     order = np.argsort(ranks, kind="stable")
     order = _capped(plan, order[free[order]], ranks, size, home, limits)
-    rounding = _Rounding(plan, order, ranks, size, home, limits)
-    order = _in_turns(plan, order, ranks, size, home, limits, removable, rounding)
-    lost = np.isneginf(ranks[order])
 
-    def keep_without(units: Units) -> BoolArray:
-        removed = np.zeros(plan.n_units, dtype=np.bool_)
-        removed[rounding.apply(units)] = True
-        return ~removed[plan.unit]
+    def removing(order: Units) -> tuple[BoolArray, Units]:
+        rounding = _Rounding(plan, order, ranks, size, home, limits)
+        turns = _in_turns(plan, order, ranks, size, home, limits, removable, rounding)
 
-    if enough is None or not enough(keep_without(order)):
-        return keep_without(order)
-    # The fewest removals that are enough.
+        def keep_without(units: Units) -> BoolArray:
+            removed = np.zeros(plan.n_units, dtype=np.bool_)
+            removed[rounding.apply(units)] = True
+            return ~removed[plan.unit]
+
+        if enough is None or not enough(keep_without(turns)):
+            return keep_without(turns), turns[:0]
+        return _fewest(turns, home[turns], np.isneginf(ranks[turns]), len(plan.groups), keep_without, enough)
+
+    best, gone = removing(order)
+    if excess is None or not len(gone) or (least := excess(best)) <= NEAR:
+        return best
+    for _ in range(TRIES):
+        last = gone[-1]
+        staying = (home[order] == home[last]) & ~np.isin(order, gone[:-1])
+        order = order[~staying | np.isneginf(ranks[order])]
+        keep, gone = removing(order)
+        if not len(gone):
+            break
+        if (more := excess(keep)) < least:
+            best, least = keep, more
+        if least <= NEAR:
+            break
+    return best
+
+
+def _fewest(
+    order: Units,
+    group: Units,
+    lost: BoolArray,
+    n_groups: int,
+    keep_without: Callable[[Units], BoolArray],
+    enough: Callable[[BoolArray], bool],
+) -> tuple[BoolArray, Units]:
+    """The channels to keep when the fewest units go that are enough, and the first of ``order`` that were needed."""
     count = _first(lambda n: enough(keep_without(order[:n])), int(lost.sum()), len(order))
     # The last one may have been more than was needed (a head, say): others stay then, as far as they fit.
-    group = home[order]
     place = _place_in_group(group)
-    gone = np.bincount(group[:count], minlength=len(plan.groups))
-    least = np.bincount(group[lost], minlength=len(plan.groups))
+    gone = np.bincount(group[:count], minlength=n_groups)
+    least = np.bincount(group[lost], minlength=n_groups)
     for number in list(dict.fromkeys(group[:count][::-1].tolist()))[:SPARING]:
         every = gone[number]
 
@@ -239,7 +270,8 @@ def select(
 
         few = every > least[number] and fits(every - 1)
         gone[number] = _first(fits, int(least[number]), int(every) - 1) if few else every
-    return keep_without(order[place < gone[group]])
+    needed = order[:count] if count > lost.sum() else order[:0]
+    return keep_without(order[place < gone[group]]), needed
 
 
 def _place_in_group(group: Units) -> Units:

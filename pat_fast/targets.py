@@ -46,6 +46,7 @@ class Target:
         value: for channels the fraction to remove, in ``[0, 1)``; else what is to be left: up to 1 a fraction of the
             dense model, above 1 a number. Of ``"latency"`` always a fraction, of ``"latency_ms"`` always milliseconds.
             It is an upper bound: the fewest removals that reach it are made, and what fits after the last one stays.
+            A unit (a head, say) that would overshoot it by more than 1 % stays where smaller ones can go instead.
         batch: examples per forward, for a latency.
     Raises:
         ConfigError: an unknown kind, or a value out of range.
@@ -297,7 +298,12 @@ class Goal:
         def enough(keep: BoolArray) -> bool:
             return self.cost(plan, keep) <= limit
 
-        keep = select(plan, scores, eligible, lambda scope: plan.n_channels, self.limits, enough)
+        left = max(self.target.left(dense), 1e-9)
+
+        def excess(keep: BoolArray) -> float:
+            return 1 - self.cost(plan, keep) / left
+
+        keep = select(plan, scores, eligible, lambda scope: plan.n_channels, self.limits, enough, excess)
         if not enough(keep):
             raise PlanError(
                 f"target: {self._show(limit)} are due, and at least {self._show(self.cost(plan, keep), False)} of "

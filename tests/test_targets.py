@@ -253,3 +253,22 @@ def test_small_units_are_spared_though_many_large_ones_lie_in_between() -> None:
     goal.start(bind(plan, model), everything)
     keep = goal.select(plan, scores, everything, everything, 1.0)
     assert 0.995 < plan.macs(keep) / limit <= 1
+
+
+@pytest.mark.parametrize("round_to", [None, 8])
+def test_a_head_stays_where_less_is_due(round_to: int | None) -> None:
+    """It ranks lowest, but frees far more than the target asks: the next ones that are smaller go."""
+    model = ViT(image=8, patch=2, dim=64, depth=2, num_heads=4, head_dim=16, hidden=128, num_classes=10)
+    plan = build_plan(model, torch.randn(1, 3, 8, 8))
+    scores = np.full(plan.n_channels, 2.0)
+    heads = next(g for g in plan.groups if "attn" in g.root)
+    scores[heads.start : heads.stop] = 1.0
+    everything = np.ones(plan.n_channels, dtype=np.bool_)
+    goal = Goal(Target("macs", 0.96), None, Rules(round_to=round_to))
+    goal.start(bind(plan, model), everything)
+    keep = goal.select(plan, scores, everything, everything, 1.0)
+    assert keep[heads.start : heads.stop].all()
+    assert (0.99 if round_to is None else 0.97) < plan.macs(keep) / (0.96 * plan.macs()) <= 1
+    # A part of the target may be overshot as far as the whole of it allows.
+    keep = goal.select(plan, scores, everything, everything, 0.1)
+    assert plan.macs(keep) < 0.99 * plan.macs()
