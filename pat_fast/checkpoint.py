@@ -275,7 +275,9 @@ def _sizes(path: str, modules: dict[str, nn.Module], name: str, found: Any) -> l
             raise CheckpointError(f"{path}: the sizes of {name!r} do not fit the model's: it has no {attribute!r}")
         own = vars(place[0])[place[1]]
         if not is_pruned(value, own):
-            raise CheckpointError(f"{path}: {name}.{attribute} = {value!r} cannot be a pruned {own!r}")
+            raise CheckpointError(
+                f"{path}: {name}.{attribute} = {value!r} cannot be a pruned {own!r}; load it into the dense definition"
+            )
         changes.append((*place, like(value, own)))
     return changes
 

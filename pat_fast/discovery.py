@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .errors import ConfigError, PlanError
 from .plan.hooks import Hook
 from .plan.running import Call
+from .surgery.optimizer import check_shapes
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -136,6 +137,7 @@ class Discovery:
         self._model = weakref.ref(model)
         self._ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._strangers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # size when looked at
+        self._states: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # identity when checked
         self._stepping: list[weakref.ref[Optimizer]] = []
         self._searches = given is None
         self._handles: list[Any] = []
@@ -186,6 +188,7 @@ class Discovery:
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if self._pruner() is None or not self._is_ours(optimizer) or self._is_nested(optimizer):
             return None
+        self._check_state(optimizer)
         self._stepping.append(weakref.ref(optimizer))
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
@@ -201,6 +204,13 @@ class Discovery:
         if "closure" in kwargs:
             return args, {**kwargs, "closure": regularized}
         return (args[0], regularized, *args[2:]), kwargs
+
+    def _check_state(self, optimizer: Optimizer) -> None:
+        """Hold a state that is new, as after ``load_state_dict``, against the parameters."""
+        known, model = self._states.get(optimizer), self._model()
+        if known != id(optimizer.state) and model is not None:
+            check_shapes(optimizer, {id(p): name for name, p in model.named_parameters()})
+            self._states[optimizer] = id(optimizer.state)
 
     def _is_nested(self, optimizer: Optimizer) -> bool:
         """Whether this step is a part of another optimizer's (one that wraps it), which was seen already."""

@@ -17,11 +17,13 @@ from .plan import build_plan as lower
 from .plan.running import Still, call, undisturbed
 from .plan.verify import verify as permutation_test
 from .rehearsal import rehearse
+from .turns import plainly
 
 SIDES = {4: 64, 5: 16}  # pixels of images and volumes, by the dimensions of their tensors
 TOKENS = 16
 
 
+@plainly()
 def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Plan:
     """Trace ``model``, lower it to a plan, and let the plan prove itself.
 

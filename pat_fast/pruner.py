@@ -7,6 +7,7 @@ calls plan, criterion, regulariser, mask and surgery in turn.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,7 @@ from .report import Callbacks, Changes, Counts, StepReport, changes, joined, mak
 from .schedules import Curve, OneShot, Schedule
 from .selection import Scope, check_any
 from .targets import Goal, Target
+from .turns import in_turn
 from .upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -182,6 +184,7 @@ class Pruner:
         """Nothing has been counted, built or pruned yet."""
         from .state import State
 
+        self._lock = threading.RLock()
         self.epoch = 0
         self.done = False
         self.binding: Binding | None = None
@@ -265,6 +268,7 @@ class Pruner:
 
     # Work
 
+    @in_turn
     def step(self) -> StepReport:
         """Count an epoch and, when the schedule says so, prune or mask. (For ``unit="step"``: report alone.)
 
@@ -284,6 +288,7 @@ class Pruner:
             self._state.grow(self.binding)
         return self._reported(before, changed)
 
+    @in_turn
     def count(self, optimizer: Optimizer) -> None:
         """Count a step of an optimizer, and prune if one is due; done by the optimizer's hook when unit is "step"."""
         if self.unit == "epoch" or self.done:
@@ -330,6 +335,7 @@ class Pruner:
         self._callbacks.tell(stage, self.stage, changed, lambda: self._report(before, changed))
         return changed
 
+    @in_turn
     def finalize(self) -> StepReport:
         """End pruning: remove what is masked, take the hooks off; training may go on."""
         binding, stage = self._ready(), self.stage
@@ -351,6 +357,7 @@ class Pruner:
         self._steady.clear_notes()
         return report
 
+    @in_turn
     @torch.no_grad()
     def regularize(self, scale: float | GradScaler = 1.0, optimizer: Optimizer | None = None) -> None:
         """Let the criterion see the gradients, add the regulariser to them, clear those of masked channels.
@@ -376,6 +383,7 @@ class Pruner:
         self.goal.check(binding.plan, self._eligible.cpu().numpy())
         self._upkeep.before_step(binding, scale, optimizer, self._eligible, self.stage, self.done)
 
+    @in_turn
     def hold(self, optimizer: Optimizer | None = None) -> None:
         """Take a proximal regulariser's step, clear the weights of masked channels.
 
@@ -391,6 +399,7 @@ class Pruner:
         self._watching.detach()
         self._inputs.close()
 
+    @in_turn
     def state_dict(self) -> dict[str, Any]:
         """Where the pruner stands, what it has gathered, its masks; the model and the optimizers are saved apart.
 
@@ -401,6 +410,7 @@ class Pruner:
             return dict(self._pending)
         return {"epoch": self.epoch, "done": self.done, **self._state.save(self._ready())}
 
+    @in_turn
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was called.
 
@@ -435,9 +445,10 @@ class Pruner:
             state, self._pending = self._pending, None
             self.load_state_dict(state)
         assert self.binding is not None
-        if was_sharded(self.binding):
+        if was_sharded(self.binding) or self.binding.has_moved():
             held = self._mode.state_dict()
-            self._take(bound(self.binding.plan, self.model, self._state), self._eligible)
+            now = bound(self.binding.plan, self.model, self._state)
+            self._take(self.binding.follow(now), self._eligible)
             self._mode.load_state_dict(held, self._optimizers.current)
         return self.binding
 

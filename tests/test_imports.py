@@ -56,8 +56,9 @@ ALLOWED: dict[str, set[str]] = {
     "integer": set(),
     "dry_run": PLAN | {"masks", "surgery"},
     "rehearsal": PLAN | {"surgery"},
-    "proof": PLAN | {"dry_run", "masks", "rehearsal", "surgery"},
-    "discovery": PLAN,
+    "proof": PLAN | {"dry_run", "masks", "rehearsal", "surgery", "turns"},
+    "turns": set(),
+    "discovery": PLAN | {"surgery"},
     "measure": set(),
     "models": set(),
 }

@@ -317,7 +317,7 @@ PARAMETRIZED: dict[str, tuple[Callable[[nn.Module], nn.Module], tuple[int, int],
     "weight norm": (parametrizations.weight_norm, (6, 7), ""),
     "weight norm by hook": (nn.utils.weight_norm, (6, 7), ""),
     "spectral norm": (parametrizations.spectral_norm, (10, 7), "layers.2.parametrizations.weight.original"),
-    "spectral norm by hook": (nn.utils.spectral_norm, (6, 12), "layers.0"),
+    "spectral norm by hook": (nn.utils.spectral_norm, (6, 7), ""),
     "orthogonal": (parametrizations.orthogonal, (10, 7), ""),
 }
 

@@ -76,6 +76,7 @@ def prune_sharded(plan: Plan, keep: NDArray[np.bool_], model: nn.Module, optimiz
         return prune_shards(binding, keep, optimizers, lambda _: peers.ready()).plan
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_shards(
     binding: ShardedBinding,

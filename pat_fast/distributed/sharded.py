@@ -200,6 +200,9 @@ class ShardedBinding(Binding):
         reshard(self.model)
         super().check()
 
+    def has_moved(self) -> bool:
+        return False  # FSDP puts others in the places of parameters at every forward
+
     def tiles(self, key: str, wanted: Callable[[TensorMap, nn.Module, str], bool]) -> tuple[Tiles, ...]:
         self._follow()
         return super().tiles(key, wanted)

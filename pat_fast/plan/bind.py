@@ -185,6 +185,7 @@ class Binding:
                     "build a new plan after changing the model"
                 )
             self.tensors[tensor_map.name] = found
+        self._kinds = [(t.device, t.dtype) for t in self.tensors.values()]
         whole = after is not None and len(after.tensors) == len(self.tensors)
         self.places: list[Place] = after.places if after is not None and whole else self._places()
         self.derived: dict[str, Any] = {}  # what other parts have worked out for this binding, by their keys
@@ -229,6 +230,29 @@ class Binding:
         held = [of.get(local) for of, local, _ in self.places]
         return all(map(operator.is_, held, [tensor for *_, tensor in self.places]))
 
+    def has_moved(self) -> bool:
+        """Whether tensors are other objects now, or elsewhere, or of another dtype, as after ``model.to(...)``.
+
+        The modules that hold them are the same.
+        """
+        held = [of.get(local) for of, local, _ in self.places]
+        same = all(map(operator.is_, held, [tensor for *_, tensor in self.places]))
+        return not same or [(t.device, t.dtype) for t in self.tensors.values()] != self._kinds
+
+    def follow(self, now: Binding) -> Binding:
+        """``now``, a binding of the same plan made since.
+
+        Raises:
+            PlanError: names share a tensor that did not, or not any more.
+        """
+        for name in self.tensors:
+            if self.aliases(name) != now.aliases(name):
+                raise PlanError(
+                    f"{name} was {' = '.join(self.aliases(name))} and is {' = '.join(now.aliases(name))} now: tied or "
+                    "untied since the plan was made; make a new plan, or pruner"
+                )
+        return now
+
     def check(self) -> None:
         """Raise :class:`PlanError` if the model was changed since by others."""
         for tensor_map, tensor in () if self.is_true else zip(self.plan.tensors, self.tensors.values(), strict=True):
@@ -240,7 +264,7 @@ class Binding:
         if not self._is_whole():
             raise PlanError(
                 "modules or tensors of the model were replaced: the model was changed since the plan was bound; build "
-                "a new plan"
+                "a new plan, or pruner"
             )
 
     def module(self, path: str) -> nn.Module:

@@ -147,12 +147,35 @@ def check_state(optimizers: Iterable[Optimizer]) -> None:
                 "LBFGS keeps one flat history of all parameters together, which cannot shrink with them; train with "
                 "another optimizer while the model is pruned"
             )
+        if getattr(optimizer, "parameters_as_bucket_view", False):  # of ZeroRedundancyOptimizer
+            raise SurgeryError(
+                f"{kind} hands the parameters round in buckets of the sizes that they had; make it with "
+                "parameters_as_bucket_view=False"
+            )
         for key, value in optimizer.state.items():
             if not isinstance(key, Tensor) and any(t.ndim for t in _tensors(value)):
                 raise SurgeryError(
                     f"{kind} keeps state under {key!r}, which is no parameter: how it follows the model's channels "
                     "is not known; train with another optimizer while the model is pruned"
                 )
+
+
+def check_shapes(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Refuse a state of other shapes than its parameters: PyTorch loads it, and fails in the step without a name.
+
+    Args:
+        names: of parameters, by their ``id``; those of others are left alone.
+    Raises:
+        SurgeryError: it was saved before the model was pruned, or after.
+    """
+    layout = _layout(type(optimizer))
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if id(parameter) in names and isinstance(state, dict) else ():
+            if layout.get(key) == ELEMENTWISE and isinstance(value, Tensor) and value.shape != parameter.shape:
+                _refuse(
+                    StateTensor(optimizer, key, value), f"shape {tuple(value.shape)}", f"the parameter's "
+                    f"{tuple(parameter.shape)}", names[id(parameter)],
+                )  # fmt: skip
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -237,7 +260,7 @@ def _dimensions(kind: Layout, got: Shape, shape: Shape) -> Follows:
 def _refuse(state: StateTensor, got: str, expected: str, name: str) -> None:
     raise SurgeryError(
         f"{type(state.optimizer).__name__} state {state.key!r} of {name} has {got}, expected {expected}; was the model "
-        "changed behind the optimizer's back?"
+        "changed behind the optimizer's back, or a state loaded that was saved before a prune?"
     )
 
 

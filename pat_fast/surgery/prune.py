@@ -101,6 +101,7 @@ def prune(
     return made[0]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune_checked(
     binding: Binding,

@@ -124,6 +124,13 @@ def test_what_a_wrapper_cannot_take_up_is_refused(tmp_path: Path) -> None:
         assert "delay_all_reduce_named_params" in found["delayed"][0]
 
 
+@pytest.mark.slow
+def test_an_optimizer_whose_state_is_shared_out(tmp_path: Path) -> None:
+    for whole, shared, buckets in torchrun("shared_state", tmp_path):
+        assert shared == pytest.approx(whole, rel=EXACT)
+        assert "parameters_as_bucket_view=False" in buckets
+
+
 def test_alone_nothing_is_asked() -> None:
     model = Small()
     pruner = pat.Pruner(model, 0.5, example_inputs=small_inputs(), verify=False)

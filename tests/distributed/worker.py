@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import pat_fast as pat
@@ -325,6 +326,30 @@ def out_of_step() -> Any:
     except pat.SurgeryError as caught:
         return str(caught)
     return ""
+
+
+def shared_state() -> Any:
+    """An optimizer whose state is shared out over the ranks trains as one that is whole on each."""
+    found = []
+    for kind in ("whole", "shared", "buckets"):
+        ddp, _ = wrapped()
+        if kind == "whole":
+            optimizer: Any = torch.optim.Adam(ddp.parameters(), 1e-2)
+        else:
+            views = kind == "buckets"
+            optimizer = ZeroRedundancyOptimizer(
+                ddp.parameters(), torch.optim.Adam, lr=1e-2, parameters_as_bucket_view=views
+            )
+        pruner = pat.Pruner(ddp, 0.5, "linear", end_epoch=3)
+        try:
+            for epoch in range(4):
+                train(ddp, optimizer, epoch)
+                pruner.step()
+        except pat.SurgeryError as caught:
+            found.append(str(caught))
+        else:
+            found.append(fingerprint(ddp))
+    return found
 
 
 def refused() -> Any:

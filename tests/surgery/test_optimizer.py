@@ -389,6 +389,15 @@ def test_layouts_that_do_not_fit_are_refused(layout: dict[str, Any], message: st
     assert same(weights(model), before)
 
 
+def test_parameters_that_live_in_buckets_are_refused() -> None:
+    model, x = Small(), small_inputs()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.parameters_as_bucket_view = True  # type: ignore[attr-defined]
+    plan = build_plan(model, x)
+    with pytest.raises(pat.SurgeryError, match="make it with parameters_as_bucket_view=False"):
+        prune(bind(plan, model), random_keep(plan, 0), [optimizer])
+
+
 def test_state_of_all_parameters_together_is_refused() -> None:
     model = Small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
