@@ -126,7 +126,7 @@ def prune_shards(
             apply_changes(changes, attributes)
             for state in _states(model):
                 Forwards(state).begin(undo)
-            undo.append(restorer(binding.modules.values()))
+            undo.append(restorer(binding))
             note_prune(binding, kept)
             found = ShardedBinding(smaller, model, after=binding)
             forget_compiled()

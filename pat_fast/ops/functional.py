@@ -201,6 +201,18 @@ def _remember(name: str, xs: Sequence[Tensor], table: TileTable) -> None:
         table.known[name] = Known(xs)
 
 
+@torch.no_grad()
+def expect(xs: Sequence[Tensor], table: TileTable) -> None:
+    """Look at tensors ahead of the first call of an op with them as its ``xs``.
+
+    Raises:
+        OpError: they do not fit the table.
+    """
+    if len(xs) and "xs" not in table.known:
+        for _ in range(2):
+            _check_tensors("xs", xs, table)
+
+
 def _check_slots(name: str, values: Tensor, table: TileTable, xs: Sequence[Tensor]) -> None:
     dtype = accumulator(xs[0].dtype) if len(xs) else values.dtype
     device = xs[0].device if len(xs) else values.device

@@ -5,7 +5,6 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,16 +226,14 @@ class Binding:
         for now, then in self._parts:
             if list(now.items()) != then:
                 return False
-        held = [of.get(local) for of, local, _ in self.places]
-        return all(map(operator.is_, held, [tensor for *_, tensor in self.places]))
+        return all(of.get(local) is tensor for of, local, tensor in self.places)
 
     def has_moved(self) -> bool:
         """Whether tensors are other objects now, or elsewhere, or of another dtype, as after ``model.to(...)``.
 
         The modules that hold them are the same.
         """
-        held = [of.get(local) for of, local, _ in self.places]
-        same = all(map(operator.is_, held, [tensor for *_, tensor in self.places]))
+        same = all(of.get(local) is tensor for of, local, tensor in self.places)
         return not same or [(t.device, t.dtype) for t in self.tensors.values()] != self._kinds
 
     def follow(self, now: Binding) -> Binding:

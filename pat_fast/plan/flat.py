@@ -107,6 +107,7 @@ class Kept:
     def __init__(self, keep: BoolArray, vectors: Vectors | None = None) -> None:
         self.keep = keep
         self.vectors = vectors
+        self.left: tuple[Shapes, IndexArray, IndexArray] | None = None  # see Shapes.left
         self._found: dict[int, tuple[ChannelArray, IndexArray]] = {}
         self._tensors: dict[int, tuple[TensorMap, list[IndexArray], tuple[int, ...]]] = {}
         if vectors is not None:
@@ -226,14 +227,23 @@ class Shapes:
         return np.where(blocks, np.minimum(self.lengths[self.vector], 2 * groups), 1)
 
     def left(self, kept: Kept) -> tuple[IndexArray, IndexArray]:
-        """Sizes ``[T, D]`` and groups ``[T]`` that are left."""
-        counts, groups = kept.counts, self.groups.copy()
-        first = np.flatnonzero(self.whole[self.tensor] & (np.diff(self.tensor, prepend=-1) > 0))
-        tensor, vector = self.tensor[first], self.vector[first]
-        groups[tensor] = groups[tensor] * counts[vector] // self.lengths[vector]
-        sizes = self.sizes.copy()
+        """Sizes ``[T, D]`` and groups ``[T]`` that are left; not to be written to."""
+        if kept.left is not None and kept.left[0] is self:
+            return kept.left[1:]
+        counts, groups, sizes = kept.counts, self.groups, self.sizes.copy()
+        tensor, vector = self._whole_groups
+        if len(tensor):
+            groups = groups.copy()
+            groups[tensor] = groups[tensor] * counts[vector] // self.lengths[vector]
         sizes[self.tensor, self.dim] = counts[self.vector] // np.where(self.grouped, groups[self.tensor], 1)
+        kept.left = self, sizes, groups
         return sizes, groups
+
+    @cached_property
+    def _whole_groups(self) -> tuple[IndexArray, IndexArray]:
+        """The tensors whose groups go as a whole, and the vector of their first axis."""
+        first = np.flatnonzero(self.whole[self.tensor] & (np.diff(self.tensor, prepend=-1) > 0))
+        return self.tensor[first], self.vector[first]
 
     def smaller(self, sizes: IndexArray, groups: IndexArray, vectors: Vectors) -> Shapes:
         """The shapes after a prune that leaves ``sizes`` and ``groups``, of the tensors that still hold channels."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -48,9 +49,12 @@ class Gathering:
 
     def rows(self, of: IndexArray, numbers: IndexArray) -> list[list[int]]:
         """What ``sizes`` or ``strides [T, D]`` say of these tensors."""
-        ndim = self.plan.shapes.ndim[numbers]
-        rows: list[list[int]] = of[numbers].tolist()
-        return [row[:n] for row, n in zip(rows, ndim.tolist(), strict=True)]
+        ndim, rows = self.plan.shapes.ndim[numbers], of[numbers]
+        starts = [0, *(np.flatnonzero(np.diff(ndim)) + 1).tolist(), len(numbers)]
+        found: list[list[int]] = []
+        for start, stop in pairwise(starts):
+            found += rows[start:stop, : int(ndim[start])].tolist() if stop > start else []
+        return found
 
     def index(self) -> Tensor:
         """All lists that the tables made so far point into: int32."""

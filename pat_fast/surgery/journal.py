@@ -78,6 +78,19 @@ class Moves:
             self.blanks[kind] = blank_like(new)
         set_tensor(holder, new, None, self.blanks[kind], node)
 
+    def put_all(self, places: Iterable[int], new: Iterable[Tensor]) -> None:
+        """:meth:`put` for many, none of which has been put yet."""
+        if self.nodes:
+            for place, tensor in zip(places, new, strict=True):
+                self.put(place, tensor)
+            return
+        for place, tensor in zip(places, new, strict=True):
+            holder, key = self.holders[place], self.keys[place]
+            if key is None:
+                holder.data = tensor
+            else:
+                holder[key] = tensor
+
     def frees(self, place: int) -> bool:
         """Whether the memory of a tensor is free when it is let go of, and can be laid out again as it was."""
         old = self.olds[place]
@@ -153,10 +166,12 @@ class Copy:
     def put(self, lets_go: bool) -> None:
         """Put what stays in the places of the tensors."""
         moves = self._moves
-        for place, new in zip(self._places, self._outs, strict=not lets_go):
+        if not lets_go:
+            moves.put_all(self._places, self._outs)
+            return
+        for place, new in zip(self._places, self._outs, strict=False):
             moves.put(place, new)
-            if lets_go:
-                moves.olds[place] = None
+            moves.olds[place] = None
 
     def back(self) -> None:
         """Make the tensors that were let go of again, of what stayed of them and what went."""
@@ -277,14 +292,15 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
         SurgeryError: a dtype that cannot be moved.
     """
     olds: list[Any] = moves.olds
-    for dtype in {old.dtype for old in olds}:
-        if dtype.itemsize not in INTEGERS:
+    dtypes = [old.dtype for old in olds]
+    size_of = {dtype: dtype.itemsize for dtype in set(dtypes)}
+    for dtype, size in size_of.items():
+        if size not in INTEGERS:
             raise SurgeryError(f"expected elements of {(*INTEGERS,)} bytes, got {dtype}; convert the model first")
-    counts = gathering.sizes.prod(1)[moves.numbers]
-    left = counts * np.array([old.itemsize for old in olds], dtype=np.int64)
-    size_of = [old.nbytes for old in olds]
-    largest = max(size_of, default=0)
-    everything = range(len(size_of))
+    left = gathering.sizes.prod(1)[moves.numbers] * np.array([size_of[dtype] for dtype in dtypes], dtype=np.int64)
+    everything = range(len(olds))
+    before = [] if left.sum() <= room else [old.nbytes for old in olds]
+    largest = max(before, default=0)
     if left.sum() <= max(room, largest):
         return [Batch(gathering, moves, everything, lets_go=False)]
     # Of what frees nothing the old tensor may as well stay.
@@ -295,10 +311,10 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
     size = 0
     for place in everything:
         if place not in stay:
-            size += size_of[place]
+            size += before[place]
             if size > max(min(STEP, room), largest):
                 found.append([])
-                size = size_of[place]
+                size = before[place]
             found[-1].append(place)
     return [
         *(Batch(gathering, moves, some, lets_go=True) for some in found),

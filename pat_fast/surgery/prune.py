@@ -26,7 +26,7 @@ from .layout import Layout, dense_strides
 from .modules import Change, apply_changes, attribute_changes, tabulate
 from .optimizer import StateTensor, check_state, state_tensors
 from .put import accumulators, is_alone, set_tensor
-from .record import note_prune, restorer
+from .record import note_dense, note_prune, restorer
 from .undo import Undo, take_back, uninterrupted
 
 __all__ = ["Smaller", "dense_strides", "prepare", "prune", "prune_checked", "set_tensor"]
@@ -164,7 +164,7 @@ def _follow(changes: list[Change], bindings: list[Binding], kept: Kept, undo: li
     attributes: list[Change] = []
     undo.append(lambda: apply_changes(list(reversed(attributes)), []))
     apply_changes(changes, attributes)
-    undo += [restorer(b.modules.values()) for b in bindings]
+    undo += [restorer(b) for b in bindings]
     for bound in bindings:
         note_prune(bound, kept)
     return Smaller(bindings[0], kept)
@@ -172,9 +172,9 @@ def _follow(changes: list[Change], bindings: list[Binding], kept: Kept, undo: li
 
 def prepare(binding: Binding) -> None:
     """Work out ahead what the first prune needs of the plan and of the model; later ones find it there."""
-    layout_of(binding)
+    _ = layout_of(binding).whole
     tabulate(binding)
-    binding.plan.macs()
+    note_dense(binding)
     binding.plan.check_keep(np.ones(binding.plan.n_channels, dtype=np.bool_))
 
 
@@ -212,7 +212,8 @@ def _moves(
     for binding in bindings:
         binding.check()
     plan = bindings[0].plan
-    every = np.flatnonzero((sizes != plan.shapes.sizes).any(1)).tolist()
+    smaller = np.flatnonzero((sizes != plan.shapes.sizes).any(1))
+    every = smaller[np.argsort(plan.shapes.ndim[smaller], kind="stable")].tolist()  # what is alike is made in one go
     moves, cut = Moves(), []
     seen: set[int] = set()
     for binding in bindings:
@@ -224,7 +225,7 @@ def _moves(
         cut.append(some)
         moves.add(numbers, [t.data for t in tensors], tensors, [None] * len(tensors))
         _add_grads(moves, plan, numbers, some.grads)
-        for number, tensor in zip(numbers, tensors, strict=True) if optimizers else ():
+        for number, tensor in sorted(zip(numbers, tensors, strict=True), key=lambda of: of[0]) if optimizers else ():
             if isinstance(tensor, nn.Parameter):
                 _add_states(moves, plan, number, tensor, kept, optimizers)
     return moves, cut

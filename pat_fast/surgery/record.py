@@ -5,7 +5,7 @@ It lies in the modules' own dictionaries, so that copies, wrappers and submodule
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -34,11 +34,19 @@ def note_prune(binding: Binding, kept: Kept) -> None:
         note_sizes(module, [attribute])
     record = vars(model).setdefault(KEY, {})
     if "dense" not in record:
-        record["dense"] = {"channels": plan.n_channels, "params": plan.params(), "macs": plan.macs()}
+        record["dense"] = note_dense(binding)
     record["prunes"] = record.get("prunes", 0) + 1
     record["noted"] = [*record.get("noted", ()), (plan.roots, plan.bounds.tolist(), kept.keep.tobytes())]
     if len(record["noted"]) > MOST:
         _fold(record)
+
+
+def note_dense(binding: Binding) -> dict[str, int]:
+    """What a prune notes of the model as it is before the first one."""
+    plan = binding.plan
+    if "dense" not in binding.derived:
+        binding.derived["dense"] = {"channels": plan.n_channels, "params": plan.params(), "macs": plan.macs()}
+    return dict(binding.derived["dense"])
 
 
 def _fold(record: Record) -> None:
@@ -80,9 +88,9 @@ def records(model: nn.Module) -> Iterator[tuple[str, Record]]:
             yield name, vars(module)[KEY]
 
 
-def restorer(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """What puts the records of ``modules`` back to what they are now; nothing in them is changed in place but dicts."""
-    modules = list(modules)
+def restorer(binding: Binding) -> Callable[[], None]:
+    """What puts the records that a prune writes back to what they are now."""
+    modules = [binding.model, *(module for module, _ in tabulate(binding).unruled)]
     before = [
         (module, {k: dict(v) if isinstance(v, dict) else v for k, v in record.items()})
         for module in modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +16,28 @@ Undo = Callable[[], None]
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let an interrupt from the keyboard (SIGINT) wait until the block is done.
+    """Let an interrupt from the keyboard (SIGINT) wait until the block is done, and the garbage collector.
 
     Python delivers it between any two instructions, those that undo a change included. Only the main thread gets
-    it; a handler that is not Python's own is left alone.
+    it; a handler that is not Python's own is left alone. What a collection finalizes could see a model in pieces, too.
     """
+    with _uncollected(), _unsignalled():
+        yield
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextmanager
+def _unsignalled() -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGINT) if main else None
     if before is None:

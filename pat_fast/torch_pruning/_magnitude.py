@@ -17,6 +17,7 @@ from ..criteria.ledger import Book, Order, book
 from ..criteria.reductions import reduce_members, reduce_rows
 from ..errors import check
 from ..ops import channel_reduce
+from ..ops.functional import expect
 from ..plan.bind import Binding, Tiles
 from ..plan.types import Axis, TensorMap
 from ._groups import LAYERS, NORMS, Item, items, sums, width
@@ -160,7 +161,10 @@ class GroupMagnitudeImportance(Importance):
     def prepare(self, binding: Binding) -> None:
         """Work out ahead which indices of which tensors :meth:`score` adds up, where that is known already."""
         if type(self)._usable is GroupMagnitudeImportance._usable:
-            self._book(binding).ledger.prepare()
+            tally = self._book(binding)
+            tally.ledger.prepare()
+            for tiles in tally.tiles:
+                expect(tiles.tensors, tiles.table)
 
     def _book(self, binding: Binding) -> Book:
         """The tensors that count, and what their indices count for."""

@@ -250,6 +250,14 @@ def test_all_or_nothing(stage: str, error: type[BaseException], room: int, monke
     calls = 0
     real = getattr(module, stage)
 
+    def failing_midway(moves, places, new):
+        real_all(moves, list(places)[:3], list(new)[:3])
+        raise error("no")
+
+    real_all = journal.Moves.put_all
+    if stage == "put":
+        monkeypatch.setattr(journal.Moves, "put_all", failing_midway)
+
     def failing(*args, **kwargs):
         nonlocal calls
         calls += 1

@@ -71,9 +71,8 @@ def choose(candidates: Sequence[Candidate], initial: dict[str, int], round_to: i
         bounds = np.cumsum([0, *sizes])
         total = sum(sizes)
         left = int(initial.setdefault(name, total) * (1 - members[0].ratio))
-        gone = _taken(members, bounds, total - left) if total > left else np.zeros(total, dtype=np.bool_)
-        going = _count(gone, bounds).tolist()
-        for candidate, units, count, start in zip(members, sizes, going, bounds.tolist(), strict=False):
+        gone, going = _taken(members, bounds, total - left)
+        for candidate, units, count, start in zip(members, sizes, going.tolist(), bounds.tolist(), strict=False):
             candidate.gone, candidate.going = gone[start : start + units], count
             tight = units - count < max(candidate.least, candidate.cap, 1) or candidate.multiple > 1
             if count and (tight or round_to):
@@ -85,27 +84,32 @@ def _count(gone: BoolArray, bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.diff(np.searchsorted(np.flatnonzero(gone), bounds))
 
 
-def _taken(members: Sequence[Candidate], bounds: NDArray[np.int64], count: int) -> BoolArray:
-    """The ``count`` least important units of all ``members`` together, whose units ``bounds`` tell apart."""
+def _taken(
+    members: Sequence[Candidate], bounds: NDArray[np.int64], count: int
+) -> tuple[BoolArray, NDArray[np.int64]]:
+    """The ``count`` least important units of all ``members`` together, whose units ``bounds`` tell apart.
+
+    And how many these are of each member.
+    """
     scores = np.concatenate([c.scores for c in members])
     scores[np.isnan(scores)] = np.inf
     for c, start in zip(members, bounds.tolist(), strict=False):
         if c.cap:
             scores[start + c.ranked()[c.units - c.cap :]] = np.inf
     count = min(count, int(np.count_nonzero(scores < np.inf)))
-    if not count:
-        return np.zeros(len(scores), dtype=np.bool_)
+    if count <= 0:
+        return np.zeros(len(scores), dtype=np.bool_), np.zeros(len(members), dtype=np.int64)
     threshold = np.partition(scores, count - 1)[count - 1]
     gone: BoolArray = scores <= threshold
     going = _count(gone, bounds)
     if going.sum() == count and (going < np.diff(bounds)).all():
-        return gone
+        return gone, going
     # More is tied at the threshold than is asked for, or a group would be gone altogether for a rounding error.
     near = np.abs(scores - threshold) <= NEAR * abs(threshold)
     gone = (scores <= threshold) & ~near
     tied = np.flatnonzero(near)
     gone[tied[np.argsort(_share(members)[tied], kind="stable")[: count - int(gone.sum())]]] = True
-    return gone
+    return gone, _count(gone, bounds)
 
 
 def _share(members: Sequence[Candidate]) -> NDArray[np.float64]:

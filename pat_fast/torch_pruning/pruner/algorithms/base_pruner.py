@@ -181,7 +181,7 @@ class BasePruner(Deciding, _Original):
         self._standing()
         if callable(getattr(self.importance, "prepare", None)):
             self.importance.prepare(self.engine.binding)
-        _ = self.engine.axes, self.engine.references()
+        _ = self.engine.axes, self.engine.references(), layerwise.any_foreign(self.DG)
 
     # Steps
 
