@@ -276,7 +276,7 @@ class Pruner:
             PlanError: no forward was seen yet and no ``example_inputs`` were given, or the model cannot be
                 pruned.
             SurgeryError: the prune was refused or failed; model and optimizers are as they were, and the
-                step is not counted.
+                step is not counted. What fails after it (a callback, the report) leaves it done and counted.
         """
         with self._together(self.unit == "epoch"):
             self._ready()

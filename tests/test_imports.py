@@ -220,3 +220,9 @@ def test_what_an_optional_package_logs_at_its_import_is_not_shown(
     assert not caplog.records
     logging.getLogger("chatty").warning("later it may speak")
     assert [r.getMessage() for r in caplog.records] == ["later it may speak"]
+
+
+def test_trainers_take_less_than_150_lines_each() -> None:
+    files = [PACKAGE / "integrations/lightning.py", PACKAGE / "integrations/transformers.py"]
+    for file in (*files, PACKAGE.parent / "examples/accelerate_loop.py"):
+        assert len(file.read_text().splitlines()) < 150, file

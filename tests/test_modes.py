@@ -278,3 +278,20 @@ def test_an_average_is_zero_where_the_model_is_masked() -> None:
     assert (average.module.inner.weight[dead] == 0).all()
     assert (average.module.outer.weight[:, dead] == 0).all()
     assert (average.module.inner.weight[~dead] != 0).any(1).all()
+
+
+def test_a_callback_that_raises_comes_after_the_prune() -> None:
+    """Its error is the user's to see; the prune is done and counted, and training goes on."""
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("mine")
+
+    options: dict[str, Any] = {"schedule": "linear", "end_epoch": 2, "on_prune": refuse, "on_stage": refuse}
+    model, optimizer, pruner = started("prune", **options)
+    for epoch, left in ((1, 21), (2, 14)):
+        train_one_epoch(model, optimizer, x=X)
+        with pytest.raises(ValueError, match="mine"):
+            pruner.step()
+        assert (pruner.epoch, pruner.plan.n_channels) == (epoch, left)  # type: ignore[union-attr]
+    train_one_epoch(model, optimizer, x=X)
+    assert pruner.step().epoch == 3

@@ -271,6 +271,28 @@ def test_synchronised_batch_norm() -> None:
         assert len(one.extra) == one.model.norm.num_features == one.model.stem.out_channels < 12
 
 
+def test_instance_norms_with_statistics() -> None:
+    """Torch-Pruning forgets theirs."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 12, 3)
+            self.norm = nn.InstanceNorm2d(12, affine=True, track_running_stats=True)
+            self.inner, self.head = nn.Conv2d(12, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(self.norm(self.stem(x)).relu()).relu().mean((2, 3)))
+
+    def make(mode: str) -> Twin:
+        model = Net().double()
+        return twin(mode, model, adamw(model), model.norm.running_mean)
+
+    for one in masked_equals_pruned(make, plain):
+        assert one.model.norm.running_mean is one.extra
+        assert len(one.extra) == len(one.model.norm.running_var) == one.model.norm.num_features < 12
+
+
 class Tied(nn.Module):
     """One weight, forwards and transposed."""
 

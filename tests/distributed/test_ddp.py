@@ -33,7 +33,6 @@ def test_two_ranks_with_other_data_prune_alike(tmp_path: Path) -> None:
     check_together(torchrun("together", tmp_path))
 
 
-@pytest.mark.slow
 def test_three_ranks(tmp_path: Path) -> None:
     check_together(torchrun("together", tmp_path, ranks=3))
 

@@ -12,8 +12,7 @@ from pat_fast.distributed.fsdp import rows_of
 from tests.distributed.launch import torchrun
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_sharded_models_are_pruned_as_whole_ones(ranks: int, tmp_path: Path) -> None:
     for found in torchrun("follows", tmp_path, ranks=ranks, worker="sharded"):
         for error, same, channels, shapes in found.values():

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pat_fast as pat
 from pat_fast.criteria import make_criterion
@@ -177,6 +178,34 @@ def test_errors_at_some_calls_of_a_prune() -> None:
 @pytest.mark.parametrize("name", list(ERRORS))
 def test_errors_at_every_call_of_a_prune(name: str) -> None:
     inject(name, 1)
+
+
+class NoMemory(TorchDispatchMode):
+    """PyTorch runs out of memory at one of its ops."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.seen = at, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.at:
+            raise torch.OutOfMemoryError(f"injected in {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_memory_that_ends_at_any_allocation_of_a_prune() -> None:
+    """Inside of PyTorch, not only where a function of the package is called."""
+    twin = make()
+    before, epoch = digest(twin), twin.pruner.epoch
+    for number in count(1):
+        with NoMemory(number), pytest.raises((torch.OutOfMemoryError, pat.SurgeryError), match="injected"):
+            twin.pruner.step()
+        if twin.pruner.epoch > epoch:
+            break  # the prune is done and counted; this came after it
+        assert digest(twin) == before, number
+    assert number > 100
+    goes_on(twin)
 
 
 def test_an_interrupt_from_the_keyboard_comes_before_or_after_the_change() -> None:

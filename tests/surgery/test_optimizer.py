@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,6 +113,42 @@ ALONE: dict[str, Make] = {
         [{"params": p[:3], "lr": 1e-2}, {"params": p[3:4], "betas": (0.5, 0.9)}, {"params": p[4:], "amsgrad": True}]
     ),
 }
+
+
+SWITCHES = ("foreach", "fused", "maximize", "amsgrad", "centered", "nesterov", "decoupled_weight_decay")
+NOT_HERE = {
+    "capturable": "needs a GPU, see test_capturable_state_stays_on_the_gpu",
+    "differentiable": "refuses leaves, and models are pruned between steps, not inside a graph",
+}
+FUSED = ("SGD", "Adam", "AdamW", "Adagrad")  # on the CPU
+BESIDE: dict[str, dict[str, Any]] = {"nesterov": {"momentum": 0.9}, "decoupled_weight_decay": {"weight_decay": 0.1}}
+
+
+def switched() -> Iterator[tuple[str, str, bool]]:
+    """Every class of torch.optim that treats entries alone, with each switch that its constructor has."""
+    for name in sorted({name.split()[0] for name in ALONE} - {"several"}):
+        for option in inspect.signature(getattr(torch.optim, name)).parameters:
+            if option in SWITCHES and (option != "fused" or name in FUSED):
+                yield from ((name, option, value) for value in ((True, False) if option == "foreach" else (True,)))
+
+
+@pytest.mark.parametrize(("name", "option", "value"), list(switched()))
+def test_masked_equals_pruned_with_every_switch(name: str, option: str, value: bool) -> None:
+    x = small_inputs(dtype=torch.float64)
+
+    def make(mode: str) -> Twin:
+        model = Small().double()
+        options: dict[str, Any] = {"lr": 1e-3, option: value, **BESIDE.get(option, {})}
+        return Twin(model, [getattr(torch.optim, name)(model.parameters(), **options)], pruner_of(model, mode))
+
+    masked_equals_pruned(make, lambda twin, step: twin.train(x, step), steps=6, prune_after=(1, 3))
+
+
+def test_no_switch_of_an_optimizer_is_forgotten() -> None:
+    for name in {name.split()[0] for name in MAKE} | APART:
+        for option, parameter in inspect.signature(getattr(torch.optim, name)).parameters.items():
+            if parameter.default in (True, False) and isinstance(parameter.default, bool):
+                assert option in SWITCHES or option in NOT_HERE, (name, option)
 
 
 @pytest.mark.parametrize("name", list(ALONE))
