@@ -73,6 +73,7 @@ def rebuild(ddp: DistributedDataParallel) -> None:
         ddp.reducer._remove_autograd_hooks()
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
+    vars(ddp).update(reducer=None, logger=None)  # the old buckets go before there are new ones
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
     ddp._has_rebuilt_buckets = False
     logger: Any = ddp.logger
