@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/engine.h"
+#include "cpu/groups.h"
 
 namespace py = pybind11;
 
@@ -51,6 +52,28 @@ void compact(const py::list& outs, const py::list& xs, uintptr_t tiles, uintptr_
                        pointer<int32_t>(index), threads);
 }
 
+// Runs as rows of three, and the sizes of groups; both stay with the caller.
+pat::Grouping grouping(uintptr_t runs, int64_t n_runs, int64_t slots, uintptr_t sizes, int64_t n_groups,
+                       int64_t channels) {
+  return {pointer<pat::Run>(runs), n_runs, slots, pointer<int64_t>(sizes), n_groups, channels};
+}
+
+void totals(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
+            const pat::Grouping& of, uintptr_t out, bool divided, int threads) {
+  const pat::Addresses x = addresses(xs);
+  const py::gil_scoped_release unlocked;
+  pat::channel_totals(x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype),
+                      static_cast<pat::Func>(func), p, of, divided, pointer<void>(out), threads);
+}
+
+void push(const py::list& ys, const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
+          const pat::Grouping& of, double alpha, double strength, uintptr_t where, int threads) {
+  const pat::Addresses y = addresses(ys), x = addresses(xs);
+  const py::gil_scoped_release unlocked;
+  pat::group_push(y, x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype),
+                  static_cast<pat::Func>(func), p, of, alpha, strength, pointer<uint8_t>(where), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -59,6 +82,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("axpy", &axpy);
   m.def("scale", &scale);
   m.def("compact", &compact);
+  py::class_<pat::Grouping>(m, "Grouping").def(py::init(&grouping));
+  m.def("totals", &totals);
+  m.def("push", &push);
   m.def("isa", &pat::isa, "Instruction set in use.");
   m.def("isas", &pat::isas, "Instruction sets that this machine runs, best last.");
   m.def("set_isa", &pat::set_isa, "For tests: use another instruction set; False if it cannot run here.");

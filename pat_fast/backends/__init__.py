@@ -54,6 +54,11 @@ class Backend:
         """The ops that it has."""
         return importlib.import_module(self.module).OPS
 
+    def shortcuts(self) -> dict[str, Callable[..., Any]]:
+        """What it can do in one call for which others need several ops, by name."""
+        found: dict[str, Callable[..., Any]] = getattr(importlib.import_module(self.module), "SHORTCUTS", {})
+        return found
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -177,6 +182,14 @@ def runner(op: str, device: str) -> Callable[..., Any]:
 @cache
 def _winner(op: str, device: str) -> Callable[..., Any]:
     return next(choice.run for choice in select(device) if choice.op == op)
+
+
+@cache
+def shortcut(name: str, device: str) -> Callable[..., Any] | None:
+    """Return the shortcut ``name`` of the backend that won all ops on ``device``, or None."""
+    winners = {choice.backend for choice in select(device)}
+    found = [b.shortcuts().get(name) for b in BACKENDS if {b.name} == winners]
+    return found[0] if found else None
 
 
 def describe() -> list[dict[str, str]]:

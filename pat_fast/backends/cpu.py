@@ -95,9 +95,69 @@ def channel_compact(
         )
 
 
+def grouping(runs: Tensor, slots: int, sizes: Tensor, channels: int) -> Any:
+    """What the two calls below know of channels and groups; ``runs`` and ``sizes`` must outlive it."""
+    return _C.Grouping(runs.data_ptr(), len(runs), slots, sizes.data_ptr(), len(sizes), channels)
+
+
+def channel_totals(
+    xs: Sequence[Tensor], tiles: Tensor, channels: int, groups: Any, p: float, divided: bool
+) -> Tensor:
+    """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups."""
+    dtype = xs[0].dtype
+    out = torch.empty(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    _C.totals(
+        _addresses(xs),
+        tiles.data_ptr(),
+        len(tiles),
+        native.DTYPES[dtype],
+        native.function("pow", p),
+        p,
+        groups,
+        out.data_ptr(),
+        divided,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def group_push(
+    ys: Sequence[Tensor],
+    places: Sequence[int],
+    xs: Sequence[Tensor],
+    tiles: Tensor,
+    groups: Any,
+    p: float,
+    alpha: float,
+    strength: float,
+    where: Tensor | None,
+) -> None:
+    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs."""
+    to = _addresses(ys)
+    if len(to) < len(xs):
+        by_place = dict(zip(places, to, strict=True))
+        to = [by_place.get(i, 0) for i in range(len(xs))]
+    _C.push(
+        to,
+        _addresses(xs),
+        tiles.data_ptr(),
+        len(tiles),
+        native.DTYPES[xs[0].dtype],
+        native.function("pow", p),
+        p,
+        groups,
+        alpha,
+        strength,
+        0 if where is None else where.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 OPS = {
     "channel_reduce": channel_reduce,
     "channel_axpy_": channel_axpy_,
     "channel_scale_": channel_scale_,
     "channel_compact": channel_compact,
 }
+SHORTCUTS = {"grouping": grouping, "channel_totals": channel_totals, "group_push": group_push}
+"""Several ops in one call; see :mod:`pat_fast.ops.grouped`."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import check
 from ..ops import channel_reduce
+from ..ops.grouped import channel_totals
 from ..plan.bind import Binding
 from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
@@ -43,6 +44,9 @@ class GroupNorm:
     def score(self, binding: Binding) -> Tensor:
         """Scores ``[N]``: float32, or float64 where the model is."""
         # The number of members cancels out. A group of zeros: all equally unimportant.
+        found = self._at_once(binding, divided=True)
+        if found is not None:
+            return found
         total = self.total(binding)
         mean = binding.over_groups(total, "mean").clamp_min_(torch.finfo(total.dtype).tiny)
         return total.div_(binding.spread(mean))
@@ -53,7 +57,9 @@ class GroupNorm:
 
     def total(self, binding: Binding) -> Tensor:
         """The sum over a group's members: ``[N]``."""
-        total: Tensor | None = None
+        total = self._at_once(binding, divided=False)
+        if total is not None:
+            return total
         for tiles in binding.tiles("scored", is_scored):
             sums = channel_reduce(tiles.tensors, tiles.table, f="pow", p=self.p)
             found = binding.to_channels(tiles, sums).to(binding.device)
@@ -61,3 +67,11 @@ class GroupNorm:
         if total is None:
             return torch.zeros(binding.plan.n_channels, device=binding.device)
         return total
+
+    def _at_once(self, binding: Binding, divided: bool) -> Tensor | None:
+        """The total, or the score, in one call; None where there is none for it."""
+        tiles = binding.tiles("scored", is_scored)
+        grouping = binding.grouping("scored")
+        if grouping is None:
+            return None
+        return channel_totals(tiles[0].tensors, tiles[0].table, grouping, self.p, divided)

@@ -222,6 +222,9 @@ class ShardedBinding(Binding):
             return by_id | {own: by_id[parameter] for parameter, own in local.items()}
         return set(by_id) | set(local.values())
 
+    def grouping(self, key: str) -> None:
+        return None
+
     def total(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)
         return values

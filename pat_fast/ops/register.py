@@ -41,9 +41,14 @@ def _bumping(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def run_and_bump(written: Sequence[Tensor], *rest: Any) -> None:
         run(written, *rest)
-        try:
-            torch.autograd.graph.increment_version(written)
-        except RuntimeError:  # inference tensors have no version counter
-            torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+        bump(written)
 
     return run_and_bump
+
+
+def bump(written: Sequence[Tensor]) -> None:
+    """Let autograd see that tensors have changed."""
+    try:
+        torch.autograd.graph.increment_version(written)
+    except RuntimeError:  # inference tensors have no version counter
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..ops.grouped import Grouping
 from ..ops.tiles import NONE, Tile, TileTable
 from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
 from .walk import named_modules
@@ -194,6 +195,7 @@ class Binding:
         self.alive: Tensor | None = None  # bool [N] while channels are masked
         self._members: dict[str, Tensor] = {}
         self._cache: dict[str, tuple[Tiles, ...]] = {}
+        self._groupings: dict[str, tuple[Tiles, Grouping | None]] = {}
 
     @property
     def is_true(self) -> bool:
@@ -345,6 +347,21 @@ class Binding:
         table = TileTable.from_tiles(tensors, tiles, slots=at)
         slot_channel = torch.from_numpy(channel).to(tensors[0].device)
         return Tiles(tuple(m.name for m in maps), tuple(tensors), table, slot_channel, not without.any())
+
+    def grouping(self, key: str) -> Grouping | None:
+        """Channels and groups of the tiles made under ``key``, for what does a whole step in one call.
+
+        None where that cannot be: values of channels depend on more than one table, or some channels do not count.
+        """
+        cached = self._cache[key]
+        if len(cached) != 1 or self.alive is not None:
+            return None
+        known = self._groupings.get(key)
+        if known is None or known[0] is not cached[0]:
+            tiles = cached[0]
+            sizes = torch.tensor([g.channels for g in self.plan.groups], dtype=torch.int64)
+            known = self._groupings[key] = (tiles, Grouping.of(tiles.table, tiles.slot_channel, sizes))
+        return known[1]
 
     def to_channels(self, tiles: Tiles, values: Tensor) -> Tensor:
         """Sum ``values [slots]`` onto channels: ``[N]``."""

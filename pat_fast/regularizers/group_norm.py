@@ -12,7 +12,7 @@ from ..criteria import Criterion, GroupNorm
 from ..errors import check
 from ..plan.bind import Binding
 from .penalty import Penalty
-from .push import push_layers, shrink_layers
+from .push import push_layers, push_norms, shrink_layers
 
 
 class GroupNormRegularizer(Penalty):
@@ -62,6 +62,9 @@ class GroupNormRegularizer(Penalty):
         return torch.pow(self.alpha, place).nan_to_num_(0.0)
 
     def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
+        own = type(self.criterion) is GroupNorm and not self.bias
+        if own and push_norms(binding, self.criterion.p, self.alpha, self.strength * factor, where, only):  # type: ignore[attr-defined]
+            return
         push_layers(binding, self._rates(binding, factor, where), self.bias, only)
 
     def _shrink(self, binding: Binding, factor: float, lr: Mapping[int, float], where: Tensor | None) -> None:

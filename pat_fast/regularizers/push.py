@@ -9,7 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..criteria import is_scored
 from ..ops import channel_axpy_, channel_scale_
+from ..ops.grouped import group_push
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
 from ..plan.bind import Binding, Tiles
 from ..plan.recurrent import RECURRENT, weight_or_bias
@@ -84,6 +86,49 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
                     _add(binding, one, [own], gamma)
 
 
+@torch.no_grad()
+def push_norms(
+    binding: Binding, p: float, alpha: float, strength: float, where: Tensor | None, only: Collection[int] | None
+) -> bool:
+    """:func:`push_layers` by the norms of the groups, in one call: see :func:`pat_fast.ops.grouped.group_push`.
+
+    False: there is no such call for this model; nothing was done.
+    """
+    scored, pushed = binding.tiles("scored", is_scored), binding.tiles("regularized", is_regularized)
+    grouping = binding.grouping("scored")
+    if grouping is None or len(pushed) != 1:
+        return False
+    places = _places(binding, scored[0], pushed[0])
+    if places is None:
+        return False
+    found: list[Any] = [t.grad for t in pushed[0].tensors]
+    if only is not None:
+        found = [g if id(t) in only else None for g, t in zip(found, pushed[0].tensors, strict=True)]
+    chosen = [i for i, g in enumerate(found) if g is not None]
+    table: TileTable | None = None
+    if len(chosen) == len(found):
+        table = (scored if len(places) == len(scored[0].tensors) else pushed)[0].table
+    elif not chosen:
+        return True
+    else:
+        places = tuple(places[i] for i in chosen)
+    found = [g for g in _fitting(pushed[0], found) if g is not None]
+    tensors, own = scored[0].tensors, scored[0].table
+    return group_push(found, table, places, tensors, own, grouping, p, alpha, strength, where)
+
+
+def _places(binding: Binding, scored: Tiles, pushed: Tiles) -> tuple[int, ...] | None:
+    """Where the tensors of ``pushed`` are among those of ``scored``, in the same order; None if they are not."""
+    known = binding.derived.get("places")
+    if known is None or known[0] is not scored or known[1] is not pushed:
+        at = {name: i for i, name in enumerate(scored.names)}
+        places = tuple(at.get(name, -1) for name in pushed.names)
+        fits = -1 not in places and list(places) == sorted(places)
+        known = binding.derived["places"] = (scored, pushed, places if fits else None)
+    found: tuple[int, ...] | None = known[2]
+    return found
+
+
 def _held(tiles: tuple[Tiles, ...], only: Collection[int]) -> list[str]:
     """The tensors of ``tiles`` that are not to be pushed."""
     named = (pair for bucket in tiles for pair in zip(bucket.names, bucket.tensors, strict=True))
@@ -147,11 +192,11 @@ def _add(binding: Binding, tiles: Tiles, found: list[Tensor], gamma: Tensor) -> 
     channel_axpy_(_fitting(tiles, found), tiles.tensors, tiles.table, coef)
 
 
-def _fitting(tiles: Tiles, found: list[Tensor]) -> list[Tensor]:
-    """``found``, the gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
-    if not tiles.fit(found):
+def _fitting(tiles: Tiles, found: list[Any]) -> list[Any]:
+    """``found``, gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
+    if any(g is None for g in found) or not tiles.fit(found):
         for i, tensor in enumerate(tiles.tensors):
-            if found[i].stride() != tensor.stride():
+            if found[i] is not None and found[i].stride() != tensor.stride():
                 found[i] = tensor.grad = torch.empty_like(tensor).copy_(found[i])
     return found
 

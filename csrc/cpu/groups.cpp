@@ -1,0 +1,144 @@
+#include "groups.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "passes.h"
+#include "plan.h"
+#include "scratch.h"
+
+namespace pat {
+namespace {
+
+// Channels that a thread adds up at a time.
+constexpr int64_t kPart = 2048;
+
+// Sums over all that belongs to a channel, in the order of the slots: [channels]. `room` is for the slots and a pass.
+template <class A>
+void sum_channels(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, A* totals,
+                  A* room, int threads) {
+  reduce(xs, {}, plan, dtype, func, p, room, g.slots, room + padded(g.slots), threads);
+  const int64_t bytes = (g.slots + g.channels) * static_cast<int64_t>(sizeof(A));
+  parallel_for((g.channels + kPart - 1) / kPart, bytes, threads, [&](int64_t part, int) {
+    const int64_t first = part * kPart, last = std::min(g.channels, first + kPart);
+    std::fill(totals + first, totals + last, A(0));
+    for (const Run* run = g.runs; run != g.runs + g.n_runs; ++run) {
+      const A* slots = room + run->slot - run->channel;
+      const int64_t end = std::min(last, run->channel + run->length);
+      for (int64_t c = std::max(first, run->channel); c < end; ++c) totals[c] += slots[c];
+    }
+  });
+}
+
+// Calls work(channel, channels) with the range of each group.
+template <class Work>
+void for_groups(const Grouping& g, int threads, const Work& work) {
+  std::vector<int64_t> starts(g.n_groups + 1, 0);
+  for (int64_t i = 0; i < g.n_groups; ++i) starts[i + 1] = starts[i] + g.sizes[i];
+  // What is done to a channel takes as long as reading some hundred bytes.
+  parallel_for(g.n_groups, g.channels * 128, threads, [&](int64_t i, int) { work(starts[i], g.sizes[i]); });
+}
+
+template <class A>
+void divide_by_mean(A* values, int64_t n) {
+  A sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += values[i];
+  const A mean = sum / static_cast<A>(n), least = std::numeric_limits<A>::min();
+  const A by = mean < least ? least : mean;  // NaN stays
+  for (int64_t i = 0; i < n; ++i) values[i] /= by;
+}
+
+double power_of_2(double x) { return std::exp2(x); }
+
+// A polynomial, which becomes vector instructions; good to the last bit or two for 0 <= x <= 126.
+float power_of_2(float x) {
+  const float half = 12582912.0f, moved = x + half;  // 1.5 * 2^23: the whole part of x is in the last bits
+  const float f = x - (moved - half);
+  float power = 1.540353e-4f;
+  for (float factor : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
+    power = power * f + factor;
+  int32_t whole, zero, bits;
+  std::memcpy(&whole, &moved, 4);
+  std::memcpy(&zero, &half, 4);
+  std::memcpy(&bits, &power, 4);
+  bits += (whole - zero) * (1 << 23);
+  std::memcpy(&power, &bits, 4);
+  return power;
+}
+
+// strength * alpha ** ((n_max - n) / (n_max - n_min)) with n the roots of a group's totals.
+template <class A>
+void weigh(const A* totals, A* gamma, int64_t n, double alpha, double strength) {
+  A low = std::numeric_limits<A>::infinity(), high = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) {
+    finite = finite && std::isfinite(totals[i]);
+    gamma[i] = std::sqrt(totals[i]);
+    low = std::min(low, gamma[i]), high = std::max(high, gamma[i]);
+  }
+  if (!finite) return std::fill(gamma, gamma + n, A(0));
+  const A per_span = A(1) / std::max(high - low, std::numeric_limits<A>::min()), by = static_cast<A>(strength);
+  const A exponent = static_cast<A>(std::log2(alpha));
+  for (int64_t i = 0; i < n; ++i) gamma[i] = by * power_of_2(exponent * std::min((high - gamma[i]) * per_span, A(1)));
+}
+
+// The values of channels at the slots of a side: where they lie side by side, or copied to the slots.
+template <class A>
+const A* at_side(const Grouping& g, int64_t slot, int64_t length, const A* values, A* slots) {
+  if (slot < 0) return nullptr;
+  const auto before = [](const Run& run, int64_t at) { return run.slot < at; };
+  const Run* end = g.runs + g.n_runs;
+  const Run* run = std::lower_bound(g.runs, end, slot, before);
+  if (run != end && run->slot == slot && run->length == length) return values + run->channel;
+  std::fill(slots + slot, slots + slot + length, A(0));
+  for (; run != end && run->slot < slot + length; ++run)
+    std::copy_n(values + run->channel, run->length, slots + run->slot);
+  return slots + slot;
+}
+
+template <class A>
+void totals_of(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, bool divided,
+               A* totals, int threads) {
+  const Scratch scratch((padded(g.slots) + room_for(plan, threads)) * sizeof(A));
+  sum_channels(xs, plan, dtype, func, p, g, totals, scratch.as<A>(), threads);
+  if (divided) for_groups(g, threads, [&](int64_t at, int64_t n) { divide_by_mean(totals + at, n); });
+}
+
+template <class A>
+void push(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtype, Func func, double p,
+          const Grouping& g, double alpha, double strength, const uint8_t* where, int threads) {
+  const int64_t each = padded(g.channels);
+  const Scratch scratch((2 * each + padded(g.slots) + room_for(plan, threads)) * sizeof(A));
+  A *totals = scratch.as<A>(), *gamma = totals + each, *slots = gamma + each;
+  sum_channels(xs, plan, dtype, func, p, g, totals, slots, threads);
+  for_groups(g, threads, [&](int64_t at, int64_t n) {
+    weigh(totals + at, gamma + at, n, alpha, strength);
+    for (int64_t i = at; where != nullptr && i < at + n; ++i) gamma[i] = where[i] ? gamma[i] : A(0);
+  });
+  std::vector<Sides<A>> sides;
+  for (const Canonical& t : plan.tiles)
+    sides.push_back({at_side(g, t.row, t.rows.n, gamma, slots), at_side(g, t.col, t.c, gamma, slots)});
+  axpy<A>(
+      ys, xs, plan, dtype, [&](const Canonical& t) { return sides[&t - plan.tiles.data()]; }, slots + padded(g.slots),
+      threads);
+}
+
+}  // namespace
+
+void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func, double p,
+                    const Grouping& g, bool divided, void* totals, int threads) {
+  const Plan plan = make_plan(tiles, n_tiles, kElementBytes[dtype]);
+  if (dtype == kF64) totals_of(xs, plan, dtype, func, p, g, divided, static_cast<double*>(totals), threads);
+  else totals_of(xs, plan, dtype, func, p, g, divided, static_cast<float*>(totals), threads);
+}
+
+void group_push(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func,
+                double p, const Grouping& g, double alpha, double strength, const uint8_t* where, int threads) {
+  const Plan plan = make_plan(tiles, n_tiles, kElementBytes[dtype]);
+  if (dtype == kF64) push<double>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads);
+  else push<float>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads);
+}
+
+}  // namespace pat

@@ -1,0 +1,34 @@
+// What slots have in common: several make up a channel, and neighbouring channels a group.
+#pragma once
+
+#include <cstdint>
+
+#include "engine.h"
+
+namespace pat {
+
+// Neighbouring slots that belong to neighbouring channels, in the order of the slots; of one side of one tile.
+struct Run {
+  int64_t slot, channel, length;
+};
+
+struct Grouping {
+  const Run* runs;
+  int64_t n_runs, slots;
+  const int64_t* sizes;  // channels of each group, one group after the other
+  int64_t n_groups, channels;
+};
+
+// totals: [channels] in the accumulator type; the sums of `func` over all that belongs to a channel, divided by their
+// mean over the group if `divided`.
+void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func, double p,
+                    const Grouping& grouping, bool divided, void* totals, int threads);
+
+// The penalty of a group's norms, n_c = sqrt(total_c), in one call:
+//   gamma_c = strength * alpha ** ((n_max - n_c) / (n_max - n_min)), 0 in a group with a norm that is not finite;
+//   y += (gamma[row] + gamma[col]) * x for tensors with a y.
+// `where` is null, or [channels]: 0 for channels of gamma 0.
+void group_push(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func,
+                double p, const Grouping& grouping, double alpha, double strength, const uint8_t* where, int threads);
+
+}  // namespace pat

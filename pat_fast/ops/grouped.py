@@ -1,0 +1,163 @@
+"""Sums over channels, and the penalty of their norms, each in one call where the backend has one for it.
+
+What they do can be done with the four ops and vectors of PyTorch, and is, where a shortcut is missing: then they say
+so, and their callers go the long way. Which way is taken depends on the tensors and on who watches, not on what was
+called before. Sums and scores are the same to the last bit on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pat_fast.backends import shortcut
+from pat_fast.ops.functional import _check_apart, _check_tensors, _check_writable, _fail
+from pat_fast.ops.known import is_plain, is_watched
+from pat_fast.ops.memory import clash
+from pat_fast.ops.register import bump
+from pat_fast.ops.tiles import COL, ROW, TileTable
+
+
+class Grouping:
+    """Which slots make up a channel, and which channels a group; on the CPU.
+
+    Attributes:
+        runs: ``[n, 3]`` int64: a slot, its channel, and for how many slots both go on side by side. A run lies in one
+            side of a tile.
+        slots: of the table.
+        sizes: ``[groups]`` int64, channels of each group.
+        channels: how many there are.
+        native: the same for the backend, which points at ``runs`` and ``sizes``.
+    """
+
+    __slots__ = ("channels", "native", "runs", "sizes", "slots")
+
+    def __init__(self, runs: Tensor, slots: int, sizes: Tensor) -> None:
+        make = shortcut("grouping", "cpu")
+        self.runs, self.slots, self.sizes = runs, slots, sizes
+        self.channels = int(sizes.sum())
+        self.native: Any = None if make is None else make(runs, slots, sizes, self.channels)
+
+    def __reduce__(self) -> tuple[type[Grouping], tuple[Tensor, int, Tensor]]:
+        """A copy points at memory of its own."""
+        return Grouping, (self.runs, self.slots, self.sizes)
+
+    @classmethod
+    def of(cls, table: TileTable, slot_channel: Tensor, sizes: Tensor) -> Grouping | None:
+        """Build it, or None if nothing here makes use of it.
+
+        Args:
+            slot_channel: ``[table.slots]`` int64, the channel of each slot; one that is the number of channels: none.
+            sizes: ``[groups]`` int64.
+
+        Raises:
+            OpError: the vectors do not fit the table.
+        """
+        if shortcut("grouping", "cpu") is None or not (slot_channel.is_cpu and sizes.is_cpu):
+            return None
+        if slot_channel.dtype != torch.int64 or slot_channel.shape != (table.slots,) or sizes.dtype != torch.int64:
+            _fail(f"the channel of each of {table.slots} slots, int64", f"{list(slot_channel.shape)}")
+        channels = int(sizes.sum())
+        of = slot_channel.numpy()
+        if len(of) and not 0 <= of.min() <= of.max() <= channels:
+            _fail(f"channels in [0, {channels}]", f"{of.min()} to {of.max()}")
+        begins = np.ones(len(of), dtype=np.bool_)
+        begins[1:] = np.diff(of) != 1
+        sides = np.asarray(table.rows, dtype=np.int64).reshape(-1, table.table.shape[1])[:, [ROW, COL]]
+        begins[sides[(sides >= 0) & (sides < len(of))]] = True
+        starts = np.flatnonzero(begins)
+        runs = np.stack([starts, of[starts], np.diff(np.append(starts, len(of)))], axis=1)
+        kept = torch.from_numpy(np.ascontiguousarray(runs[runs[:, 1] < channels], dtype=np.int64))
+        return cls(kept, table.slots, sizes.contiguous())
+
+
+def channel_totals(
+    xs: Sequence[Tensor], table: TileTable, grouping: Grouping, p: float, divided: bool
+) -> Tensor | None:
+    """Sum ``|x|^p`` over all that belongs to a channel: ``[channels]`` in the accumulator dtype, or None.
+
+    Args:
+        divided: divide the sums by their mean over the group, but by no less than the least normal number.
+
+    Raises:
+        OpError: tensors that do not fit the table.
+    """
+    run = shortcut("channel_totals", "cpu")
+    if run is None or not _are_plain("xs", xs, table):
+        return None
+    found: Tensor = run(xs, table.table, grouping.channels, grouping.native, p, divided)
+    return found
+
+
+def group_push(
+    ys: Sequence[Tensor],
+    ys_table: TileTable | None,
+    places: Sequence[int],
+    xs: Sequence[Tensor],
+    table: TileTable,
+    grouping: Grouping,
+    p: float,
+    alpha: float,
+    strength: float,
+    where: Tensor | None,
+) -> bool:
+    """Add ``(gamma[row] + gamma[col]) * x`` to those ``x`` that have a ``y``; False: nothing was done.
+
+    With ``n_c`` the square root of a channel's sum of ``|x|^p``, and its extremes taken over the group,
+    ``gamma_c = strength * alpha ** ((n_max - n_c) / (n_max - n_min))``; 0 for a group with a norm that is not finite.
+
+    Args:
+        ys: tensors to change, with the dtype, shapes and strides of their xs.
+        ys_table: a table over them, by which they are recognised; ``table`` itself where all xs have a y.
+        places: of the ys among the xs.
+        where: bool ``[channels]``: others have gamma 0.
+
+    Raises:
+        OpError: tensors that do not fit, or that overlap.
+    """
+    run = shortcut("group_push", "cpu")
+    if run is None or not _are_plain("xs", xs, table) or not _are_like("ys", ys, ys_table, places, xs, table):
+        return False
+    if where is not None:
+        if not is_plain(where) or where.dtype != torch.bool or where.shape != (grouping.channels,):
+            return False
+        where = where.contiguous()
+    _check_writable("ys", table)
+    own = [xs[i] for i in places]
+    if ys_table is not None:
+        _check_apart("ys", ys, own, grouping.sizes, ys_table)
+    elif (found := clash(ys, own)) is not None:
+        _fail("ys that share no memory with other tensors of the call", f"tensor {found[0]} inside {found[1]}")
+    run(ys, places, xs, table.table, grouping.native, p, alpha, strength, where)
+    bump(ys)
+    return True
+
+
+def _are_like(
+    name: str,
+    ys: Sequence[Tensor],
+    ys_table: TileTable | None,
+    places: Sequence[int],
+    xs: Sequence[Tensor],
+    table: TileTable,
+) -> bool:
+    """Whether the ys, too, are nothing but memory; they are checked against their xs."""
+    if ys_table is not None:
+        if ys_table is not table and ys_table.layouts != tuple(table.layouts[i] for i in places):
+            _fail(f"{name} with the shapes and strides of their xs", "others")
+        return _are_plain(name, ys, ys_table) and ys[0].dtype is xs[0].dtype
+    for y, x in zip(ys, (xs[i] for i in places), strict=True):
+        if y.shape != x.shape or y.stride() != x.stride() or y.dtype is not x.dtype:
+            _fail(f"{name} with the dtype, shapes and strides of their xs", f"{y.dtype} {tuple(y.shape)} {y.stride()}")
+    return all(map(is_plain, ys))
+
+
+def _are_plain(name: str, xs: Sequence[Tensor], table: TileTable) -> bool:
+    """Whether the tensors, which are checked, are nothing but memory of the CPU, and nothing watches."""
+    if _check_tensors(name, xs, table):
+        return True
+    return len(xs) > 0 and not torch.compiler.is_compiling() and not is_watched() and all(map(is_plain, xs))

@@ -1,0 +1,265 @@
+"""What is done in one call where the backend can, against the same done with the four ops and vectors of PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pat_fast.backends import cpu, shortcut
+from pat_fast.criteria import GroupNorm
+from pat_fast.errors import OpError
+from pat_fast.ops import Tile, TileTable, grouped
+from pat_fast.ops.grouped import Grouping
+from pat_fast.plan import Binding, bind, build_plan
+from pat_fast.regularizers import GroupNormRegularizer
+from tests.helpers import Case
+from tests.regularizers.helpers import grads, zero_grads
+
+pytestmark = pytest.mark.skipif(shortcut("group_push", "cpu") is None, reason="the C++ kernels are not in use")
+NETWORKS = ("resnet50", "densenet121", "vit_s16", "resnext50", "vgg16_bn", "mobilenet_v2", "unet", "text")
+STRENGTH = 1e-2
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def bound(name: str, dtype: torch.dtype = torch.float32) -> Binding:
+    case = Case.build(name, torch.float32)
+    plan = build_plan(case.model, case.inputs)
+    return bind(plan, case.model.to(dtype))
+
+
+def the_long_way(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(Binding, "grouping", lambda self, key: None)
+        return run()
+
+
+def pushed(binding: Binding, **kwargs: Any) -> dict[str, Tensor]:
+    zero_grads(binding.model)
+    GroupNormRegularizer(STRENGTH).apply(binding, **kwargs)
+    return grads(binding.model)
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What went the short way."""
+    seen: list[str] = []
+
+    def counting(name: str, device: str) -> Any:
+        found = shortcut(name, device)
+
+        def run(*arguments: Any) -> Any:
+            seen.append(name)
+            assert found is not None
+            return found(*arguments)
+
+        return found if name == "grouping" else run
+
+    monkeypatch.setattr(grouped, "shortcut", counting)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_totals_and_scores_are_the_same_to_the_bit(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binding = bound(name, dtype)
+    with torch.no_grad():  # a group of zeros, and one that cannot be scored
+        for group, value in zip(binding.plan.groups, (0.0, torch.nan), strict=False):
+            for member, _ in group.members:
+                binding.tensors[member].fill_(value)
+    seen = calls(monkeypatch)
+    for p in (1.0, 2.0, 3.0):
+        criterion = GroupNorm(p)
+        for score in (criterion.total, criterion.score):
+            expected = the_long_way(monkeypatch, lambda score=score: score(binding))
+            for _ in range(4):  # known tensors, too
+                assert torch.equal(score(binding).nan_to_num(-1), expected.nan_to_num(-1))
+    assert seen.count("channel_totals") == 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_push_is_that_of_the_four_ops(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = bound(name, dtype)
+    seen = calls(monkeypatch)
+    where = torch.rand(binding.plan.n_channels) < 0.7
+    rtol = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    for choice in (None, where):
+        expected = the_long_way(monkeypatch, lambda choice=choice: pushed(binding, where=choice))
+        for _ in range(4):
+            got = pushed(binding, where=choice)
+            assert list(got) == list(expected)
+            for key, grad in got.items():
+                torch.testing.assert_close(grad, expected[key], rtol=rtol, atol=1e-12, msg=key)
+    assert seen.count("group_push") == 8
+    assert any(g.any() for g in expected.values())
+
+
+def large(threads: int) -> tuple[Tensor, list[Tensor]]:
+    """Totals and gradients of two layers that take several threads."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(1500, 700, generator=generator), torch.randn(300, 1500, 3, 3, generator=generator)]
+    ys = [torch.zeros_like(x) for x in xs]
+    tiles = [Tile(0, 0, (1500, 700, 1), (700, 1, 1), 0, 1500), Tile(1, 0, (300, 1500, 9), (13500, 9, 1), 2200, 2500)]
+    table = TileTable.from_tiles(xs, tiles)
+    own, outer = torch.arange(1500), torch.arange(1500, 2500)
+    grouping = Grouping.of(table, torch.cat([own, outer[:700], outer[700:], own]), torch.tensor([1500, 700, 300]))
+    assert grouping is not None
+    totals = grouped.channel_totals(xs, table, grouping, 2.0, True)
+    assert totals is not None
+    assert grouped.group_push(ys, table, (0, 1), xs, table, grouping, 2.0, 16.0, 1e-2, None)
+    expected = torch.cat([xs[0].square().sum(1) + xs[1].square().sum((0, 2, 3)), xs[0].square().sum(0)])
+    means = torch.cat([part / part.mean() for part in (expected[:1500], expected[1500:])])
+    torch.testing.assert_close(totals[:2200], means, rtol=1e-5, atol=0)
+    return totals, ys
+
+
+def test_large_layers_are_done_by_several_threads() -> None:
+    totals, ys = large(1)
+    assert all(y.any() for y in ys)
+    for threads in (2, 3, 7):
+        others, found = large(threads)
+        assert torch.equal(others, totals)
+        assert all(torch.equal(a, b) for a, b in zip(found, ys, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_group_that_cannot_be_scored_is_not_pushed(value: float) -> None:
+    binding = bound("resnet50")
+    group = binding.plan.groups[1]
+    with torch.no_grad():
+        binding.tensors[f"{group.root}.weight"][1] = value
+    found = pushed(binding)
+    gamma = GroupNormRegularizer().gamma(binding)
+    assert not gamma[group.start : group.stop].any()
+    others = [m for g in binding.plan.groups if g is not group for m, _ in g.members]
+    alone = [m for m, _ in group.members if m not in others and binding.tensors[m].dim() == 1 and m in found]
+    assert alone
+    assert not any(found[m].any() for m in alone)
+
+
+def test_what_watches_sees_the_four_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    binding = bound("resnet18")
+    seen = calls(monkeypatch)
+    for _ in range(4):
+        GroupNorm().score(binding)
+    assert seen == ["channel_totals"] * 4
+    with Watch():
+        GroupNorm().score(binding)
+        pushed(binding)
+    assert len(seen) == 4
+    assert "pat_fast.channel_reduce.default" in names
+    assert "pat_fast.channel_axpy_.default" in names
+
+
+def test_autograd_sees_that_gradients_have_changed() -> None:
+    binding = bound("resnet18")
+    zero_grads(binding.model)
+    weight: Any = binding.tensors[f"{binding.plan.groups[0].root}.weight"]
+    before = weight.grad._version
+    GroupNormRegularizer(STRENGTH).apply(binding)
+    assert weight.grad._version == before + 1
+
+
+WEIGHT, TILE = torch.ones(4, 3), Tile(0, 0, (4, 3, 1), (3, 1, 1), 0, 4)
+
+
+@pytest.fixture
+def table() -> TileTable:
+    return TileTable.from_tiles([WEIGHT], [TILE])
+
+
+@pytest.fixture
+def grouping(table: TileTable) -> Grouping:
+    found = Grouping.of(table, torch.arange(7), torch.tensor([4, 3]))
+    assert found is not None
+    return found
+
+
+def test_runs_end_with_their_side_and_where_channels_jump(table: TileTable) -> None:
+    found = Grouping.of(table, torch.tensor([0, 1, 1, 2, 3, 5, 4]), torch.tensor([3, 2]))
+    assert found is not None
+    # Slots of channel 5, of which there are five, belong to none.
+    assert found.runs.tolist() == [[0, 0, 2], [2, 1, 2], [4, 3, 1], [6, 4, 1]]
+    totals = grouped.channel_totals([WEIGHT], table, found, 2.0, False)
+    assert totals is not None
+    assert totals.tolist() == [3, 6, 3, 4, 4]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
+def test_a_copy_stands_on_memory_of_its_own(table: TileTable, duplicate: Callable[[Grouping], Grouping]) -> None:
+    first = Grouping.of(table, torch.arange(7), torch.tensor([4, 3]))
+    assert first is not None
+    second = duplicate(first)
+    expected = grouped.channel_totals([WEIGHT], table, first, 2.0, True)
+    first.runs.zero_()
+    found = grouped.channel_totals([WEIGHT], table, second, 2.0, True)
+    assert expected is not None
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (torch.arange(6), "each of 7 slots"),
+        (torch.arange(7, dtype=torch.int32), "int64"),
+        (torch.arange(7) - 1, r"channels in \[0, 7\]"),
+        (torch.arange(7) + 2, r"channels in \[0, 7\]"),
+    ],
+)
+def test_vectors_that_do_not_fit_are_refused(table: TileTable, channels: Tensor, message: str) -> None:
+    with pytest.raises(OpError, match=message):
+        Grouping.of(table, channels, torch.tensor([4, 3]))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.zeros(3, 4), "shapes and strides"),
+        (torch.zeros(3, 4).t(), "shapes and strides"),
+        (torch.zeros(4, 3, dtype=torch.float64), "the dtype"),
+        (WEIGHT, "share no memory"),
+    ],
+)
+def test_ys_that_do_not_fit_are_refused(table: TileTable, grouping: Grouping, y: Tensor, message: str) -> None:
+    with pytest.raises(OpError, match=message):
+        grouped.group_push([y], None, (0,), [WEIGHT], table, grouping, 2.0, 16.0, 1.0, None)
+    if y.dtype == WEIGHT.dtype:
+        with pytest.raises(OpError):
+            grouped.group_push([y], table, (0,), [WEIGHT], table, grouping, 2.0, 16.0, 1.0, None)
+
+
+@pytest.mark.parametrize("where", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
+def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
+    table: TileTable, grouping: Grouping, where: Tensor
+) -> None:
+    y = torch.zeros(4, 3)
+    assert not grouped.group_push([y], table, (0,), [WEIGHT], table, grouping, 2.0, 16.0, 1.0, where)
+    assert not y.any()
+
+
+def test_it_is_the_winners_shortcut() -> None:
+    assert shortcut("group_push", "cpu") is cpu.group_push
+    assert shortcut("nothing", "cpu") is None
