@@ -9,13 +9,14 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o 
 INSTALLED_FROM := pyproject.toml setup.py constraints.txt $(CPP)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format sanitize bench gpu bench-gpu clean
+.PHONY: help demo test test-slow test-gpu lint format sanitize check-neon bench gpu bench-gpu clean
 
 help:
 	@echo 'make demo       train ResNet-20 on handwritten digits and prune it on the way'
 	@echo 'make test       linters, type checker and the quick tests'
 	@echo 'make test-slow  the tests that take longer'
 	@echo 'make sanitize   the C++ kernels and the blocks of the CUDA kernels, fuzzed under two sanitizers'
+	@echo 'make check-neon the C++ kernels as an emulated aarch64 runs them; needs $(CROSS) and $(EMULATOR)'
 	@echo 'make test-gpu   everything that needs a GPU, with PYTHON and its packages, offline; results in $(OUT)'
 	@echo 'make bench-gpu  the GPU backends against the bandwidth of a copy; ARGS as for pat-fast bench'
 	@echo 'make format     apply what the linters can apply'
@@ -64,6 +65,17 @@ sanitize: $(VENV)/.test
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 CXXFLAGS='$(SANITIZE)' \
 		PAT_FAST_BACKEND=cpu PAT_FAST_FUZZ=$(FUZZ) $(abspath $(BIN))/python -m pytest \
 		tests/backends/test_fuzz.py tests/backends/test_cpu.py tests/backends/test_cuda.py -k 'not forked'
+
+# Without PyTorch, which would have to be there for the other processor, and without threads.
+CROSS ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64
+ALONE := build/kernels_alone
+check-neon:
+	@if ! command -v $(CROSS) >/dev/null; then echo 'check-neon: skipped: no $(CROSS) (Debian has it in g++-aarch64-linux-gnu)'; else \
+		mkdir -p build && $(CROSS) -static -std=c++17 -O3 -Wall -Wno-unknown-pragmas -fno-math-errno -fno-trapping-math \
+			-fopenmp-simd tests/backends/kernels_alone.cpp $(filter-out %avx2.cpp %avx512.cpp,$(wildcard csrc/cpu/*.cpp)) -o $(ALONE) && \
+		if command -v $(EMULATOR) >/dev/null; then $(EMULATOR) $(ALONE); \
+		else echo 'check-neon: compiled, not run: no $(EMULATOR) (Debian has it in qemu-user)'; fi; fi
 
 # On a machine with a GPU and no network: the Python that has PyTorch, and its packages. WHEELS names a folder with
 # those that are missing.

@@ -206,9 +206,10 @@ def bench(
     """
     with _errors(debug):
         from .bench import Settings, check_writable, render
-        from .bench.run import QUICK_ROUNDS, names
+        from .bench.run import QUICK_ROUNDS, check_models, names
         from .bench.run import run as measure
 
+        check_models(names(models or ()))
         if json_file is not None:
             check_writable(json_file, "--json")
         if plot is not None:

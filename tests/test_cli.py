@@ -128,6 +128,13 @@ def test_an_interrupt_ends_quietly_and_keeps_the_log(config: Path, tmp_path: Pat
         (["plan", "transformers:vitt"], "expected a model type of Transformers, got 'vitt'"),
         (["bench", "resnet51"], "did you mean 'resnet50'"),
         (["bench", "tiny", "--ops", "channel_reduce,compact"], "--ops: expected names out of"),
+        (
+            ["bench", "tiny", "--ops", "importance", "step"],
+            "got step, for which there is --ops; an option takes one word",
+        ),
+        (["bench", "tiny", "--ops", "importance,", "step"], "without spaces between its values, as in --ops A,step"),
+        (["bench", "--ops", "step", "cpu"], "got cpu, for which there is --backends"),
+        (["bench", "tiny", "--deploy", "float32"], "got float32, for which there is --dtypes"),
         (["bench", "tiny", "--backends", "gpu"], "--backends: expected names out of"),
         (["bench", "tiny", "--dtypes", "float31"], "--dtypes: expected names out of"),
         (["bench", "tiny", "--device", "gpu"], "--device: expected cpu, cuda or cuda:0, got 'gpu'"),

@@ -301,3 +301,24 @@ def run(settings: Settings, tell: Tell = lambda line: None) -> Result:
 def names(given: Sequence[str]) -> tuple[str, ...]:
     """Names given apart or with commas between them, each once."""
     return tuple(dict.fromkeys(part.strip() for text in given for part in text.split(",") if part.strip()))
+
+
+def check_models(given: Sequence[str]) -> None:
+    """Refuse, as models, what an option takes: a shell hands on ``--ops a b`` as the option's ``a`` and a model ``b``.
+
+    Raises:
+        ConfigError: it names the option, and how to write it.
+    """
+    options: dict[str, Collection[str]] = {
+        "--ops": (*OPS, ALL),
+        "--backends": [backend.name for backend in dispatch.BACKENDS],
+        "--dtypes": DTYPES,
+        "--layouts": LAYOUTS,
+    }
+    for option, known in options.items():
+        found = [name for name in given if name in known]
+        if found:
+            raise ConfigError(
+                f"MODEL: expected models, got {', '.join(found)}, for which there is {option}; an option takes one "
+                f"word: put commas without spaces between its values, as in {option} A,{found[0]}"
+            )
