@@ -159,5 +159,6 @@ OPS = {
     "channel_scale_": channel_scale_,
     "channel_compact": channel_compact,
 }
-SHORTCUTS = {"grouping": grouping, "channel_totals": channel_totals, "group_push": group_push}
-"""Several ops in one call; see :mod:`pat_fast.ops.grouped`."""
+_ONCE = {"grouping": grouping, "channel_totals": channel_totals, "group_push": group_push}
+SHORTCUTS = _ONCE if hasattr(_C, "push") else {}
+"""Several ops in one call; see :mod:`pat_fast.ops.grouped`. An extension that was built before these does without."""
