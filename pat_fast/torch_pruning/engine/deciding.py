@@ -117,8 +117,8 @@ class Deciding:
     def _planned(self) -> list[Planned]:
         values = self._scores().numpy()
         born = self.engine.born
-        unknown = np.isnan(values)
-        some = bool(unknown.any())
+        some = bool(np.isnan(values.sum()))
+        unknown = np.isnan(values) if some else np.zeros(0, dtype=np.bool_)
         step_ratio = self.per_step_pruning_ratio[self.current_step]
         found = []
         for s in self._standing():
