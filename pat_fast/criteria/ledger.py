@@ -19,7 +19,7 @@ Member = tuple[str, int]  # a tensor and its dimension
 Order = Mapping[int, Sequence[Member]]  # for a group, its members from the first to the last
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Part:
     """The ids ``start .. start + count`` of the indices of one tensor axis."""
 
@@ -62,26 +62,40 @@ class Ledger:
         self.parts: list[Part] = []
         self.members: list[tuple[str, int, int]] = []
         self.indices = 0
-        entries: list[tuple[IndexArray, IndexArray, IndexArray]] = []
+        columns: list[list[IndexArray]] = [[np.zeros(0, np.int64)] for _ in range(3)]
+        firsts: list[tuple[int, int, int]] = []  # of each axis: its first index and member, its entries
         for tensor_map in maps:
             for axis in tensor_map.axes:
                 if wanted(tensor_map, axis):
-                    entries.append(self._add(tensor_map, axis, pooled))
-        empty = (np.zeros(0, np.int64),) * 3
-        columns = [np.concatenate(column) for column in zip(empty, *entries, strict=True)]
-        self.index, self.channel, self.member = (torch.from_numpy(c).to(device) for c in columns)
-        self._index_is_range = bool(np.array_equal(columns[0], np.arange(self.indices)))
+                    firsts.append(self._add(tensor_map, axis, pooled, *columns))
+        starts, first_members, lengths = np.array(firsts, dtype=np.int64).reshape(len(firsts), 3).T
+        index, channel, member = map(np.concatenate, columns)
+        index += np.repeat(starts, lengths)
+        member += np.repeat(first_members, lengths)
+        self.index, self.channel, self.member = (torch.from_numpy(c).to(device) for c in (index, channel, member))
+        self._index_is_range = bool(np.array_equal(index, np.arange(self.indices)))
 
-    def _add(self, tensor_map: TensorMap, axis: Axis, pooled: bool) -> tuple[IndexArray, IndexArray, IndexArray]:
+    def _add(
+        self,
+        tensor_map: TensorMap,
+        axis: Axis,
+        pooled: bool,
+        indices: list[IndexArray],
+        channels: list[IndexArray],
+        members: list[IndexArray],
+    ) -> tuple[int, int, int]:
+        """Append an axis's entries, counted from its first index and member; these two, and how many they are."""
         shared = pooled and is_grouped(tensor_map, axis)
         part = Part(tensor_map, axis, self.indices, tensor_map.shape[1] if shared else len(axis.channels))
         self.parts.append(part)
         self.indices += part.count
-        held, channels, groups, which = self._groups(axis)
+        held, own, groups, which = self._groups(axis)
+        indices.append(held % part.count if shared else held)
+        channels.append(own)
+        members.append(np.zeros(len(held), dtype=np.int64) if isinstance(which, int) else which)
         first = len(self.members)
-        member = np.full(len(held), first) if isinstance(which, int) else first + which
         self.members += [(tensor_map.name, axis.dim, g) for g in groups]
-        return part.start + (held % part.count if shared else held), channels, member
+        return part.start, first, len(held)
 
     def _groups(self, axis: Axis) -> tuple[IndexArray, IndexArray, list[int], IndexArray | int]:
         """Indices of ``axis`` that hold channels, these channels, their groups, and which of these each is of."""
@@ -98,6 +112,7 @@ class Ledger:
         """
         starts = {(p.tensor.name, p.axis.dim): p for p in self.parts}
         found = [np.zeros(0, np.int64)]
+        numbers = np.arange(self.indices)
         for name, tensor in zip(tiles.names, tiles.tensors, strict=True):
             tensor_map, rows, _ = own(self._maps[name])
             stride = tensor.stride()
@@ -105,7 +120,7 @@ class Ledger:
                 for axis in sorted(tensor_map.axes, key=lambda a: -stride[a.dim]):
                     part = starts.get((name, axis.dim))
                     if part is not None and len(self._groups(axis)[0]) == part.count:
-                        found.append(np.arange(part.start, part.start + part.count))
+                        found.append(numbers[part.start : part.start + part.count])
                     elif axis.channels.max(initial=-1) >= 0:
                         found.append(self._ids(axis, part).astype(np.int64))
                 continue
