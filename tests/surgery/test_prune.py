@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from pat_fast.plan.running import call
 from pat_fast.plan.types import Kept
 from pat_fast.surgery import journal
 from pat_fast.surgery.prune import dense_strides, prune, prune_checked
+from pat_fast.surgery.record import records
 from tests.helpers import Case, Small, random_keep, small_inputs
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -279,6 +282,44 @@ def test_all_or_nothing(stage: str, error: type[BaseException], room: int, monke
         assert all(torch.equal(v, after[2]["state"][index][k]) for k, v in state.items())
     assert widths == [(m.out_channels, m.in_channels) for m in (model.stem, model.inner, model.outer)]
     train_step(model, opt, x, 1)
+
+
+def test_nothing_is_collected_while_tensors_are_cut() -> None:
+    """A finalizer would see a model in pieces."""
+    model, x = Small(), small_inputs()
+    plan = build_plan(model, x)
+    seen: list[bool] = []
+    prune(bind(plan, model), random_keep(plan, 0), then=lambda _: seen.append(gc.isenabled()))
+    assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_what_many_prunes_leave_is_put_together_when_it_is_read() -> None:
+    model, x = Small(24), small_inputs()
+    binding = bind(build_plan(model, x), model)
+    group = binding.plan.groups[0]
+    left = list(range(group.channels))
+    for number in range(20):
+        keep = np.ones(binding.plan.n_channels, dtype=np.bool_)
+        keep[number % 3] = False
+        del left[number % 3]
+        binding = prune(binding, keep)
+        assert len(vars(model)["_pat_fast"].get("noted", ())) <= 16
+    other = copy.deepcopy(model)
+    for one in (model, other):
+        ((_, record),) = records(one)
+        assert record["channels"][group.root] == {"of": group.channels, "kept": left}
+        assert record["prunes"] == 20
+        assert "noted" not in record
+
+
+def test_parameters_that_no_graph_holds_get_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Small(), small_inputs()
+    plan = build_plan(model, x)
+    hooked: list[Any] = []
+    monkeypatch.setattr(sys.modules[prune.__module__], "accumulators", lambda some: hooked.append(some) or {})
+    prune(bind(plan, model), random_keep(plan, 0))
+    assert hooked == [[]]
 
 
 def test_a_model_changed_behind_the_plan_is_refused() -> None:
