@@ -5,8 +5,8 @@
 Models are those of the zoo. For each, in turns in one process:
 
 - ``forward``: the model on its example inputs, in eval mode without gradients, no more;
-- ``hooked``: what lowering cannot do without: the forward with zeros in the place of large products, under a function
-  mode, a dispatch mode and one function around all modules that do nothing else;
+- ``hooked``: what lowering cannot do without: the forward with zeros in the place of large products, under a dispatch
+  mode, one function around all modules and, but for layers that run one op, a function mode that do nothing else;
 - ``lowering``: ``pat_fast.plan.build_plan``, the plan without its proof;
 - ``sums``: what the proof cannot do without: two forwards of as small a model on as small inputs, with nothing of ours
   around them (three and a backward where a statistic of channels is written out in the model's code);
@@ -43,7 +43,7 @@ from pat_fast.latency import table
 from pat_fast.plan import Plan
 from pat_fast.plan import build_plan as lower
 from pat_fast.plan.hollow import Hollow
-from pat_fast.plan.running import call
+from pat_fast.plan.running import Still, call, calls_made_by
 from pat_fast.plan.trace import fixed_outputs
 from pat_fast.proof import smaller_inputs
 from pat_fast.rehearsal import Rehearsal
@@ -76,17 +76,16 @@ class _Ops(TorchDispatchMode):
 
 def hooked(model: nn.Module, inputs: Any) -> None:
     """A forward as lowering runs it, with nothing done on the way."""
-    run = nn.Module.__call__
+    still = Still(model)
 
     def through(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return run(module, *args, **kwargs)
+        if id(module) not in still.of_one_op:
+            return module._call_impl(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return module._call_impl(*args, **kwargs)
 
-    nn.Module.__call__ = through  # type: ignore[method-assign]
-    try:
-        with torch.enable_grad(), _Functions(), _Ops():
-            call(model, inputs)
-    finally:
-        nn.Module.__call__ = run  # type: ignore[method-assign]
+    with torch.enable_grad(), calls_made_by(model.modules(), through), _Functions(), _Ops():
+        call(model, inputs)
 
 
 def sums(plan: Plan, model: nn.Module, inputs: Any, clock: Callable[[], float]) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -43,14 +46,16 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         PlanError: the forward fails on these inputs.
     """
     start = time.perf_counter()
-    still = Still(model)
-    plan = lower(model, example_inputs, still)
+    with _uncollected():
+        still = Still(model)
+        plan = lower(model, example_inputs, still)
     if not verify or not plan.groups:
         return plan
     lowered = time.perf_counter()
     try:
         smaller = smaller_inputs(example_inputs)
-        at_once = rehearse(plan, model, example_inputs, smaller, still=still)
+        with _uncollected():
+            at_once = rehearse(plan, model, example_inputs, smaller, still=still)
         if not at_once:
             plan = _found_out(plan, model, _taken(model, example_inputs, smaller))
     except Exception as error:  # a model that cannot be copied, or not be run twice
@@ -64,6 +69,18 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     done = time.perf_counter()
     how = "" if at_once else ", group by group"
     return _note(plan, f"traced in {lowered - start:.2f} s, verified in {done - lowered:.2f} s{how}")
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for garbage in between: a trace holds on to what it makes, and little of that is in cycles."""
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
 
 
 def _found_out(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:

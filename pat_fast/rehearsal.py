@@ -11,26 +11,23 @@ find out what is wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from .errors import PlanError
 from .plan.bind import Binding
 from .plan.double import InDouble
-from .plan.running import HOOKS, Still, call
+from .plan.running import Still, call, calls_made_by
 from .plan.thin import LEAST, Standing, Thin, Values, fill
 from .plan.trace import fixed_outputs
 from .plan.types import Axis, BoolArray, IntArray, Kept, Plan, TensorMap, is_grouped
 from .plan.verify import FINE, TOLERANCE, channel_order, distance
-from .plan.walk import named_modules, named_tensors
 from .surgery.modules import Change, apply_changes, attribute_changes
 
 _NORMS = ("layer norm over", "group norm over")  # notes of statistics that smaller norms take as they should
@@ -46,7 +43,8 @@ def rehearse(
 
     The model itself is not written to. It runs on the inputs ``smaller``, if there are such and it takes them.
     """
-    if any(isinstance(m, torch.jit.ScriptModule) for _, m in named_modules(model)):
+    still = still or Still(model)
+    if any(isinstance(m, torch.jit.ScriptModule) for _, m in still.modules):
         return False  # it reads its tensors past what stands in for them
     try:
         return Rehearsal(plan, model, [smaller] * (smaller is not None) + [example_inputs], seed, still).holds()
@@ -60,17 +58,17 @@ class Rehearsal:
     def __init__(self, plan: Plan, model: nn.Module, inputs: list[Any], seed: int, still: Still | None = None) -> None:
         self.plan, self.model = plan, model
         self.inputs = inputs
-        self._binding = Binding(plan, model)
+        self._still = still = still or Still(model)
+        self._modules = still.modules
+        self._binding = Binding(plan, model, still=still)
         self._generator = np.random.default_rng(seed)
         self._values = Values(seed)
-        self._modules = named_modules(model)
-        self._still = still or Still(model)
-        parameters = named_tensors(self._modules, "_parameters")
-        self._exact = all(p.dtype in _FLOATS for _, p in parameters if p.is_floating_point())
-        self._held: list[tuple[Any, str, int]] = [
-            (space, name, id(tensor))
+        kinds = {p.dtype for _, p in still.parameters}
+        self._exact = all(kind in _FLOATS or not kind.is_floating_point for kind in kinds)
+        self._held: list[tuple[Any, bool, str, Tensor]] = [
+            (space, is_parameter, name, tensor)
             for _, module in self._modules
-            for space in (module._parameters, module._buffers)
+            for space, is_parameter in ((module._parameters, True), (module._buffers, False))
             for name, tensor in space.items()
             if tensor is not None
         ]
@@ -98,7 +96,9 @@ class Rehearsal:
     def _shown(self, few: BoolArray, forgiving: bool) -> bool:
         """Whether a model of the channels ``few`` alone computes what the large one does; ``forgiving``: or fails."""
         try:
-            return self._compare(few, self._exact) is not None and (self._exact or self._runs(few, None))
+            if not self._exact:
+                return self._compare(few, False) is not None and self._runs(few, None)
+            return self._compare(few, not self._still.plain_backward) is not None
         except Exception:
             if not forgiving:
                 raise
@@ -118,10 +118,12 @@ class Rehearsal:
         order, starts = plan.by_unit
         kind = plan.kind_of_unit
         sizes = np.bincount(kind).tolist()
-        home = dict(zip(kind.tolist(), plan.group_of[order[starts]].tolist(), strict=True))
+        first = np.zeros(len(sizes), dtype=np.int64)  # unit of each kind
+        first[kind[::-1]] = np.arange(len(kind))[::-1]
+        homes = plan.group_of[order[starts[first]]].tolist()
         kinds: list[list[int]] = [[] for _ in plan.groups]
-        for k, group in home.items():
-            kinds[group].append(k)
+        for k in np.argsort(first).tolist():
+            kinds[homes[k]].append(k)
         left = list(sizes)
         seen: dict[int, int] = {}
         for group, own, least in zip(plan.groups, kinds, plan.least_units_of_groups.tolist(), strict=True):
@@ -139,7 +141,7 @@ class Rehearsal:
             self._lone = max(self._lone, lone)
             while (now := sum(left[k] for k in own)) < least or now % step:
                 left[max(own, key=lambda k: sizes[k] - left[k])] += 1
-        rank = _ranks(kind, self._generator.random(len(kind)))
+        _, rank, _ = _shuffled(kind, self._generator)
         keep: BoolArray = (rank < np.array(left)[kind])[plan.unit]
         plan.check_keep(keep)
         return keep
@@ -156,15 +158,14 @@ class Rehearsal:
         plan = self.plan
         order, starts = plan.by_unit
         stay = np.flatnonzero(keep[order[starts]])
-        rank = _ranks(plan.kind_of_unit[stay], self._generator.random(len(stay)))
-        by_rank = np.lexsort((rank, plan.kind_of_unit[stay]))
-        kinds, first, many = np.unique(plan.kind_of_unit[stay][by_rank], return_index=True, return_counts=True)
+        kind = plan.kind_of_unit[stay]
+        by_rank, rank, first = _shuffled(kind, self._generator)
+        many = np.diff(first)
         # One cycle in random order. Of few units one stays: a cycle of all might be the very shift that is wrong.
-        cycle = np.where((many > 2) & (many < 7), many - 1, many)
-        which = np.searchsorted(kinds, plan.kind_of_unit[stay])
-        target = np.where(rank < cycle[which], (rank + 1) % cycle[which], rank)
+        cycle = np.where((many > 2) & (many < 7), many - 1, many)[kind]
+        target = np.where(rank < cycle, (rank + 1) % cycle, rank)
         other = np.arange(plan.n_units)
-        other[stay] = stay[by_rank[first[which] + target]]
+        other[stay] = stay[by_rank[first[kind] + target]]
         place = np.empty(plan.n_channels, dtype=np.int64)
         place[order] = np.arange(plan.n_channels) - starts[plan.unit[order]]
         moves: IntArray = order[starts[other[plan.unit]] + place]
@@ -178,24 +179,29 @@ class Rehearsal:
         large, small = self._tensors(kept, self._moves(keep))
         precision = nullcontext() if self._exact else InDouble()
         expected = self._expected(large, precision)
-        with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision, _hooks_seen() as hooks:
+        with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision:
             out = fixed_outputs(call(self.model, self.inputs[0]))
         if distance(expected, [t.detach() for t in out]) > (FINE if self._exact else TOLERANCE):
             return None
-        if backward and (hooks or not _is_pytorchs(out)):
+        if backward:
             _backward(out, own)
         return [t.shape for t in expected]
 
     def _expected(self, large: dict[int, Thin], precision: Any) -> list[Tensor]:
         """What the model puts out with the tensors of ``large`` standing in for its own."""
-        filled = {k: thin for k, thin in large.items() if torch.Size(thin.shape).numel() < LEAST}
+        filled = {k: thin for k, thin in large.items() if math.prod(thin.shape) < LEAST}
         fill(list(filled.values()))
-        swapped: dict[int, Tensor] = {k: nn.Parameter(thin.full(), False) for k, thin in filled.items()}
+        swapped: dict[int, Tensor] = {k: _parameter(thin.full(), False) for k, thin in filled.items()}
         by_id = {**large, **{id(tensor): filled[k] for k, tensor in swapped.items()}}
+        standing = Standing(by_id)
+        others = large.keys() - filled.keys()
+        whole = [m for _, m in self._modules if id(m) in self._still.of_one_op and standing.may_pass(m, others)]
         while True:
             try:
-                with self._still.running(), torch.no_grad(), precision, Standing(by_id):
-                    self._exchange(swapped)
+                with (
+                    self._still.running(), torch.no_grad(), precision, standing, self._exchanged(swapped),
+                    calls_made_by(whole, standing.passed),
+                ):  # fmt: skip
                     return [t.detach() for t in fixed_outputs(call(self.model, self.inputs[0]))]
             except Exception:
                 if len(self.inputs) == 1:
@@ -227,25 +233,32 @@ class Rehearsal:
         with self._still.running():
             try:
                 apply_changes(attribute_changes(self._binding, kept, self.model), undo)
-                made = self._exchange(small)
-                for _, module in self._modules:
-                    if isinstance(module, nn.RNNBase):  # keeps its tensors in a list, too
-                        module._flat_weights[:] = [made.get(id(t), t) for t in module._flat_weights]
-                yield [p for p in made.values() if p.requires_grad]
+                with self._exchanged(small) as made:
+                    for _, module in self._modules:
+                        if isinstance(module, nn.RNNBase):  # keeps its tensors in a list, too
+                            module._flat_weights[:] = [made.get(id(t), t) for t in module._flat_weights]
+                    yield [p for p in made.values() if p.requires_grad]
             finally:
                 apply_changes(list(reversed(undo)), [])
 
-    def _exchange(self, new: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Put tensors of ``new`` in the places of the model's own; what they were made, by the same ids."""
+    @contextmanager
+    def _exchanged(self, new: Mapping[int, Tensor]) -> Iterator[dict[int, Tensor]]:
+        """Tensors of ``new`` in the places of the model's own; what they were made, by the same ids."""
         made: dict[int, Tensor] = {}
-        for space, name, key in self._held:
-            if key not in new:
-                continue
-            if key not in made:
-                tensor, parameter = new[key], isinstance(space[name], nn.Parameter)
-                made[key] = _parameter(tensor) if parameter and not isinstance(tensor, nn.Parameter) else tensor
-            space[name] = made[key]
-        return made
+        try:
+            for space, is_parameter, name, own in self._held:
+                key = id(own)
+                if key not in made:
+                    tensor = new.get(key)
+                    if tensor is None:
+                        continue
+                    plain = is_parameter and type(tensor) is not nn.Parameter
+                    made[key] = _parameter(tensor, tensor.is_floating_point()) if plain else tensor
+                space[name] = made[key]
+            yield made
+        finally:
+            for space, _, name, own in self._held:
+                space[name] = own
 
     def _tensors(self, kept: Kept, moves: IntArray) -> tuple[dict[int, Thin], dict[int, Tensor]]:
         """What stands in for the model's tensors in the two forwards, by their ids."""
@@ -253,7 +266,7 @@ class Rehearsal:
         places = _Places(kept, moves)
         shapes = self.plan.shapes.tuples(self.plan.shapes.left(kept)[0])
         wanted: list[tuple[Tensor, tuple[int, ...], str, int]] = []
-        stand: list[tuple[dict[int, Tensor], Tensor | None, float]] = []
+        stand: list[tuple[tuple[int, ...], dict[int, Tensor], Tensor | None, float]] = []
         for one, shape in zip(self.plan.tensors, shapes, strict=True):
             tensor = self._binding.tensors[one.name]
             where, columns = places.of(one, tensor.device)
@@ -264,38 +277,44 @@ class Rehearsal:
                 small[id(tensor)] = new.clone()
                 continue
             wanted.append((tensor, shape, one.name, self._fan_in(one.name, shape)))
-            stand.append((where, columns, 0.0 if one.is_parameter else 1.0))
+            stand.append((one.shape, where, columns, 0.0 if one.is_parameter else 1.0))
         known = small.keys() | {id(tensor) for tensor, *_ in wanted}
         for _, module in self._modules:
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in known and _alike(parameter):
                     known.add(id(parameter))
                     wanted.append((parameter, tuple(parameter.shape), name, parameter.shape[-1]))
-                    stand.append(({}, None, 0.0))
+                    stand.append((tuple(parameter.shape), {}, None, 0.0))
         large: dict[int, Thin] = {}
-        for (tensor, *_), new, (where, columns, beside) in zip(wanted, self._values.of(wanted), stand, strict=True):
+        for (tensor, *_), new, rest in zip(wanted, self._values.of(wanted), stand, strict=True):
             small[id(tensor)] = new
-            large[id(tensor)] = Thin(new, tuple(tensor.shape), where, columns, beside)
+            large[id(tensor)] = Thin(new, *rest)
         return large, small
 
     def _fan_in(self, name: str, shape: tuple[int, ...]) -> int:
         """How many terms the sums have that a weight takes part in."""
+        if len(shape) < 2:
+            return 1
         if isinstance(self._binding.owner(name)[0], nn.modules.conv._ConvNd):
             return torch.Size(shape[1:]).numel()
         return shape[-1]
 
 
-def _ranks(kind: IntArray, key: NDArray[np.float64]) -> IntArray:
-    """The rank of each item among those of its ``kind`` by ``key``."""
-    order = np.argsort(kind + key)  # a key is less than one
-    ranked = kind[order]
+def _shuffled(kind: IntArray, generator: np.random.Generator) -> tuple[IntArray, IntArray, IntArray]:
+    """Items kind by kind, in random order within a kind, and for each item its rank among its kind.
+
+    The last are the places where the kinds begin, and the end.
+    """
+    order = np.argsort(kind + generator.random(len(kind)))
+    first = np.cumsum([0, *np.bincount(kind)])
     rank = np.empty(len(kind), dtype=np.int64)
-    rank[order] = np.arange(len(kind)) - np.searchsorted(ranked, ranked)
-    return rank
+    rank[order] = np.arange(len(kind)) - first[kind[order]]
+    return order, rank, first
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, tensor.is_floating_point())
+def _parameter(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """``nn.Parameter(tensor, requires_grad)`` of a plain tensor, without its questions."""
+    return Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
 
 
 def _blank(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -314,39 +333,6 @@ def _alike(parameter: Tensor) -> bool:
     return bool(first.amin() == first.amax()) and bool(parameter.amin() == parameter.amax())
 
 
-@contextmanager
-def _hooks_seen() -> Iterator[list[bool]]:
-    """Notes whether a forward hangs hooks of its own into the backward."""
-    seen: list[bool] = []
-
-    def noticed(run: Any, tensor: Tensor, hook: Any) -> Any:
-        seen.append(True)
-        return run(tensor, hook)
-
-    with HOOKS.made_by(noticed):
-        yield seen
-
-
-def _is_pytorchs(out: list[Tensor]) -> bool:
-    """Whether all steps of the backward are PyTorch's own, which take their shapes from the forward's tensors."""
-    left, seen = [t.grad_fn for t in out if t.grad_fn is not None], set()
-    while left:
-        node = left.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if not _is_known(type(node)):
-            return False
-        left += [source for source, _ in node.next_functions if source is not None]
-    return True
-
-
-@cache
-def _is_known(kind: type) -> bool:
-    """Whether nodes of ``kind`` are PyTorch's own: neither a Python function's nor an extension's."""
-    return not issubclass(kind, BackwardCFunction) and kind.__name__ != "CppFunction"
-
-
 @torch.enable_grad()  # an optimizer's hook, which may call, runs without
 def _backward(out: list[Tensor], own: list[Tensor]) -> None:
     """Run a backward to the tensors ``own``, with which the gradients are dropped; the model's own get none."""
@@ -362,9 +348,18 @@ class _Places:
         self._kept, self._moves = kept, moves
         self._orders: dict[int, IntArray] = {}
         self._found: dict[int, tuple[IntArray, Tensor | None]] = {}
+        self._plain: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # of tensors without blocks, many of them alike
 
     def of(self, tensor: TensorMap, device: torch.device) -> tuple[dict[int, Tensor], Tensor | None]:
         """By dimension, and for dimension 1 of a grouped convolution by block."""
+        if tensor.groups > 1:
+            return self._look(tensor, device)
+        key = (device, *map(id, tensor.axes))
+        if key not in self._plain:
+            self._plain[key], _ = self._look(tensor, device)
+        return self._plain[key], None
+
+    def _look(self, tensor: TensorMap, device: torch.device) -> tuple[dict[int, Tensor], Tensor | None]:
         where, columns = {}, None
         for axis in tensor.axes:
             vector, places = self._axis(axis.channels, axis)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..ops.grouped import Grouping
 from ..ops.tiles import NONE, Tile, TileTable
+from .running import Still
 from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
-from .walk import named_modules
 
 Extent = tuple[int, int]  # size and stride of a dimension
 Side = tuple[Extent, ChannelArray | None]
@@ -157,16 +157,24 @@ class Binding:
         plan: what is to be bound.
         model: where its tensors are looked for.
         after: a binding to the same model before a prune: its modules and names stay, and are not looked for again.
+        still: what is known of the model as it is.
     Raises:
         PlanError: the model has no such tensor, or one of another shape (it was changed since).
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, after: Binding | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        after: Binding | None = None,
+        still: Still | None = None,
+    ) -> None:
         self.plan = plan
         self.model = model
         if after is None:
-            self.modules: dict[str, Any] = dict(named_modules(model, once=False))
-            named = self._named()
+            still = still or Still(model)
+            self.modules: dict[str, Any] = dict(still.every)
+            named = dict((*still.parameters, *still.buffers))
             self._names: dict[int, list[str]] = {}
             for name, tensor in named.items():
                 self._names.setdefault(id(tensor), []).append(name)
@@ -201,16 +209,6 @@ class Binding:
     def is_true(self) -> bool:
         """Whether the tensors still have the shapes that the plan knows."""
         return [t.shape for t in self.tensors.values()] == self._shapes
-
-    def _named(self) -> dict[str, Tensor]:
-        """All parameters and buffers of the model by name, tied ones under each of theirs."""
-        named: dict[str, Tensor] = {}
-        for path, module in self.modules.items():
-            prefix = path and path + "."
-            for local, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    named[prefix + local] = tensor
-        return named
 
     def _places(self) -> list[Place]:
         found: list[Place] = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .noted import Noted
 
-LEAST = 2**20  # multiply-accumulates below which an op is simply run
+LEAST = 2**15  # multiply-accumulates below which a product of what was computed is simply computed, too
 LEAST_SKIPPED = 2**14  # elements below which an element-wise op is
 CHUNK = 2**24  # elements of address space to ask for at a time: below 32 MiB, memory may be old and is cleared
 # Methods that read values past the dispatcher.
@@ -44,12 +44,17 @@ class Hollow:
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Any) -> Any:
         """Zeros in the place of ``func(*args, **kwargs)`` if that is a large product, else None."""
-        if func is _ATTENTION:
-            return self._attention(*args)
-        shape = _SHAPES[func](*args) if func in _SHAPES and not kwargs else None
-        if shape is None:
+        shape_of = _SHAPES.get(func)
+        if shape_of is None:
+            return self._attention(*args) if func is _ATTENTION else None
+        found = None if kwargs else shape_of(*args)
+        if found is None:
             return None
-        out = self.zeros(args[_FIRST.get(func, 0)], shape)
+        shape, work = found
+        first = args[_FIRST.get(func, 0)]
+        if work < LEAST and first not in self._made:
+            return None
+        out = self.zeros(first, shape)
         self._made[out] = True
         return out
 
@@ -133,19 +138,22 @@ def _alike(*tensors: Tensor) -> bool:
     )
 
 
-def _mm(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
+Product = tuple[tuple[int, ...], int]  # the shape of a product, and its multiply-accumulates
+
+
+def _mm(a: Tensor, b: Tensor) -> Product | None:
     fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and _alike(a, b)
-    return (a.shape[0], b.shape[1]) if fits and a.numel() * b.shape[1] >= LEAST else None
+    return ((a.shape[0], b.shape[1]), a.numel() * b.shape[1]) if fits else None
 
 
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> tuple[int, ...] | None:
-    shape = _mm(a, b)
-    return shape if shape is not None and _alike(a, bias) and bias.shape in ((shape[1],), shape) else None
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> Product | None:
+    found = _mm(a, b)
+    return found if found is not None and _alike(a, bias) and bias.shape in (found[0][1:], found[0]) else None
 
 
-def _bmm(a: Tensor, b: Tensor) -> tuple[int, ...] | None:
+def _bmm(a: Tensor, b: Tensor) -> Product | None:
     fits = a.ndim == b.ndim == 3 and a.shape[::2] == (b.shape[0], b.shape[1]) and _alike(a, b)
-    return (a.shape[0], a.shape[1], b.shape[2]) if fits and a.numel() * b.shape[2] >= LEAST else None
+    return ((a.shape[0], a.shape[1], b.shape[2]), a.numel() * b.shape[2]) if fits else None
 
 
 def _convolution(
@@ -158,7 +166,7 @@ def _convolution(
     transposed: bool,
     output_padding: Sequence[int],
     groups: int,
-) -> tuple[int, ...] | None:
+) -> Product | None:
     dims = weight.ndim - 2
     lists = (stride, padding, dilation)
     enters = weight.shape[0] if transposed else weight.shape[1] * groups
@@ -177,7 +185,7 @@ def _convolution(
     else:
         left = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
     work = x.shape[0] * math.prod(x.shape[2:] if transposed else left) * weight.numel()
-    return (x.shape[0], leaves, *left) if min(left, default=0) > 0 and work >= LEAST else None
+    return ((x.shape[0], leaves, *left), work) if min(left, default=0) > 0 else None
 
 
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu.default

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
+from .backward import hooks_seen, is_pytorchs
 from .configs import follow_config
 from .hollow import Hollow, ValuesRead
 from .labels import IntArray, Solution, varying
@@ -25,7 +27,6 @@ from .recurrent import Packing, couple_layers, is_plain, recurrent_layers
 from .running import Still, call
 from .trace import Leaf, Tracer, fixed_outputs
 from .types import ChannelArray, Frozen, Plan, TensorMap, Width
-from .walk import named_modules, named_tensors
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
@@ -41,17 +42,18 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
     Raises:
         PlanError: the forward fails on these inputs.
     """
-    _check_model(model)
+    still = still or Still(model)
+    _check_model(model, still)
     failure: Exception | None = None
     # A forward whose values decide what it does is run with all of its arithmetic. Torch-Pruning's hooks, and the
     # numbers that ours plants, are not for every model: then without.
     for hollow, with_graph, with_numbers in _WAYS:
         notes: list[str] = []
-        attempt = _Attempt(model, example_inputs, with_numbers, Hollow() if hollow else None, still or Still(model))
+        attempt = _Attempt(model, example_inputs, with_numbers, Hollow() if hollow else None, still)
         try:
             order = attempt.run(with_graph, notes)
             if attempt.failure is None:
-                return _number(model, attempt.tracer, order, _batch(example_inputs), tuple(notes))
+                return _number(model, still, attempt.tracer, order, _batch(example_inputs), tuple(notes))
         finally:
             attempt.tracer.forget()
         failure = failure or (None if hollow else attempt.failure)
@@ -61,27 +63,34 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
     ) from failure
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, still: Still) -> None:
     """Refuse models whose tensors cannot be traced, permuted and cut as they are."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise PlanError(
             f"the model is wrapped in {type(model).__name__}; build the plan of the model inside (its .module), and "
             "wrap it after pruning"
         )
-    modules = named_modules(model)
-    for name, tensor in (*named_tensors(modules, "_parameters"), *named_tensors(modules, "_buffers")):
+    plain = {torch.Tensor, nn.Parameter, nn.Buffer}
+    for name, tensor in (*still.parameters, *still.buffers):
+        if type(tensor) in plain and not tensor.is_meta and not tensor.is_quantized:
+            continue
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise PlanError(f"{name} has no shape yet (a lazy layer); run one forward first")
         if tensor.is_meta:
             raise PlanError(f"{name} is on the meta device and has no values; load the model's weights first")
-        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer) or tensor.is_quantized:
-            raise PlanError(
-                f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which cannot be cut like a plain tensor; "
-                "prune first, then quantize or shard"
-            )
-    for name, module in modules:
-        if "quantized" in type(module).__module__.split("."):
+        raise PlanError(
+            f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which cannot be cut like a plain tensor; "
+            "prune first, then quantize or shard"
+        )
+    for name, module in still.modules:
+        kind: Any = type(module)
+        if _is_quantized(kind):
             raise PlanError(f"{name} is a quantized {type(module).__name__}; prune first, then quantize")
+
+
+@cache
+def _is_quantized(kind: Any) -> bool:
+    return "quantized" in kind.__module__.split(".")
 
 
 _WAYS = ((True, True, True), (False, True, True), (False, False, True), (False, False, False))
@@ -93,7 +102,7 @@ class _Attempt:
     def __init__(
         self, model: nn.Module, example_inputs: Any, with_numbers: bool, hollow: Hollow | None, still: Still
     ) -> None:
-        self.tracer = Tracer(model, hollow)
+        self.tracer = Tracer(still, hollow)
         self.failure: Exception | None = None
         self._model, self._inputs, self._with_numbers, self._still = model, example_inputs, with_numbers, still
 
@@ -105,19 +114,20 @@ class _Attempt:
                 self._forward()
                 return []
             try:
-                return torch_prunings_order(self._model, self._forward, LAYERS)
+                return torch_prunings_order(self._still.modules, self._forward, LAYERS)
             except Exception as error:
                 notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
                 return []
 
     def _forward(self, after: After | None = None) -> list[torch.Tensor]:
         tracer = self.tracer
+        self._still.plain_backward = False
         try:
-            with tracer.scopes(after), tracer.equivalents(), ExitStack() as stack:
+            with tracer.equivalents(), tracer.scopes(after), hooks_seen() as hooks, ExitStack() as stack:
                 if self._with_numbers:
-                    stack.enter_context(tracer.numbers.planted(self._model))
+                    stack.enter_context(tracer.numbers.planted(self._still.modules))
                     stack.enter_context(tracer.numbers)
-                if recurrent_layers(self._model):
+                if recurrent_layers(self._still.modules):
                     stack.enter_context(Packing())
                 stack.enter_context(tracer)
                 out = call(self._model, self._inputs)
@@ -132,6 +142,7 @@ class _Attempt:
             self.failure = TypeError(f"it returned a {type(out).__name__} in which no tensor was found")
         for tensor in outputs:
             tracer.give_out(tensor)
+        self._still.plain_backward = not hooks and is_pytorchs(outputs)
         return [t for t in outputs if t.grad_fn is not None]
 
 
@@ -147,31 +158,31 @@ def _batch(inputs: Any) -> int:
     return 1
 
 
-def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, notes: tuple[str, ...]) -> Plan:
+def _number(
+    model: nn.Module, still: Still, tracer: Tracer, order: list[str], batch: int, notes: tuple[str, ...]
+) -> Plan:
     leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
-    _freeze_unknown_owners(model, tracer, leaves)
-    _couple_recurrent(model, tracer, leaves)
+    _freeze_unknown_owners(model, still, tracer, leaves)
+    _couple_recurrent(still, tracer, leaves)
     _choose_units(tracer)
     _freeze_third_axes(tracer, leaves)
     solution, counts = resolve(tracer.numbers, tracer.slots)
     roots = _roots(leaves, order, tracer.module_order)
     numbers = Numbering(solution, roots)
     channel = numbers.channels
-    tensors = []
+    tensors, mapped = [], set()
     for leaf in leaves:
-        axes = tuple(
-            numbers.axis(dim, leaf.axes[dim], _role(leaf, dim))
-            for dim in sorted(leaf.axes)
-            if numbers.live(leaf.axes[dim])
-        )
-        if axes:
-            shape = tuple(leaf.tensor.shape)
-            tensors.append(TensorMap(leaf.name, leaf.is_parameter, shape, leaf.groups, leaf.whole_groups, axes))
-    mapped = {t.name for t in tensors}
+        axes = [numbers.axis(dim, slots, _role(leaf, dim)) for dim, slots in sorted(leaf.axes.items())]
+        live = tuple([axis for axis in axes if axis is not None])
+        if live:
+            name, shape = leaf.name, tuple(leaf.tensor.shape)
+            mapped.add(name)
+            tensors.append(TensorMap(name, leaf.is_parameter, shape, leaf.groups, leaf.whole_groups, live))
     numbers.frozen += _unused_as_they_are(model, leaves, mapped, solution)
     other = sum(leaf.tensor.numel() for leaf in tracer.leaves.values() if leaf.is_parameter and leaf.name not in mapped)
     work = tuple(numbers.work(w) for w in tracer.work)
-    widths = {c.symbol: Width(*_place(c.symbol), channel(c.slots), c.per) for c in (*tracer.widths, *counts)}
+    counted = {c.symbol: c for c in (*tracer.widths, *counts)}.values()
+    widths = [Width(*_place(c.symbol), channel(c.slots), c.per) for c in counted if numbers.live(c.slots)]
     plan = Plan(
         n_channels=numbers.count,
         n_units=numbers.n_units,
@@ -180,7 +191,7 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
         tensors=tuple(tensors),
         frozen=tuple(numbers.frozen),
         work=work,
-        widths=tuple(w for w in widths.values() if (w.channels >= 0).any()),
+        widths=tuple(widths),
         batch=batch,
         other_params=other,
         notes=notes,
@@ -188,9 +199,11 @@ def _number(model: nn.Module, tracer: Tracer, order: list[str], batch: int, note
     known = {(w.module, w.attribute) for w in plan.widths}
     heads = [(path, channel(slots)) for path, slots in _heads(tracer, solution)]
     told = follow_config(model, tracer.numbers, plan.tensors, plan.unit, heads)
-    plan = replace(plan, widths=(*plan.widths, *(w for w in told if (w.module, w.attribute) not in known)))
-    plan = _in_multiples(plan, [(channel(slots.reshape(-1)), m) for slots, m in tracer.multiples])
-    alone = [i for i, g in enumerate(plan.groups) if len(np.unique(plan.unit[g.start : g.stop])) == 1]
+    if told:
+        plan = replace(plan, widths=(*plan.widths, *(w for w in told if (w.module, w.attribute) not in known)))
+    if tracer.multiples:
+        plan = _in_multiples(plan, [(channel(slots.reshape(-1)), m) for slots, m in tracer.multiples])
+    alone = np.flatnonzero(plan.group_units == 1).tolist()
     return plan.freeze(alone, "its channels all go together: nothing of it can be removed")
 
 
@@ -284,9 +297,9 @@ def _choose_shares(tracer: Tracer) -> None:
             tracer.slots.couple(labels, labels.take([0], axis=dim))
 
 
-def _freeze_unknown_owners(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
+def _freeze_unknown_owners(model: nn.Module, still: Still, tracer: Tracer, leaves: list[Leaf]) -> None:
     """A weight that is multiplied inside a module of unknown kind stays: its attributes are not known."""
-    closed = [name for name, m in named_modules(model) if _is_closed(m)]
+    closed = [name for name, m in still.modules if _is_closed(m)]
     if not closed:
         return
     for leaf in leaves:
@@ -302,9 +315,9 @@ def _is_closed(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and not is_plain(module))
 
 
-def _couple_recurrent(model: nn.Module, tracer: Tracer, leaves: list[Leaf]) -> None:
+def _couple_recurrent(still: Still, tracer: Tracer, leaves: list[Leaf]) -> None:
     """The layers and directions of a recurrent module have one width."""
-    layers = recurrent_layers(model)
+    layers = recurrent_layers(still.modules)
     if layers:
         by_name = {name: leaf for leaf in leaves for name in leaf.names}
         for path, module in layers:

@@ -35,7 +35,8 @@ class Numbering:
         self._stand_in(classes)
         self._shared: dict[bytes, ChannelArray] = {}
         self._live: dict[int, bool] = {}
-        self._axes: dict[tuple[int, int, str], Axis] = {}
+        self._axes: dict[tuple[int, int, str], Axis | None] = {}
+        self._alike: dict[tuple[int, int, str], Axis] = {}
         self._phantoms = len(solution.channel) > solution.count
         self._known: dict[int, tuple[IntArray, ChannelArray]] = {}  # by the id of the slots, which are kept alive
         self.unit = by_first_use(solution.unit[classes])
@@ -69,12 +70,15 @@ class Numbering:
             self._live[id(found)] = bool((found >= 0).any())
         return self._live[id(found)]
 
-    def axis(self, dim: int, slots: IntArray, role: str) -> Axis:
-        """Axes that are alike are one object."""
-        channels = self.channels(slots)
-        key = (id(channels), dim, role)
+    def axis(self, dim: int, slots: IntArray, role: str) -> Axis | None:
+        """The axis of ``slots``, if they are live; axes that are alike are one object."""
+        key = (id(slots), dim, role)
         if key not in self._axes:
-            self._axes[key] = Axis(dim, channels, role)
+            channels = self.channels(slots)
+            alike = (id(channels), dim, role)
+            if self.live(slots) and alike not in self._alike:
+                self._alike[alike] = Axis(dim, channels, role)
+            self._axes[key] = self._alike.get(alike)
         return self._axes[key]
 
     def work(self, work: Work) -> WorkTerm:
@@ -110,6 +114,8 @@ class Numbering:
         proper = np.arange(len(solution.channel)) < solution.count
         is_class = proper & (solution.channel == np.arange(len(solution.channel)))
         orphans = np.flatnonzero(is_class & ~taken & ~self._is_frozen)
+        if not orphans.size:
+            return claims
         adopted = []
         for leaves, classes in claims:
             own = np.isin(solution.unit[orphans], solution.unit[classes])
@@ -119,6 +125,8 @@ class Numbering:
 
     def _merge_coupled(self, claims: list[tuple[list[Leaf], IntArray]]) -> list[tuple[list[Leaf], IntArray]]:
         """Groups that share a unit are ranked together: they become one."""
+        if np.array_equal(self.solution.unit, self.solution.channel):
+            return claims
         home = np.full(len(self.solution.unit), -1)  # the first group that was seen to have a unit
         into = list(range(len(claims)))
 

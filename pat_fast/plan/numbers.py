@@ -9,11 +9,11 @@ that no single attribute can follow; dimensions that the code gives the size of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from .hollow import READS
 from .labels import IntArray, Slots, Solution, varying
-from .walk import named_modules
 
 if TYPE_CHECKING:
     from .trace import Tracer
@@ -294,16 +293,20 @@ class NumberWatch(TorchFunctionMode):
         return found
 
     @contextmanager
-    def planted(self, model: nn.Module) -> Iterator[None]:
-        """Replace the integers that the modules of ``model`` keep, for as long as the forward runs."""
+    def planted(self, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+        """Replace the integers that ``modules`` keep, for as long as the forward runs."""
         undo: list[Planted] = []
         seen: set[int] = set()
         try:
-            for path, module in named_modules(model):
+            for path, module in modules:
+                space = module.__dict__
                 if not type(module).__module__.startswith("torch.nn") or isinstance(module, _STATEFUL):
-                    self._plant(module.__dict__, path, "", undo)
-                for name, value in list(module.__dict__.items()):
-                    if _is_config(cast(Any, type(value))) and hasattr(value, "__dict__") and id(value) not in seen:
+                    self._plant(space, path, "", undo)
+                kinds: set[Any] = set(map(type, space.values()))
+                if not any(map(_is_config, kinds)):
+                    continue
+                for name, value in space.items():
+                    if type(value).__name__.endswith("Config") and hasattr(value, "__dict__") and id(value) not in seen:
                         seen.add(id(value))
                         self._plant(value.__dict__, path, f"{name}.", undo)
             yield

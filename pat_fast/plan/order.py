@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from .walk import named_modules
-
 After = Callable[[nn.Module, Any], None]
 
 
 def torch_prunings_order(
-    model: nn.Module, forward: Callable[[After], list[torch.Tensor]], layers: tuple[type[nn.Module], ...]
+    modules: Iterable[tuple[str, nn.Module]],
+    forward: Callable[[After], list[torch.Tensor]],
+    layers: tuple[type[nn.Module], ...],
 ) -> list[str]:
-    """Names of the modules of the kinds ``layers`` in the order in which Torch-Pruning visits them.
+    """Names of those of the kinds ``layers`` in the order in which Torch-Pruning visits them.
 
-    ``forward`` runs ``model``, calls what it is given with every module and its result, and returns the outputs. As in
-    Torch-Pruning, the results of modules of the kinds that it knows say which of them made which node of the autograd
-    graph, and its walk over that graph is followed. Its nodes and index maps are not made. The maps (slices, reshapes)
-    are what makes its queries quadratic on DenseNet and endless on rotary embeddings, and they do not know shapes;
-    pat_fast takes maps from its own trace.
+    ``forward`` runs the model of these ``modules``, calls what it is given with every module and its result, and
+    returns the outputs. As in Torch-Pruning, the results of modules of the kinds that it knows say which of them made
+    which node of the autograd graph, and its walk over that graph is followed. Its nodes and index maps are not made.
+    The maps (slices, reshapes) are what makes its queries quadratic on DenseNet and endless on rotary embeddings, and
+    they do not know shapes; pat_fast takes maps from its own trace.
     """
     module_of: dict[Any, nn.Module] = {}
 
@@ -31,9 +31,10 @@ def torch_prunings_order(
         if module not in known:
             return
         out = out[0] if isinstance(out, tuple) and not isinstance(out, _PACKED) else out
-        module_of[(out.data if isinstance(out, _PACKED) else out).grad_fn] = module
+        with torch._C.DisableTorchFunction():  # to ask for a node is no part of the forward
+            module_of[(out.data if isinstance(out, _PACKED) else out).grad_fn] = module
 
-    names = {module: name for name, module in named_modules(model)}
+    names = {module: name for name, module in modules}
     known = {m for m in names if isinstance(m, _known())}
     outputs = forward(record)
     entered: dict[nn.Module, None] = {}

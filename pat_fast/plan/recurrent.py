@@ -10,7 +10,7 @@ of zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from .labels import IntArray, Slots
 from .trace import EQUIVALENTS, Leaf
-from .walk import named_modules
 
 KINDS = (nn.RNN, nn.LSTM, nn.GRU)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -37,9 +36,9 @@ def is_plain(module: nn.Module) -> bool:
     return type(module).forward in {kind.forward for kind in KINDS} and set(names) <= module._parameters.keys()
 
 
-def recurrent_layers(model: nn.Module) -> list[tuple[str, nn.RNNBase]]:
-    """The recurrent layers of ``model`` that can be followed, by name."""
-    return [(name, m) for name, m in named_modules(model) if isinstance(m, nn.RNNBase) and is_plain(m)]
+def recurrent_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.RNNBase]]:
+    """The recurrent layers among ``modules`` that can be followed, by name."""
+    return [(name, m) for name, m in modules if isinstance(m, nn.RNNBase) and is_plain(m)]
 
 
 def gates(module: nn.RNNBase) -> int:

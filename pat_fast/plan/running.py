@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
+from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .walk import named_modules
+from .walk import named_modules, named_tensors
 
 
 class Call(NamedTuple):
@@ -45,22 +47,37 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class Still:
-    """What a model is now, for several times :func:`undisturbed` in a row: it is noted once."""
+    """What a model is now, for several times :func:`undisturbed` in a row: it is noted once.
+
+    Attributes:
+        every: its modules by all of their names.
+        modules: its modules, each by its first name.
+        parameters, buffers: its tensors by all of their names.
+        of_one_op: ids of its modules for which :func:`runs_one_op` holds.
+        plain_backward: whether a forward was seen to leave the backward to PyTorch's own steps, without hooks.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._noted = False
+        self.plain_backward = False
+        self.every = named_modules(model, once=False)
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for name, module in self.every:
+            first.setdefault(id(module), (name, module))
+        self.modules = list(first.values())
+        self.parameters = named_tensors(self.every, "_parameters")
+        self.buffers = named_tensors(self.every, "_buffers")
+        self.of_one_op = {id(m) for _, m in self.modules if runs_one_op(m)}
 
     def _note(self) -> None:
         self._noted = True
-        model = self._model
-        modules = [m for _, m in named_modules(model)]
+        modules = [m for _, m in self.modules]
         self._training = any(m.training for m in modules)
-        self._attributes = [_Snapshot(m) for m in modules]
-        own = {id(b): b for m in modules for b in m._buffers.values() if b is not None}
+        self._attributes = _Snapshot(modules)
         with torch.no_grad():
-            self._buffers = [(b, b._version, b.clone()) for b in own.values()]
-        parameters = {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
+            self._contents = [(b, b._version, b.clone()) for b in {id(b): b for _, b in self.buffers}.values()]
+        parameters = {id(p): p for _, p in self.parameters}.values()
         self._flags = [(p, p.requires_grad) for p in parameters]
         self._frozen = [p for p, flag in self._flags if not flag and p.is_floating_point()]
         self._devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
@@ -85,90 +102,96 @@ class Still:
             self._restore()
 
     def _restore(self) -> None:
-        for snapshot in self._attributes:
-            snapshot.restore()
+        self._attributes.restore()
         for p, flag in self._flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
         with torch.no_grad():
-            for b, version, before in self._buffers:
+            for b, version, before in self._contents:
                 if b._version != version:
                     b.copy_(before)
 
 
-class Method:
-    """A method of one of PyTorch's classes, which threads may have made in another way for a while.
+@contextmanager
+def calls_made_by(modules: Iterable[nn.Module], way: Callable[..., Any]) -> Iterator[None]:
+    """Calls of ``modules`` are ``way(module, *args)``; what they were, hooks and all, is ``module._call_impl(*args)``.
 
-    Forwards of other threads go on as they are, and it is put back when the last thread is done.
+    The place is the one that :meth:`torch.nn.Module.compile` uses. Hooks on every module take several times as long,
+    and to change the method of the class makes Python forget what it knows of all of its subclasses.
     """
-
-    def __init__(self, owner: type, name: str) -> None:
-        self._owner, self._name = owner, name
-        self._ways: dict[int, Callable[..., Any]] = {}  # by thread
-        self._lock = threading.Lock()
-        self._run: Callable[..., Any] = getattr(owner, name)
-
-    @contextmanager
-    def made_by(self, way: Callable[..., Any]) -> Iterator[None]:
-        """Calls of this thread are ``way(run, *args)``, where ``run(*args)`` is what they were."""
-        thread = threading.get_ident()
-        with self._lock:
-            if not self._ways:
-                self._change()
-            before = self._ways.get(thread)
-            self._ways[thread] = way
-        try:
-            yield
-        finally:
-            with self._lock:
-                if before is None:
-                    del self._ways[thread]
-                else:
-                    self._ways[thread] = before
-                if not self._ways:
-                    setattr(self._owner, self._name, self._run)
-
-    def _change(self) -> None:
-        ways, run, thread = self._ways, getattr(self._owner, self._name), threading.get_ident
-
-        def made(*args: Any, **kwargs: Any) -> Any:
-            way = ways.get(thread())
-            return run(*args, **kwargs) if way is None else way(run, *args, **kwargs)
-
-        self._run = run
-        setattr(self._owner, self._name, made)
+    changed: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for module in modules:
+            space = vars(module)
+            changed.append((space, space.get(_CALL, changed)))
+            space[_CALL] = partial(way, module)
+        yield
+    finally:
+        for space, before in changed:
+            if before is changed:
+                del space[_CALL]
+            else:
+                space[_CALL] = before
 
 
-CALLS = Method(nn.Module, "__call__")
-HOOKS = Method(torch.Tensor, "register_hook")
+_CALL = "_compiled_call_impl"
+_OF_ONE_OP = {
+    f"torch.nn.modules.{part}"
+    for part in ("activation", "batchnorm", "conv", "dropout", "linear", "normalization", "pooling", "sparse")
+}
+
+
+def runs_one_op(module: nn.Module) -> bool:
+    """Whether ``module`` is a layer of PyTorch's that calls a function on what it is given, with hooks of nobody."""
+    kind: Any = type(module)
+    if not _is_of_one_op(kind) or module._modules or module._forward_pre_hooks or module._forward_hooks:
+        return False
+    return "forward" not in vars(module) and not _has_any_global_hook()
+
+
+@cache
+def _is_of_one_op(kind: Any) -> bool:
+    return kind.__module__ in _OF_ONE_OP and kind is not nn.LocalResponseNorm  # which views by shapes that it reads
 
 
 class _Snapshot:
-    """The attributes of a module (its hooks, parameters and children among them), with copies of lists and dicts."""
+    """The attributes of modules (their hooks, parameters and children among them), with copies of lists and dicts."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._now = vars(module)
-        self._before = self._now.copy()
-        held = [v for v in self._before.values() if type(v) in _HELD]
-        self._full = [(v, v.copy()) for v in held if v]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        spaces = [vars(m) for m in modules]
+        held = [v for space in spaces for v in space.values() if type(v) in _HELD]
         self._empty = [v for v in held if not v]
+        self._now: list[Any] = [*spaces, *(v for v in held if v)]
+        self._before = [value.copy() for value in self._now]
+        self._sizes = list(map(len, self._now))
+        self._dicts = [v for v in self._now if isinstance(v, dict)]
+        self._others = [v for v in self._now if not isinstance(v, dict)]
+        self._keys = [*chain.from_iterable(self._dicts)]
+        self._values = [*self._values_now()]
 
     def restore(self) -> None:
         """Put everything back."""
-        now, before = self._now, self._before
-        if not _same(now, before):
-            now.clear()
-            now.update(before)
         if any(self._empty):
             for value in self._empty:
                 value.clear()
-        for value, content in self._full:
-            if not _same(value, content):
-                if isinstance(value, list):
-                    value[:] = content
+        if self._is_true():
+            return
+        for now, before in zip(self._now, self._before, strict=True):
+            if not _same(now, before):
+                if isinstance(now, list):
+                    now[:] = before
                 else:
-                    value.clear()
-                    value.update(content)
+                    now.clear()
+                    now.update(before)
+
+    def _is_true(self) -> bool:
+        """Whether nothing has changed, found out for all at once."""
+        if list(map(len, self._now)) != self._sizes or [*chain.from_iterable(self._dicts)] != self._keys:
+            return False
+        return all(map(is_, self._values, self._values_now()))
+
+    def _values_now(self) -> Iterator[Any]:
+        return chain.from_iterable(chain(map(dict.values, self._dicts), self._others))
 
 
 _HELD = frozenset({dict, OrderedDict, list, set})

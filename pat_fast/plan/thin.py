@@ -9,13 +9,14 @@ over the channels that the small tensor has, as they do once the others are gone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError
@@ -87,12 +88,16 @@ def fill(thin: Sequence[Thin]) -> None:
     for (_, _, value), ones in alike.items():
         sizes = [math.prod(one.shape) for one in ones]
         starts = np.cumsum([0, *sizes])
-        where = np.concatenate([one.positions() + start for one, start in zip(ones, starts, strict=False)])
-        flat = ones[0].small.new_full((int(starts[-1]),), value)
-        index = torch.from_numpy(where).to(flat.device)
-        flat.index_copy_(0, index, torch.cat([one.small.reshape(-1) for one in ones]))
+        together: dict[Any, list[int]] = {}  # the tensors of a norm stand in the same places
+        for i, one in enumerate(ones):
+            key = one if one.columns is not None else (one.shape, *((d, id(p)) for d, p in one.places.items()))
+            together.setdefault(key, []).append(i)
+        where = [(ones[same[0]].positions() + starts[same][:, None]).reshape(-1) for same in together.values()]
+        values = [ones[i].small.reshape(-1) for same in together.values() for i in same]
+        flat = values[0].new_full((int(starts[-1]),), value)
+        flat.index_copy_(0, torch.from_numpy(np.concatenate(where)).to(flat.device), torch.cat(values))
         for one, part in zip(ones, flat.split(sizes), strict=True):
-            one._full = part.view(one.shape)
+            one._full = part if len(one.shape) == 1 else part.view(one.shape)
 
 
 class Standing(TorchFunctionMode):
@@ -101,6 +106,19 @@ class Standing(TorchFunctionMode):
     def __init__(self, stand_ins: dict[int, Thin]) -> None:
         super().__init__()
         self._stand_ins = stand_ins
+
+    def may_pass(self, module: nn.Module, others: Set[int]) -> bool:
+        """Whether :meth:`passed` does for ``module``: ``others`` are the ids of tensors that have to be replaced."""
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+            return False  # its statistics are to be those of fewer channels
+        return others.isdisjoint(map(id, (*module._parameters.values(), *module._buffers.values())))
+
+    def passed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A call of a layer that computes with tensors which are as they should be, past this mode."""
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor or id(args[0]) in self._stand_ins:
+            return module._call_impl(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            return module._call_impl(args[0])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -134,13 +152,20 @@ class Standing(TorchFunctionMode):
 def _linear(func: Any, thin: Thin, before: Any, after: Any, kwargs: Any) -> Tensor | None:
     """``linear(x, weight, bias)`` or ``conv(x, weight, bias, ...)``."""
     dim = -1 if func is F.linear else 1
-    if "weight" in kwargs or len(before) != 1 or thin.columns is not None:
+    if "weight" in kwargs or len(before) != 1:
         return None
     x, bias = before[0], after[0] if after else kwargs.get("bias")
-    if thin.shape[1] != x.shape[dim] or (dim == 1 and x.ndim != len(thin.shape)):
-        return None  # a grouped convolution; one example without a batch
-    if 1 in thin.places:
-        x = x.index_select(dim, thin.places[1])
+    blocks = 1 if thin.columns is None else len(thin.columns)
+    if thin.shape[1] * blocks != x.shape[dim] or (dim == 1 and x.ndim != len(thin.shape)):
+        return None  # a depthwise convolution; one example without a batch
+    enter = thin.places.get(1)
+    if thin.columns is not None:
+        if not _in_blocks(thin, blocks):
+            return None
+        starts = torch.arange(blocks, device=x.device) * thin.shape[1]
+        enter = (thin.columns + starts[:, None]).reshape(-1)
+    if enter is not None:
+        x = x.index_select(dim, enter)
     rest = {k: v for k, v in kwargs.items() if k != "bias"}
     y = func(x, thin.small, None, *after[1:], **rest)
     if 0 in thin.places:
@@ -151,10 +176,10 @@ def _linear(func: Any, thin: Thin, before: Any, after: Any, kwargs: Any) -> Tens
 
 
 def _embedding(func: Any, thin: Thin, before: Any, after: Any, kwargs: Any) -> Tensor | None:
-    """``torch.embedding(weight, indices)``."""
+    """``torch.embedding(weight, indices)``, or ``embedding`` and ``embedding_bag`` of ``(indices, weight, ...)``."""
     if set(thin.places) != {1} or "weight" in kwargs:
         return None
-    y = func(thin.small, *after, **kwargs)
+    y = func(*before, thin.small, *after, **kwargs)
     return y.new_zeros((*y.shape[:-1], thin.shape[1])).index_copy_(-1, thin.places[1], y)
 
 
@@ -185,10 +210,17 @@ def _norm(func: Any, thin: Thin, before: Any, after: Any, kwargs: Any) -> Tensor
 
 def _check_blocks(thin: Thin, groups: int) -> None:
     """Raise :class:`PlanError` unless every group of a group norm keeps as many channels, and its own."""
-    places = thin.places[0]
-    block = torch.arange(len(places), device=places.device) * groups // len(places)
-    if len(places) % groups or bool((places * groups // thin.shape[0] != block).any()):
+    if not _in_blocks(thin, groups):
         raise PlanError("channels leave their block of a group norm")
+
+
+def _in_blocks(thin: Thin, blocks: int) -> bool:
+    """Whether each of equal ``blocks`` of the first dimension has as many places as the others, and its own."""
+    places = thin.places.get(0)
+    if places is None:
+        return True
+    own = torch.arange(len(places), device=places.device) * blocks // len(places)
+    return len(places) % blocks == 0 and bool((places * blocks // thin.shape[0] == own).all())
 
 
 _WITHOUT_BIAS = {F.rms_norm, torch.rms_norm}
@@ -199,6 +231,8 @@ _SHORT: dict[Any, tuple[int, int, Callable[..., Tensor | None]]] = {  # where th
     torch.conv2d: (1, LEAST, _linear),
     torch.conv3d: (1, LEAST, _linear),
     torch.embedding: (0, LEAST, _embedding),
+    F.embedding: (1, LEAST, _embedding),
+    F.embedding_bag: (1, LEAST, _embedding),
     **dict.fromkeys((F.layer_norm, torch.layer_norm, *_GROUPED, *_WITHOUT_BIAS), (2, 0, _norm)),
 }
 
@@ -207,10 +241,7 @@ class Values:
     """Random values that no mistake hides behind: no two alike, and of a scale that keeps activations in bounds."""
 
     def __init__(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        pool = torch.randn(POOL, generator=generator)
-        squashed = torch.tanh(pool)
-        self._pools = {"weight": pool, "scale": 1.0 + 0.5 * squashed, "bias": 0.5 + 0.25 * squashed}
+        self._pools = _pools(seed)
 
     def of(self, wanted: Sequence[tuple[Tensor, Sequence[int], str, int]]) -> list[Tensor]:
         """Values for each (parameter or buffer, shape, its name, terms in the sums that it takes part in)."""
@@ -225,12 +256,19 @@ class Values:
             if kind == "weight":
                 torch._foreach_mul_(parts, [max(wanted[i][3], 1) ** -0.5 for i in places])
             for i, part, shape in zip(places, parts, shapes, strict=True):
-                found[i] = part.view(shape)
+                found[i] = part if len(shape) == 1 else part.view(shape)
         return found
 
     def _take(self, kind: str, count: int) -> Tensor:
         pool = self._pools[kind]
         return pool.repeat(-(-count // POOL))[:count] if count > POOL else pool[:count].clone()
+
+
+@lru_cache(maxsize=1)
+def _pools(seed: int) -> dict[str, Tensor]:
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed))
+    squashed = torch.tanh(pool)
+    return {"weight": pool, "scale": 1.0 + 0.5 * squashed, "bias": 0.5 + 0.25 * squashed}
 
 
 def _kind(ndim: int, name: str) -> str:

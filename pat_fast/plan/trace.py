@@ -28,8 +28,7 @@ from .hollow import Hollow
 from .labels import Factors, IntArray, Slots, is_phantom, place, varying
 from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
-from .running import CALLS
-from .walk import named_modules, named_tensors
+from .running import Still, calls_made_by
 
 # Kinds of modules -> a forward in ordinary PyTorch ops, for tracing; see register_layer.
 EQUIVALENTS: dict[type[nn.Module], Callable[..., Any]] = {}
@@ -45,7 +44,7 @@ def tensors(value: Any) -> list[Tensor]:
         for item in value:
             if isinstance(item, Tensor):
                 found.append(item)
-            elif isinstance(item, (tuple, list)):
+            elif isinstance(item, (tuple, list)) and item and type(item[0]) is not int:
                 found += tensors(item)
     return found
 
@@ -58,8 +57,10 @@ def _rules() -> Any:
 
 
 @cache
-def _name(func: Any) -> str:
-    return str(func._schema.name)
+def _known(func: Any) -> tuple[str, Any, bool]:
+    """An op's name, the rule for it, and whether of its inputs only the shape counts."""
+    name = str(func._schema.name)
+    return name, _rules().find(func), name in _rules().SHAPE_ONLY
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Work:
 class Tracer(TorchDispatchMode):
     """Labels what a forward computes. Use as a context manager around the forward, then read the fields."""
 
-    def __init__(self, model: nn.Module, hollow: Hollow | None = None) -> None:
+    def __init__(self, still: Still, hollow: Hollow | None = None) -> None:
         super().__init__()
         self.hollow = hollow
         self.slots = Slots()
@@ -117,18 +118,17 @@ class Tracer(TorchDispatchMode):
         self.shares: list[tuple[IntArray, IntArray]] = []  # labels, and those of a tensor that meets all of a kind
         self._marks: Noted[Mark] = Noted()
         self._poisoned: Noted[tuple[Factors, str]] = Noted()
-        self._modules = dict(named_modules(model))
-        self._model = model
+        self._modules = dict(still.modules)
+        self._of_one_op = still.of_one_op
         self._path: list[str] = []
         self._op = ""
-        every = named_modules(model, once=False)
-        for name, tensor, is_parameter in (
-            *((n, t, True) for n, t in named_tensors(every, "_parameters")),
-            *((n, t, False) for n, t in named_tensors(every, "_buffers")),
-        ):
-            if id(tensor) not in self.leaves:
-                self.leaves[id(tensor)] = Leaf([], tensor, is_parameter)
-            self.leaves[id(tensor)].names.append(name)
+        for named, is_parameter in ((still.parameters, True), (still.buffers, False)):
+            for name, tensor in named:
+                leaf = self.leaves.get(id(tensor))
+                if leaf is None:
+                    self.leaves[id(tensor)] = Leaf([name], tensor, is_parameter)
+                else:
+                    leaf.names.append(name)
 
     def forget(self) -> None:
         """Let go of all tensors: the tracer is in a reference cycle, and who holds a parameter may matter to others."""
@@ -144,6 +144,8 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = tensors((args, tuple(kwargs.values())) if kwargs else args)
+        if not inputs:
+            return func(*args, **kwargs)
         out = None
         if self.hollow is not None:
             out = self.hollow.run(func, args, kwargs)
@@ -166,15 +168,13 @@ class Tracer(TorchDispatchMode):
         inputs: list[Tensor],
         results: list[Tensor],
     ) -> None:
-        leaves = self.leaves
-        used = self._marks.any(inputs) or any(id(t) in leaves for t in inputs)
+        used = self._marks.any(inputs) or not self.leaves.keys().isdisjoint(map(id, inputs))
         if not used and not (self._poisoned and self._poisoned.any(inputs)):
             return
-        self._op = _name(func)
-        rule = _rules().find(func)
+        self._op, rule, of_shapes = _known(func)
         if results and not any(t.numel() for t in results):
             return
-        if self._poisoned and self._op not in _rules().SHAPE_ONLY:
+        if self._poisoned and not of_shapes:
             for tensor in inputs:
                 factors, reason = self._poisoned.pop(tensor, ((), ""))
                 for factor in factors:
@@ -415,27 +415,30 @@ class Tracer(TorchDispatchMode):
     def scopes(self, after: Callable[[nn.Module, Any], None] | None = None) -> Iterator[None]:
         """Keep track of which module is running, so that messages can name it.
 
-        ``after`` is called with a module and what it gave back. A call of a module goes through one function for all of
-        them; two hooks for each take several times as long.
+        ``after`` is called with a module and what it gave back. Layers of PyTorch's whose forward is one op run past
+        function modes: neither numbers of the model's code nor its reads of shapes and values are to be seen there.
         """
         names = {id(module): name for name, module in self._modules.items()}
         path, order = self._path, self.module_order
+        plain = {i for i in self._of_one_op if "forward" not in vars(self._modules[names[i]])}
 
-        def named(run: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            name = names.get(id(module))
-            if name is None:
-                return run(module, *args, **kwargs)
+        def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            name = names[id(module)]
             path.append(name)
             order.append(name)
             try:
-                out = run(module, *args, **kwargs)
+                if id(module) in plain and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+                    with torch._C.DisableTorchFunction():
+                        out = module._call_impl(args[0])
+                else:
+                    out = module._call_impl(*args, **kwargs)
             finally:
                 path.pop()
             if after is not None:
                 after(module, out)
             return out
 
-        with CALLS.made_by(named):
+        with calls_made_by(self._modules.values(), named):
             yield
 
 

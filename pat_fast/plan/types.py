@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from ..errors import PlanError
 from .flat import Holdings, Kept, Shapes, Vectors, groups_left, is_grouped, shrunk_shape
 from .hints import hint
+from .kinds import kinds_of_units
 
 __all__ = [
     "Axis", "Frozen", "Group", "Kept", "Plan", "TensorMap", "Width", "WorkTerm", "by_first_use", "fold_fixed",
-    "groups_left", "is_grouped", "shrunk_shape", "stirred",
+    "groups_left", "is_grouped", "shrunk_shape",
 ]  # fmt: skip
 
 ChannelArray = NDArray[np.int32]
@@ -452,31 +453,14 @@ class Plan:
     def by_unit(self) -> tuple[IndexArray, IndexArray]:
         """The channels ``[N]`` with those of a unit side by side, in their order, and where each unit starts: ``[U]``.
         """
-        order = np.argsort(self.unit, kind="stable")
+        ascending = bool((np.diff(self.unit) >= 0).all())
+        order = np.arange(self.n_channels) if ascending else np.argsort(self.unit, kind="stable")
         return order, np.flatnonzero(np.diff(self.unit[order], prepend=-1))
 
     @cached_property
     def kind_of_unit(self) -> IndexArray:
         """A number for each unit that is the same for those that may change places (see :attr:`kinds`): ``[U]``."""
-        # Random weights tell sets of (axis, count) apart, as a hash does: no Python loop over channels.
-        axes = [axis for _, axis in self.axes()]
-        weights = np.random.default_rng(0).integers(2**63, size=len(axes), dtype=np.uint64)
-        of_vector: dict[int, list[int]] = {}  # axes share their vectors of channels
-        for number, axis in enumerate(axes):
-            of_vector.setdefault(id(axis.channels), []).append(number)
-        signature = np.zeros(self.n_channels, dtype=np.uint64)
-        for numbers in of_vector.values():
-            held, count = self.counts(axes[numbers[0]])
-            kinds, which = np.unique(count, return_inverse=True)
-            hashed = stirred(kinds.astype(np.uint64)[:, None] + weights[numbers]).sum(1)
-            signature[held] += hashed[which]
-        order, starts = self.by_unit
-        unit = self.unit[order]
-        place = np.arange(len(order)) - starts[unit]
-        of_unit = np.zeros(self.n_units, dtype=np.uint64)
-        np.add.at(of_unit, unit, stirred(signature[order] + stirred(place.astype(np.uint64))))
-        of_unit = stirred(of_unit + self.group_of[order[starts]].astype(np.uint64))
-        return np.unique(of_unit, return_inverse=True)[1].astype(np.int64)
+        return kinds_of_units(self.vectors, self.shapes.vector, self.unit, self.group_of, *self.by_unit)
 
     def describe(self) -> str:
         """A few lines for people: groups, members, what is frozen and why."""
@@ -516,10 +500,3 @@ def by_first_use(unit: NDArray[np.integer[Any]]) -> ChannelArray:
     rank = np.empty(len(first), dtype=np.int32)
     rank[used[np.argsort(first[used], kind="stable")]] = np.arange(len(used), dtype=np.int32)
     return rank[unit]
-
-
-def stirred(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Bits of ``x`` stirred (the finaliser of splitmix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -192,6 +192,10 @@ def channel_order(axis: Axis, permutation: IntArray, cache: dict[int, IntArray])
     """For each index of an axis, the index whose content it gets: the r-th place of a channel gets the r-th
     place of the channel it takes over. Axes share their vectors of channels, and so ``cache``."""
     found = cache.get(id(axis.channels))
+    if found is None and len(axis.channels) and axis.channels[0] >= 0 and (np.diff(axis.channels) > 0).all():
+        # What is said below, where every index has a channel of its own and these ascend.
+        target = np.searchsorted(axis.channels, permutation[axis.channels])
+        cache[id(axis.channels)] = found = np.minimum(target, len(target) - 1)
     if found is None:
         places = np.argsort(axis.channels, kind="stable")
         ranked = axis.channels[places]

@@ -269,11 +269,14 @@ def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
 def _tabulate(binding: Binding) -> Ruled:
     tensors: list[tuple[int, str, str, Source]] = []
     unruled: list[tuple[nn.Module, str]] = []
+    rules: dict[type[nn.Module], SizeRule | None] = {}
     for number, tensor in enumerate(binding.plan.tensors):
         for name in binding.aliases(tensor.name):
             path, _, local = as_published(name).rpartition(".")
             module = binding.modules[path]
-            rule = rule_of(module)
+            if type(module) not in rules:
+                rules[type(module)] = rule_of(module)
+            rule = rules[type(module)]
             if rule is not None and rule.sources is _conv_sources and module.groups > tensor.groups == 1:
                 continue  # the weight of a grouped convolution is computed from this one: the plan's widths tell
             if rule is not None:

@@ -1,52 +1,55 @@
-"""Methods that are made in another way: for one thread, and for a while."""
+"""Forwards that leave nothing behind, and calls of modules that go another way for a while."""
 
 from __future__ import annotations
 
-import threading
+import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pat_fast.plan.running import CALLS, Still
+from pat_fast.plan.running import Still, calls_made_by, runs_one_op
 
 
-def test_calls_of_other_threads_go_on_and_the_last_one_puts_all_back() -> None:
-    before = nn.Module.__call__
-    seen: list[str] = []
-    model, x = nn.Linear(2, 2), torch.ones(1, 2)
-    inside, leave = threading.Event(), threading.Event()
+def test_calls_of_the_modules_alone_go_another_way() -> None:
+    model, other, x = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2), torch.ones(1, 2)
+    model[0].compile(backend="eager")
+    before = [vars(m).copy() for m in model.modules()]
+    seen: list[nn.Module] = []
 
-    def noting(name: str):  # type: ignore[no-untyped-def]
-        def way(run, *args):  # type: ignore[no-untyped-def]
-            seen.append(name)
-            return run(*args)
+    def way(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module)
+        return module._call_impl(*args, **kwargs)
 
-        return way
-
-    def other() -> None:
-        with CALLS.made_by(noting("other")):
-            inside.set()
-            leave.wait()
-            model(x)
-
-    thread = threading.Thread(target=other)
-    with CALLS.made_by(noting("outer")), CALLS.made_by(noting("inner")):
-        thread.start()
-        inside.wait()
+    with calls_made_by(model.modules(), way):
+        model(other(x))
+        copied = copy.deepcopy(model)
+    copied(model(x))
+    assert seen == [model, model[0]]
+    with pytest.raises(ZeroDivisionError), calls_made_by(model.modules(), lambda *_: 1 / 0):
         model(x)
-    model(x)  # as it was, though another thread is not done
-    leave.set()
-    thread.join()
-    assert seen == ["inner", "other"]
-    assert nn.Module.__call__ is before
+    assert [vars(m) for m in model.modules()] == before
 
 
-def test_a_method_is_put_back_when_a_forward_fails() -> None:
-    before = nn.Module.__call__
-    with pytest.raises(ZeroDivisionError), CALLS.made_by(lambda run, *args: 1 / 0):
-        nn.Linear(2, 2)(torch.ones(1, 2))
-    assert nn.Module.__call__ is before
+def test_which_layers_run_one_op() -> None:
+    class Own(nn.Linear):
+        """Code of its own."""
+
+    hooked, replaced = nn.Linear(2, 2), nn.Linear(2, 2)
+    hooked.register_forward_hook(lambda *_: None)
+    replaced.forward = lambda x: x  # type: ignore[method-assign, assignment]
+    assert all(map(runs_one_op, (nn.Linear(2, 2), nn.ReLU(), nn.BatchNorm2d(2), nn.MaxPool2d(2), nn.Dropout())))
+    others = (
+        Own(2, 2),
+        hooked,
+        replaced,
+        nn.Sequential(),
+        nn.MultiheadAttention(4, 2),
+        nn.LSTM(2, 2),
+        nn.Unflatten(1, (2, 2)),
+    )
+    assert not any(map(runs_one_op, others))
 
 
 def test_a_model_runs_twice_from_what_it_was() -> None:
@@ -54,10 +57,14 @@ def test_a_model_runs_twice_from_what_it_was() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.seen = 0
+            self.kept, self.empty = {"seen": 0}, []  # type: ignore[var-annotated]
             self.register_buffer("sum", torch.zeros(1))
 
         def forward(self) -> int:
             self.seen += 1
+            self.kept["seen"] += 1
+            self.empty.append(1)
+            self.new = 1
             self.sum += 1
             return self.seen
 
@@ -68,3 +75,4 @@ def test_a_model_runs_twice_from_what_it_was() -> None:
             assert model() == 1
             assert (model.sum.item(), model.training) == (1, False)
         assert (model.seen, model.sum.item(), model.training) == (0, 0, True)
+        assert (model.kept, model.empty, hasattr(model, "new")) == ({"seen": 0}, [], False)

@@ -88,14 +88,33 @@ def test_convolutions_compute_with_what_stands_in(kind: Any, groups: int) -> Non
     torch.testing.assert_close(found, layer(x))
 
 
+@pytest.mark.parametrize("rows", [[3, 1, 79, 40], [79, 40, 3, 1], [3, 45, 2, 79], None])
+def test_blocks_of_a_convolution_compute_with_what_stands_in(
+    rows: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = nn.Conv2d(360, 80, 3, groups=2).double()
+    columns, places = torch.tensor([[5, 0, 7], [2, 100, 179]]), {} if rows is None else {0: torch.tensor(rows)}
+    small = torch.randn(80 if rows is None else 4, 3, 3, 3, dtype=torch.float64)
+    w = Thin(small, tuple(layer.weight.shape), places, columns, 0.0)
+    x = torch.randn(2, 360, 4, 4, dtype=torch.float64)
+    layer.weight.data = Thin(small, w.shape, places, columns, 0.0).full()
+    expected = layer(x)
+    if rows in (None, [3, 1, 79, 40]):  # rows that leave their block are not for the small tensor
+        monkeypatch.setattr(Thin, "full", lambda self: pytest.fail("the large tensor was made"))
+    with Standing({id(layer.weight): w}), torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("places", [{1: COLUMNS}, {0: ROWS}, {}], ids=["1", "0", "none"])
 def test_embeddings_compute_with_what_stands_in(places: dict[int, Tensor]) -> None:
     layer = nn.Embedding(80, 90)
     w = thin((80, 90), (3 if 0 in places else 80, 4 if 1 in places else 90), places)
     ids = torch.tensor([[1, 70], [3, 79]])
-    with Standing({id(layer.weight): w}), torch.no_grad():
-        found = layer(ids)
-    torch.testing.assert_close(found, w.full()[ids])
+    bag = nn.EmbeddingBag.from_pretrained(layer.weight)
+    for called, expected in ((layer, w.full()[ids]), (bag, w.full()[ids].mean(1))):
+        with Standing({id(layer.weight): w, id(bag.weight): w}), torch.no_grad():
+            found = called(ids)
+        torch.testing.assert_close(found, expected)
 
 
 NORMS: dict[str, Any] = {

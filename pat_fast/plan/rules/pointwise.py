@@ -20,6 +20,11 @@ from .registry import extents, note, nth, outputs, rule
 def elementwise(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Every output element depends on the input elements at its place, up to broadcasting."""
     inputs = tensors((args, tuple(kwargs.values())) if kwargs else args)
+    if len(inputs) == 1 and isinstance(out, Tensor) and inputs[0].shape == out.shape:
+        mark = tr.mark(inputs[0])
+        if len(mark.factors) < 2 and "softmax" not in func._schema.name:
+            tr.set(out, mark.factors, mark.leaf if out.ndim > 1 else None)
+            return
     for result in outputs(out):
         factors = tr.merge([(extents(t), tr.mark(t).factors) for t in inputs if t.ndim], result.shape)
         if "softmax" in func._schema.name:

@@ -1,0 +1,92 @@
+"""Whether the backward of a forward is all PyTorch's own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+
+class Method:
+    """A method of one of PyTorch's classes, which threads may have made in another way for a while.
+
+    Forwards of other threads go on as they are, and it is put back when the last thread is done.
+    """
+
+    def __init__(self, owner: type, name: str) -> None:
+        self._owner, self._name = owner, name
+        self._ways: dict[int, Callable[..., Any]] = {}  # by thread
+        self._lock = threading.Lock()
+        self._run: Callable[..., Any] = getattr(owner, name)
+
+    @contextmanager
+    def made_by(self, way: Callable[..., Any]) -> Iterator[None]:
+        """Calls of this thread are ``way(run, *args)``, where ``run(*args)`` is what they were."""
+        thread = threading.get_ident()
+        with self._lock:
+            if not self._ways:
+                self._change()
+            before = self._ways.get(thread)
+            self._ways[thread] = way
+        try:
+            yield
+        finally:
+            with self._lock:
+                if before is None:
+                    del self._ways[thread]
+                else:
+                    self._ways[thread] = before
+                if not self._ways:
+                    setattr(self._owner, self._name, self._run)
+
+    def _change(self) -> None:
+        ways, run, thread = self._ways, getattr(self._owner, self._name), threading.get_ident
+
+        def made(*args: Any, **kwargs: Any) -> Any:
+            way = ways.get(thread())
+            return run(*args, **kwargs) if way is None else way(run, *args, **kwargs)
+
+        self._run = run
+        setattr(self._owner, self._name, made)
+
+
+_HOOKS = Method(torch.Tensor, "register_hook")
+
+
+@contextmanager
+def hooks_seen() -> Iterator[list[bool]]:
+    """Notes whether a forward hangs hooks of its own into the backward."""
+    seen: list[bool] = []
+
+    def noticed(run: Any, tensor: Tensor, hook: Any) -> Any:
+        seen.append(True)
+        return run(tensor, hook)
+
+    with _HOOKS.made_by(noticed):
+        yield seen
+
+
+def is_pytorchs(out: list[Tensor]) -> bool:
+    """Whether all steps of the backward are PyTorch's own, which take their shapes from the forward's tensors."""
+    left, seen = [t.grad_fn for t in out if t.grad_fn is not None], set()
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if not _is_known(type(node)):
+            return False
+        left += [source for source, _ in node.next_functions if source is not None]
+    return True
+
+
+@cache
+def _is_known(kind: type) -> bool:
+    """Whether nodes of ``kind`` are PyTorch's own: neither a Python function's nor an extension's."""
+    return not issubclass(kind, BackwardCFunction) and kind.__name__ != "CppFunction"
