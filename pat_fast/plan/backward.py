@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -72,21 +72,12 @@ def hooks_seen() -> Iterator[list[bool]]:
         yield seen
 
 
-def is_pytorchs(out: list[Tensor]) -> bool:
-    """Whether all steps of the backward are PyTorch's own, which take their shapes from the forward's tensors."""
-    left, seen = [t.grad_fn for t in out if t.grad_fn is not None], set()
-    while left:
-        node = left.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if not _is_known(type(node)):
-            return False
-        left += [source for source, _ in node.next_functions if source is not None]
-    return True
+def is_pytorchs(nodes: Iterable[Any]) -> bool:
+    """Whether all steps of a backward are PyTorch's own, which take their shapes from the forward's tensors."""
+    return all(map(_is_known, set(map(type, nodes))))
 
 
 @cache
-def _is_known(kind: type) -> bool:
+def _is_known(kind: Any) -> bool:
     """Whether nodes of ``kind`` are PyTorch's own: neither a Python function's nor an extension's."""
     return not issubclass(kind, BackwardCFunction) and kind.__name__ != "CppFunction"

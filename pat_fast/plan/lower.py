@@ -104,26 +104,29 @@ class _Attempt:
     ) -> None:
         self.tracer = Tracer(still, hollow)
         self.failure: Exception | None = None
+        self._hooks: list[bool] = []
         self._model, self._inputs, self._with_numbers, self._still = model, example_inputs, with_numbers, still
 
     def run(self, with_graph: bool, notes: list[str]) -> list[str]:
         """Trace; the names of the layers in the order of Torch-Pruning's roots, as far as it can graph the model."""
+        self._still.plain_backward = False
         with self._still.running(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not with_graph:
                 self._forward()
                 return []
             try:
-                return torch_prunings_order(self._still.modules, self._forward, LAYERS)
+                order, nodes = torch_prunings_order(self._still.modules, self._forward, LAYERS)
+                self._still.plain_backward = not self._hooks and is_pytorchs(nodes)
+                return order
             except Exception as error:
                 notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
                 return []
 
     def _forward(self, after: After | None = None) -> list[torch.Tensor]:
         tracer = self.tracer
-        self._still.plain_backward = False
         try:
-            with tracer.equivalents(), tracer.scopes(after), hooks_seen() as hooks, ExitStack() as stack:
+            with tracer.equivalents(), tracer.scopes(after), hooks_seen() as self._hooks, ExitStack() as stack:
                 if self._with_numbers:
                     stack.enter_context(tracer.numbers.planted(self._still.modules))
                     stack.enter_context(tracer.numbers)
@@ -142,7 +145,6 @@ class _Attempt:
             self.failure = TypeError(f"it returned a {type(out).__name__} in which no tensor was found")
         for tensor in outputs:
             tracer.give_out(tensor)
-        self._still.plain_backward = not hooks and is_pytorchs(outputs)
         return [t for t in outputs if t.grad_fn is not None]
 
 

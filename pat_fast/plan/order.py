@@ -16,8 +16,8 @@ def torch_prunings_order(
     modules: Iterable[tuple[str, nn.Module]],
     forward: Callable[[After], list[torch.Tensor]],
     layers: tuple[type[nn.Module], ...],
-) -> list[str]:
-    """Names of those of the kinds ``layers`` in the order in which Torch-Pruning visits them.
+) -> tuple[list[str], set[Any]]:
+    """Names of those of the kinds ``layers`` in the order in which Torch-Pruning visits them, and the graph's nodes.
 
     ``forward`` runs the model of these ``modules``, calls what it is given with every module and its result, and
     returns the outputs. As in Torch-Pruning, the results of modules of the kinds that it knows say which of them made
@@ -41,7 +41,7 @@ def torch_prunings_order(
     visited: set[Any] = set()
     for output in outputs:
         _visit(output.grad_fn, module_of, entered, visited)
-    return [names[m] for m in entered if isinstance(m, layers) and m in names]
+    return [names[m] for m in entered if isinstance(m, layers) and m in names], visited
 
 
 _PACKED: type[Any] = torch.nn.utils.rnn.PackedSequence
