@@ -19,7 +19,7 @@ from .plan import Plan
 from .plan import build_plan as lower
 from .plan.running import Still, call, undisturbed
 from .plan.verify import verify as permutation_test
-from .rehearsal import rehearse
+from .rehearsal import failure, rehearse
 from .turns import plainly
 
 SIDES = {4: 64, 5: 16}  # pixels of images and volumes, by the dimensions of their tensors
@@ -89,6 +89,30 @@ def _found_out(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
     plan = plan.freeze(found.wrong, "its map does not hold: the output moves when its channels change places")
     for group, error in sorted(dry_run(plan, model, example_inputs, found.shapes).items(), reverse=True):
         plan = plan.freeze([group], f"the model does not run when it is smaller ({error})")
+    return _without_culprits(plan, model, example_inputs)
+
+
+def _without_culprits(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
+    """``plan`` with as many groups as can be smaller at the same time; those are frozen that fail only with others."""
+    every = range(len(plan.groups))
+    able: list[int] = []
+    wrong: dict[int, str] = {}
+
+    def admit(groups: list[int]) -> None:
+        trial = {*able, *groups}
+        error = failure(plan.freeze([g for g in every if g not in trial], ""), model, example_inputs)
+        if error is None:
+            able.extend(groups)
+        elif len(groups) == 1:
+            wrong[groups[0]] = error
+        else:
+            half = len(groups) // 2
+            admit(groups[:half])
+            admit(groups[half:])
+
+    admit(list(every))
+    for group, error in sorted(wrong.items(), reverse=True):
+        plan = plan.freeze([group], f"the model does not run when it is smaller together with others ({error})")
     return plan
 
 

@@ -32,6 +32,7 @@ from .surgery.modules import Change, apply_changes, attribute_changes
 
 _NORMS = ("layer norm over", "group norm over")  # notes of statistics that smaller norms take as they should
 FEW = 4  # units of a group that are kept at least: of fewer, too many orders are alike
+DRAWS = {2: 6, 3: 4, 4: 2}  # of groups of so many units: one draw of those that stay may hide what another shows
 MANY = 48  # units of a group that are kept at most, and as many again so that groups of one size come apart
 _FLOATS = (torch.float32, torch.float64)
 
@@ -50,6 +51,28 @@ def rehearse(
         return Rehearsal(plan, model, [smaller] * (smaller is not None) + [example_inputs], seed, still).holds()
     except Exception:
         return False
+
+
+def failure(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) -> str | None:
+    """The error of a model that is smaller in all groups at once, or None.
+
+    Of no error, too, a model that this cannot be asked of: it fails at its full size in the same way.
+    """
+    try:
+        test = Rehearsal(plan, model, [example_inputs], seed)
+        few, alike = test.few(0), test.few(0, alike=True)
+    except Exception:
+        return None
+    every = np.ones(plan.n_channels, dtype=np.bool_)
+    errors: list[str | None] = []
+    for keep in (few, alike, every):
+        try:
+            with test.made(keep), torch.no_grad():
+                call(model, example_inputs)
+            errors.append(None)
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    return (errors[0] or errors[1]) if errors[-1] is None else None
 
 
 class Rehearsal:
@@ -73,6 +96,7 @@ class Rehearsal:
             if tensor is not None
         ]
         self._lone = 0  # the most kinds of one unit that a group has
+        self._draws = 1
 
     @property
     def by_norms(self) -> bool:
@@ -83,7 +107,7 @@ class Rehearsal:
         """Run the test."""
         statistic = np.array([g.statistic is not None for g in self.plan.groups], dtype=np.bool_)[self.plan.group_of]
         by_norms, turn = self.by_norms, 0
-        while turn <= max(self._lone, 1).bit_length() - 1:
+        while turn < max(max(self._lone, 1).bit_length(), self._draws):
             few = self.few(turn)
             by_norms = by_norms and self._shown(few, bool(statistic.any()))
             if not by_norms:
@@ -106,10 +130,11 @@ class Rehearsal:
 
     # Which channels
 
-    def few(self, turn: int) -> BoolArray:
-        """A few units of each kind.
+    def few(self, turn: int, alike: bool = False) -> BoolArray:
+        """A few units of each kind, of groups of one size not as many of each, or ``alike``.
 
-        Of kinds of one unit those go whose number has bit ``turn``: each in some turn, no two in the same ones.
+        Of kinds of one unit those go whose number has bit ``turn``: each in some turn, no two in the same ones. (In
+        turns beyond that all of these stay.)
 
         Raises:
             PlanError: so few cannot stay.
@@ -131,7 +156,8 @@ class Rehearsal:
             step = group.multiple * total // group.channels or 1
             if total - max(least, step) < 1:
                 continue
-            count = self._how_many(total, least, seen)
+            count = self._how_many(total, least, None if alike else seen)
+            self._draws = max(self._draws, DRAWS.get(total, 1))
             lone = 0
             for k in own:
                 left[k] = min(max(round(count * sizes[k] / total), 1), sizes[k] - 1)
@@ -146,9 +172,11 @@ class Rehearsal:
         plan.check_keep(keep)
         return keep
 
-    def _how_many(self, total: int, least: int, seen: dict[int, int]) -> int:
-        """How many units of a group of ``total`` stay: not as many of each, so that equal widths come apart."""
+    def _how_many(self, total: int, least: int, seen: dict[int, int] | None) -> int:
+        """How many units of a group of ``total`` stay: not as many of each ``seen``, so that equal widths come apart."""
         low = max(least, min(max(-(-total // 4), FEW, 1), MANY, total - 1))
+        if seen is None:
+            return low
         spread = max(min(total - low, max(total // 4, 3), MANY), 1)
         seen[total] = seen.get(total, int(self._generator.integers(spread))) + 1
         return low + seen[total] % spread

@@ -314,3 +314,38 @@ def test_single_precision_code_is_verified_coarsely() -> None:
     plan = pat.build_plan(Insists(), torch.randn(3, 4))
     assert [g.root for g in plan.groups] == ["a"]
     assert any("verified in" in note for note in plan.notes)
+
+
+def test_what_one_draw_of_a_small_group_hides_another_shows() -> None:
+    """Halves that are swapped, where only three of four channels stay: for some draws the two look alike."""
+    case = Case.build("googlenet", torch.float64)
+    plan = build_plan(case.model, case.inputs)
+    name = "stages.4.branch4.1.0.weight"
+    number = next(i for i, t in enumerate(plan.tensors) if t.name == name)
+    for axis in range(2):
+        lying = change(plan, number, axis, swapped(plan.tensors[number].axes[axis].channels))
+        assert not any(rehearse(lying, case.model, case.inputs, seed=seed) for seed in range(12))
+
+
+class OnlyTogether(nn.Module):
+    """Does not run if ``a`` and ``b`` come to be of one width below 16; and ``d`` is of a fixed size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(3, 16), nn.Linear(3, 16), nn.Linear(40, 2), nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        if a.shape[-1] == b.shape[-1] != 16:
+            raise ValueError("two of one width")
+        return self.c(torch.cat([a, b, self.d(x).reshape(2, 8)], -1))
+
+
+def test_groups_that_fail_only_together_are_not_all_kept() -> None:
+    plan = pat.build_plan(OnlyTogether(), torch.randn(2, 3))
+    assert [g.root for g in plan.groups] == ["a"]
+    frozen = {f.layer: f.reason for f in plan.frozen}
+    assert frozen["b"] == (
+        "the model does not run when it is smaller together with others (ValueError: two of one width)"
+    )
+    assert "[2, 8]" in frozen["d"]
