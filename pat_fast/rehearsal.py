@@ -173,7 +173,7 @@ class Rehearsal:
         return keep
 
     def _how_many(self, total: int, least: int, seen: dict[int, int] | None) -> int:
-        """How many units of a group of ``total`` stay: not as many of each ``seen``, so that equal widths come apart."""
+        """How many units of a group of ``total`` stay: not as many of each ``seen``, so that widths come apart."""
         low = max(least, min(max(-(-total // 4), FEW, 1), MANY, total - 1))
         if seen is None:
             return low
