@@ -32,7 +32,7 @@ from .surgery.modules import Change, apply_changes, attribute_changes
 
 _NORMS = ("layer norm over", "group norm over")  # notes of statistics that smaller norms take as they should
 FEW = 4  # units of a group that are kept at least: of fewer, too many orders are alike
-DRAWS = {2: 6, 3: 4, 4: 2}  # of groups of so many units: one draw of those that stay may hide what another shows
+DRAWS = {2: 6, 3: 4, 4: 2}  # of groups of so many channels: one draw of those that stay may hide what another shows
 MANY = 48  # units of a group that are kept at most, and as many again so that groups of one size come apart
 _FLOATS = (torch.float32, torch.float64)
 
@@ -157,7 +157,7 @@ class Rehearsal:
             if total - max(least, step) < 1:
                 continue
             count = self._how_many(total, least, None if alike else seen)
-            self._draws = max(self._draws, DRAWS.get(total, 1))
+            self._draws = max(self._draws, DRAWS.get(group.channels, 1))
             lone = 0
             for k in own:
                 left[k] = min(max(round(count * sizes[k] / total), 1), sizes[k] - 1)
