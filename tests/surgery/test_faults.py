@@ -204,7 +204,7 @@ def test_memory_that_ends_at_any_allocation_of_a_prune() -> None:
         if twin.pruner.epoch > epoch:
             break  # the prune is done and counted; this came after it
         assert digest(twin) == before, number
-    assert number > 100
+    assert number > 50
     goes_on(twin)
 
 
