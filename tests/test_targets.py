@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pat_fast as pat
 from benchmarks.models.attention import ViT
 from pat_fast.limits import Rules
+from pat_fast.measure import count_macs
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.plan.running import call
 from pat_fast.surgery import prune
@@ -39,6 +40,12 @@ def test_macs_of_the_plan_are_those_of_the_pruned_model(case: Case) -> None:
         batch = next(len(t) for t in tree_leaves(case.inputs) if isinstance(t, Tensor))
         assert expected[0] == pytest.approx(counter.get_total_flops() / 2 / batch, abs=1)
         assert expected[1] == sum(p.numel() for p in case.model.parameters())
+
+
+def test_fused_attention_is_counted_where_macs_are_measured() -> None:
+    model = ViT(image=8, patch=2, dim=64, depth=2, num_heads=4, head_dim=16, hidden=128, num_classes=10)
+    images = torch.randn(2, 3, 8, 8)
+    assert count_macs(model, images) == build_plan(model, images).macs()
 
 
 def dearest_unit(plan: pat.Plan, kind: str) -> int:
