@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,7 +142,7 @@ def steps(names: Sequence[str], clock: Clock) -> str:
     head = ["model", "Torch-Pruning", "here", "ratio", "goal", *PARTS, "floor", "ratio at the floor", "others"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in names:
-        others = Others()
+        watch = machine.Watch()
         script = Script(name, small=False)
         script.check()
         floor = Floor(script)
@@ -153,7 +151,7 @@ def steps(names: Sequence[str], clock: Clock) -> str:
         theirs, ours, bottom = found["theirs"].ms, found["ours"].ms, sum(least.values())
         goal = f"{GOALS[name]}" if name in GOALS else ""
         columns = [name, f"{theirs:.1f}", f"{ours:.1f}", f"{theirs / ours:.1f}", goal]
-        columns += [f"{ms:.2f}" for ms in (*least.values(), bottom)] + [f"{theirs / bottom:.1f}", str(others)]
+        columns += [f"{ms:.2f}" for ms in (*least.values(), bottom)] + [f"{theirs / bottom:.1f}", beside(watch)]
         lines.append("| " + " | ".join(columns) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
@@ -163,7 +161,7 @@ def constructions(names: Sequence[str], clock: Clock) -> str:
     """A table of what building pruners takes: Torch-Pruning's, ours, the ratio."""
     lines = ["| model | " + " | ".join(KINDS) + " | others |", "|---" * (len(KINDS) + 2) + "|"]
     for name in names:
-        others = Others()
+        watch = machine.Watch()
         script = Script(name, small=False)
         columns = [name]
         for kind in KINDS:
@@ -171,29 +169,17 @@ def constructions(names: Sequence[str], clock: Clock) -> str:
             found = clock.compare({s: partial(script.construct, library, kind) for s, library in sides.items()})
             theirs, ours = found["theirs"].ms, found["ours"].ms
             columns.append(f"{theirs:.0f} / {ours:.0f} = {theirs / ours:.1f}")
-        columns.append(str(others))
+        columns.append(beside(watch))
         lines.append("| " + " | ".join(columns) + " |")
         print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
-class Others:
-    """The share of a core that other processes have had since it was made; nothing where the system does not say."""
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    def __str__(self) -> str:
-        taken, wall = (now - then for now, then in zip(self._now(), self._start, strict=True))
-        return f"{taken / max(wall, 1e-9):.0%}"
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        stat, times = Path("/proc/stat"), os.times()
-        if not stat.exists():
-            return 0.0, times.elapsed
-        fields = [int(n) for n in stat.read_text().splitlines()[0].split()[1:]]
-        return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK") - sum(times[:4]), times.elapsed
+def beside(watch: machine.Watch) -> str:
+    """What others have had of the cores since; nothing where the system does not say."""
+    found: dict[str, Any] = {}
+    watch.note(found)
+    return "" if found["others"] is None else f"{found['others'] + found['stolen']:.0%}"
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pat_fast as pat
 from benchmarks.zoo import ZOO
 from pat_fast.bench.subject import at_most, differentiable, quiet
+from pat_fast.errors import in_a_line
 from pat_fast.latency import table
 from pat_fast.plan import Plan
 from pat_fast.plan import build_plan as lower
@@ -161,7 +162,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
             except Exception as error:
                 if column != "torch-pruning":
                     raise
-                problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                problem = in_a_line(error)
                 del columns[column]
                 continue
             if turn:

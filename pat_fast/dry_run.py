@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .errors import PlanError
+from .errors import PlanError, in_a_line
 from .masks import Mask
 from .plan.bind import Binding
 from .plan.running import call, undisturbed
@@ -143,7 +143,7 @@ class _Trial:
                 return "what it computes when smaller is not what it computes with these channels at zero"
             return [t.shape for t in out]
         except Exception as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            return in_a_line(error)
 
     def _masked(self, twin: nn.Module, keep: BoolArray) -> list[torch.Tensor] | None:
         """Prune ``twin``; its outputs with the channels at zero instead, unless a statistic tells these apart."""

@@ -46,6 +46,12 @@ class ExportError(PatError, RuntimeError):
     """A model cannot be exported or quantized, or what came out computes something else."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 def check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
     """Raise :class:`ConfigError` unless ``holds(value)``.
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +17,7 @@ from .plan import build_plan as lower
 from .plan.running import Still, call, undisturbed
 from .plan.verify import verify as permutation_test
 from .rehearsal import failure, rehearse
+from .surgery.undo import uncollected
 from .turns import plainly
 
 SIDES = {4: 64, 5: 16}  # pixels of images and volumes, by the dimensions of their tensors
@@ -46,7 +44,8 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         PlanError: the forward fails on these inputs.
     """
     start = time.perf_counter()
-    with _uncollected():
+    # A trace holds on to what it makes, and little of that is in cycles: collecting finds nothing and takes a while.
+    with uncollected():
         still = Still(model)
         plan = lower(model, example_inputs, still)
     if not verify or not plan.groups:
@@ -54,7 +53,7 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     lowered = time.perf_counter()
     try:
         smaller = smaller_inputs(example_inputs)
-        with _uncollected():
+        with uncollected():
             at_once = rehearse(plan, model, example_inputs, smaller, still=still)
         if not at_once:
             plan = _found_out(plan, model, _taken(model, example_inputs, smaller))
@@ -69,18 +68,6 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     done = time.perf_counter()
     how = "" if at_once else ", group by group"
     return _note(plan, f"traced in {lowered - start:.2f} s, verified in {done - lowered:.2f} s{how}")
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No search for garbage in between: a trace holds on to what it makes, and little of that is in cycles."""
-    searched = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if searched:
-            gc.enable()
 
 
 def _found_out(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import PlanError
+from .errors import PlanError, in_a_line
 from .plan.bind import Binding
 from .plan.double import InDouble
 from .plan.running import Still, call, calls_made_by
@@ -71,7 +71,7 @@ def failure(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) ->
                 call(model, example_inputs)
             errors.append(None)
         except Exception as error:
-            errors.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            errors.append(in_a_line(error))
     return (errors[0] or errors[1]) if errors[-1] is None else None
 
 

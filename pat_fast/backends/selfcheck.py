@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pat_fast.backends import reference
 from pat_fast.backends.kept import check_not_captured
+from pat_fast.errors import in_a_line
 
 Ops = Mapping[str, Any]  # op name -> function
 
@@ -144,7 +145,7 @@ def _compare(
         exact = name == "channel_compact"
         worst = [_distance(a, b, exact, tolerance) for a, b in zip(found, want, strict=True)]
     except Exception as error:  # a compiler's, a driver's: whatever it is, the reference runs without it
-        return f"failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+        return f"failed ({in_a_line(error)})"
     bad = [f"{TILES[i][0] if len(want) == len(TILES) else 'sums'}: {w}" for i, w in enumerate(worst) if w]
     return f"differs from the reference ({'; '.join(bad)})" if bad else None
 

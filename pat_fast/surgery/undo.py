@@ -21,12 +21,13 @@ def uninterrupted() -> Iterator[None]:
     Python delivers it between any two instructions, those that undo a change included. Only the main thread gets
     it; a handler that is not Python's own is left alone. What a collection finalizes could see a model in pieces, too.
     """
-    with _uncollected(), _unsignalled():
+    with uncollected(), _unsignalled():
         yield
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
+    """No search for garbage until the block is done."""
     was = gc.isenabled()
     gc.disable()
     try:
