@@ -147,7 +147,8 @@ class HardMask(Mode):
     def load_state_dict(self, state: Mapping[str, Any], optimizers: Optimizers) -> None:
         super().load_state_dict(state, optimizers)
         assert self.mask is not None
-        self.mask.set(state["alive"], optimizers(), self.copies())
+        if self.mask.is_active or not bool(state["alive"].all()):  # else what was saved had no mask set either
+            self.mask.set(state["alive"], optimizers(), self.copies())
 
     def _hold(self, keep: BoolArray, optimizers: Optimizers) -> None:
         assert self.mask is not None

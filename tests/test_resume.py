@@ -93,6 +93,20 @@ def test_a_dense_model_takes_the_state_of_a_pruned_one() -> None:
     assert its_pruner.done
 
 
+def test_no_mask_is_set_that_was_not_set() -> None:
+    """With one, even if nothing is masked, scores and pushes are computed another way: their last bits differ."""
+    runs = [pat.Pruner(Small(), 0.5, mode="soft", end_epoch=4, example_inputs=small_inputs()) for _ in range(2)]
+    runs[0].step()
+    runs[1].load_state_dict(runs[0].state_dict())
+    assert runs[1].binding is not None
+    assert runs[1].binding.alive is None
+    for _ in range(3):
+        runs[0].step()
+    runs[1].load_state_dict(runs[0].state_dict())
+    assert runs[1].mask is not None
+    assert runs[1].mask.is_active
+
+
 def test_a_state_that_waits_for_the_first_forward_is_the_state() -> None:
     _, _, pruner = trained()
     _, _, other = begun()
