@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .errors import ConfigError, PlanError
 from .plan.hooks import Hook
 from .plan.running import Call
-from .surgery.optimizer import check_shapes
+from .surgery.modules import apply_changes
+from .surgery.optimizer import check_shapes, counts
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -210,6 +211,7 @@ class Discovery:
         known, model = self._states.get(optimizer), self._model()
         if known != id(optimizer.state) and model is not None:
             check_shapes(optimizer, {id(p): name for name, p in model.named_parameters()})
+            apply_changes(counts([optimizer]), [])
             self._states[optimizer] = id(optimizer.state)
 
     def _is_nested(self, optimizer: Optimizer) -> bool:

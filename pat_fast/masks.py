@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .ops import channel_scale_
 from .plan.bind import Binding, Own, Tiles
 from .plan.types import Axis, TensorMap, is_grouped
-from .surgery.optimizer import check_state, state_tensors
+from .surgery.optimizer import Joint, check_state, joint_states, state_tensors
 
 _ACTIVE: weakref.WeakSet[Mask] = weakref.WeakSet()  # those that hold, or held, channels at zero
 
@@ -93,6 +93,7 @@ class Mask:
             if isinstance(tensor, nn.Parameter)
             for state in state_tensors(optimizers, tensor, name)
         ]
+        joints = joint_states(optimizers)
         averages = [Mask(Binding(self.binding.plan, copy)) for copy in copies]
         self.alive = self.binding.alive = alive.to(self.binding.device)
         self.is_active = not bool(alive.all())
@@ -102,6 +103,8 @@ class Mask:
         for name, state in states:
             if not state.factored:  # factored statistics decay by themselves: the gradients are zero
                 self._zero(name, state.tensor)
+        for joint in joints:
+            self._zero_joint({id(tensor): name for name, tensor in named}, joint)
         for average in averages:
             average.alive = self.alive.to(average.binding.device)
             average.hold_weights()
@@ -148,6 +151,16 @@ class Mask:
                 return
         one = self.binding.like(name, tensor)
         channel_scale_(one.tensors, one.table, self._scale(one))
+
+    def _zero_joint(self, names: dict[int, str], joint: Joint) -> None:
+        """Zero the masked channels of vectors over many parameters, of which these have ``names``, by their ``id``."""
+        ones = torch.ones_like(joint.states[0][1].tensor)
+        for parameter, part in joint.views(ones):
+            if id(parameter) in names:
+                self._zero(names[id(parameter)], part)
+        gone = ones == 0
+        for _, state in joint.states:
+            state.tensor.masked_fill_(gone, 0)
 
     def _clear(self, own: Own, dim: int) -> None:
         """Zero the masked channels of a direction on all of its axes but ``dim``."""

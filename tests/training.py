@@ -85,13 +85,18 @@ class Twin:
     extra: Any = None
 
     def train(self, x: Tensor, step: int) -> Tensor:
-        """The plainest step there is."""
-        loss = nn.functional.cross_entropy(self.model(x), torch.arange(len(x)).add(step) % 5)
+        """The plainest step there is; LBFGS takes the loss and its gradients itself."""
+
+        def gradients() -> Tensor:
+            loss = nn.functional.cross_entropy(self.model(x), torch.arange(len(x)).add(step) % 5)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        loss = gradients()
         for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+            optimizer.step(*([gradients] if isinstance(optimizer, torch.optim.LBFGS) else []))
         return loss.detach()
 
 
@@ -131,7 +136,7 @@ def masked_equals_pruned(
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=name)
         for one, two in zip(*(t.optimizers for t in twins), strict=True):
             for key, value in one.state.get(a, {}).items() if state_too else ():
-                if isinstance(value, Tensor):
+                if isinstance(value, (Tensor, list)):
                     torch.testing.assert_close(value, two.state[b][key], rtol=tolerance, atol=tolerance)
     return twins
 
@@ -147,11 +152,29 @@ def check_alive(twin: Twin) -> None:
     held = [id(p) for o in twin.optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in twin.model.parameters() if p.requires_grad)
     for optimizer in twin.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            check_vectors(optimizer)
+            continue
         for p in twin.model.parameters():
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.ndim:
                     fits = all(a in (1, b) for a, b in zip(value.shape, p.shape, strict=True))
                     assert fits, (key, value.shape, p.shape)
+
+
+def vectors(optimizer: Optimizer) -> list[Tensor]:
+    """What LBFGS keeps for all parameters together; empty before its first step."""
+    state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})
+    found = [state.get("d"), state.get("prev_flat_grad"), *state.get("old_dirs", ()), *state.get("old_stps", ())]
+    return [vector for vector in found if vector is not None]
+
+
+def check_vectors(optimizer: Optimizer) -> None:
+    """LBFGS has a history, one of its parameters as they are."""
+    length = sum(p.numel() * (2 if p.is_complex() else 1) for p in optimizer.param_groups[0]["params"])
+    assert {vector.shape for vector in vectors(optimizer)} == {(length,)}
+    assert optimizer._params is optimizer.param_groups[0]["params"]  # type: ignore[attr-defined]
+    assert optimizer._numel() == length  # type: ignore[attr-defined]
 
 
 @contextmanager

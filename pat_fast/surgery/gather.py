@@ -1,14 +1,16 @@
 """Where what stays of the tensors of a plan lies in them, and what goes: the tables of a prune's copies.
 
 The tables of tensors that are one dense tile are computed as arrays, for all at once (:class:`Layout`). What is left,
-blocks of grouped convolutions and tensors with gaps, is planned tile by tile.
+blocks of grouped convolutions, tensors with gaps and vectors of many tensors, is planned tile by tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +21,25 @@ from ..ops.tiles import NONE
 from ..plan.bind import Block, blocks
 from ..plan.flat import IndexArray, Kept
 from ..plan.types import Axis, Plan, TensorMap, groups_left
-from .layout import Layout
+from .layout import Layout, dense_strides
 
 Row = list[int]  # of a tile table
 Pair = tuple[Row, Row]  # of both tables of a copy
+
+
+class Part(NamedTuple):
+    """A tensor in a vector of many, one behind the other: its number in the plan if it has one, its shape.
+
+    Each of its entries takes ``per`` numbers of the vector: a complex one two.
+    """
+
+    number: int | None
+    shape: tuple[int, ...]
+    per: int
+
+    def left(self, sizes: IndexArray) -> tuple[int, ...]:
+        """What ``sizes [T, D]`` leave of its shape."""
+        return self.shape if self.number is None else tuple(sizes[self.number, : len(self.shape)].tolist())
 
 
 class Gathering:
@@ -33,23 +50,34 @@ class Gathering:
         layout: of its tensors.
         kept: what stays.
         sizes: of the tensors after it ``[T, D]``.
+        joints: the parts of vectors of many tensors; their numbers come after the plan's.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, kept: Kept, sizes: IndexArray) -> None:
-        self.plan, self.layout, self.kept, self.sizes = plan, layout, kept, sizes
-        self.strides = layout.dense(sizes)  # of plain tensors
+    def __init__(
+        self, plan: Plan, layout: Layout, kept: Kept, sizes: IndexArray, joints: Sequence[Sequence[Part]] = ()
+    ) -> None:
+        self.plan, self.layout, self.kept, self.joints = plan, layout, kept, joints
+        strides = layout.dense(sizes)  # of plain tensors
         self.before = layout.whole
         starts, counts = np.append(kept.bounds[:-1], 0), np.append(kept.counts, 0)
         starts[counts == np.append(plan.vectors.lengths, 0)] = NONE
         self._sides = np.stack([layout.rows, layout.columns], axis=1)
-        self.after = np.concatenate([layout.tiles(sizes, self.strides), starts[self._sides]], axis=1)
+        self.after = np.concatenate([layout.tiles(sizes, strides), starts[self._sides]], axis=1)
         self._index = [kept.local.astype(np.int32)]  # lists of indices, by offset; of what every vector keeps first
         self._length = len(self._index[0])
         self.lists: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._joint_pairs: dict[int, list[tuple[bool, Pair]]] = {}
+        ones = np.ones((len(joints), sizes.shape[1]), dtype=np.int64)
+        lengths = [sum(math.prod(part.left(sizes)) * part.per for part in parts) for parts in joints]
+        self.sizes = np.concatenate([sizes, np.insert(ones[:, 1:], 0, lengths, axis=1)])
+        self.strides = np.concatenate([strides, ones])
+        self.ndim = np.append(plan.shapes.ndim, ones[:, 0])
+        self.plain = np.append(layout.plain, ones[:, 0] == 0)
+        self.expected = [*layout.strides, *[(1,) for _ in joints]]
 
     def rows(self, of: IndexArray, numbers: IndexArray) -> list[list[int]]:
-        """What ``sizes`` or ``strides [T, D]`` say of these tensors."""
-        ndim, rows = self.plan.shapes.ndim[numbers], of[numbers]
+        """What ``sizes`` or ``strides`` say of these tensors."""
+        ndim, rows = self.ndim[numbers], of[numbers]
         starts = [0, *(np.flatnonzero(np.diff(ndim)) + 1).tolist(), len(numbers)]
         found: list[list[int]] = []
         for start, stop in pairwise(starts):
@@ -58,7 +86,8 @@ class Gathering:
 
     def index(self) -> Tensor:
         """All lists that the tables made so far point into: int32."""
-        self._index = [np.concatenate(self._index)]
+        if len(self._index) > 1:
+            self._index = [np.concatenate(self._index)]
         return torch.from_numpy(self._index[0])
 
     def append(self, indices: IndexArray) -> int:
@@ -86,6 +115,37 @@ class Gathering:
         of_columns = [r, columns - c, kernel, narrow, kernel, one, self.after[:, 6], starts[:, 1]]
         return np.stack([np.stack(of_rows, axis=1), np.stack(of_columns, axis=1)], axis=1)
 
+    def joint_pairs(self, number: int) -> list[tuple[bool, Pair]]:
+        """What :func:`pairs` gives for a vector of many tensors, with no place yet: those of its parts, put behind."""
+        if number not in self._joint_pairs:
+            found: list[tuple[bool, Pair]] = []
+            before = after = 0
+            for part in self.joints[number - len(self.plan.tensors)]:
+                left = part.left(self.sizes)
+                for i in range(part.per):
+                    for stays, (source, target) in self._part_pairs(part, left):
+                        placed = _within(target, after + i, part.per) if stays else target
+                        found.append((stays, (_within(source, before + i, part.per), placed)))
+                before += math.prod(part.shape) * part.per
+                after += math.prod(left) * part.per
+            self._joint_pairs[number] = found
+        return self._joint_pairs[number]
+
+    def _part_pairs(self, part: Part, left: tuple[int, ...]) -> Iterator[tuple[bool, Pair]]:
+        if part.number is not None and left != part.shape:
+            order = range(len(left), 0, -1)
+            yield from pairs(self, part.number, 0, dense_strides(part.shape, order), dense_strides(left, order))
+        elif math.prod(left):
+            rows = left[0] if len(left) > 1 else 1
+            whole = _packed(rows, 1, math.prod(left) // rows, NONE, NONE)
+            yield True, (whole, whole)
+
+
+def _within(tile: Row, start: int, per: int) -> Row:
+    """A tile of a tensor as one of the vector where its entries stand from ``start`` on, ``per`` apart."""
+    offset, sizes, strides = tile[1], tile[2:5], tile[5:8]
+    return [tile[0], start + offset * per, *sizes, *(stride * per for stride in strides), *tile[8:]]
+
 
 def pairs(
     gathering: Gathering, number: int, place: int, stride: tuple[int, ...], strides: tuple[int, ...]
@@ -94,6 +154,10 @@ def pairs(
 
     ``strides`` are those of what stays; the place of what goes is not known yet.
     """
+    if number >= len(gathering.plan.tensors):
+        for is_kept, (source, target) in gathering.joint_pairs(number):
+            yield is_kept, ([place, *source[1:]], [place, *target[1:]])
+        return
     tensor, kept = gathering.plan.tensors[number], gathering.kept
     left = tensor.kept(kept)
     axes = tuple(Axis(a.dim, a.channels[i], a.role) for a, i in zip(tensor.axes, left, strict=True))

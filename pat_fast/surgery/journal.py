@@ -19,7 +19,7 @@ from ..errors import SurgeryError
 from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
 from ..plan.flat import IndexArray
-from .gather import Gathering, Pair, Row, pairs
+from .gather import Gathering, Pair, Part, Row, pairs
 from .layout import dense_strides
 from .put import Blanks, blank_like, is_alone, set_tensor
 
@@ -39,9 +39,10 @@ class Moves:
     """Tensors that are to be cut, side by side.
 
     Attributes:
-        numbers: of the plan's tensors that they are laid out as.
+        numbers: of the plan's tensors that they are laid out as; after these, of ``joints``.
         olds: the tensors as they are, until they are let go of.
         holders, keys: where each stands: the data of a tensor, whose key is None, or an entry of a dict or a list.
+        joints: the parts of vectors of many tensors.
         made: what makes the new tensor, by the place of one that is of another shape than the plan's.
         nodes: the gradient accumulators of tensors that have some, by the ``id`` of the tensor, until they are dropped.
         blanks: empty tensors of other dtypes, by device and dtype.
@@ -52,6 +53,7 @@ class Moves:
         self.olds: list[Tensor | None] = []
         self.holders: list[Any] = []
         self.keys: list[Any] = []
+        self.joints: list[list[Part]] = []
         self.made: dict[int, Callable[[], Tensor]] = {}
         self.nodes: dict[int, Any] = {}
         self.blanks: Blanks = {}
@@ -147,11 +149,10 @@ class Copy:
     def _lay_out(self, xs: list[Tensor]) -> None:
         """Make the new tensors, and note which have one tile, and the tiles of the others."""
         gathering, numbers = self._gathering, self._numbers
-        layout = gathering.layout
         shapes, dense = gathering.rows(gathering.sizes, numbers), gathering.rows(gathering.strides, numbers)
-        plain = layout.plain[numbers]
+        plain = gathering.plain[numbers]
         strides = list(map(Tensor.stride, xs))
-        expected = [layout.strides[number] for number in numbers.tolist()]
+        expected = [gathering.expected[number] for number in numbers.tolist()]
         if strides != expected:
             plain &= [a == b for a, b in zip(strides, expected, strict=True)]
         for place in np.flatnonzero(~plain).tolist():

@@ -21,8 +21,9 @@ FACTORED = "factored"  # the parameter's number of dimensions; each is the param
 ROWS = "rows"  # the first dimension follows the parameter's first; further ones are the state's own
 COLUMNS = "columns"  # the first dimension follows the parameter's second; further ones are the state's own
 PER_AXIS = "per axis"  # a list with an entry for each dimension; of an entry, each size is that dimension's, 0 or 1
+FLAT = "flat"  # a vector, or a list of some, over all parameters of the optimizer: see Joint
 SCALAR = "scalar"  # left alone, whatever it is
-NAMES = (ELEMENTWISE, FACTORED, ROWS, COLUMNS, PER_AXIS, SCALAR)
+NAMES = (ELEMENTWISE, FACTORED, ROWS, COLUMNS, PER_AXIS, FLAT, SCALAR)
 
 Shape = tuple[int, ...]
 Follows = tuple[int | None, ...]  # for each dimension of a state tensor, the parameter's dimension that it follows
@@ -46,6 +47,8 @@ def register_state_layout(optimizer: type[Optimizer], layout: Mapping[str, Layou
             - a tuple: for each dimension of the state, the parameter's dimension that it follows, or None:
               ``(0, 0)`` is a square of the parameter's rows;
             - a function from the parameter's shape to such a tuple;
+            - ``"flat"``: a vector, or a list of vectors, over all parameters of the optimizer, one behind the other in
+              the order of its groups (LBFGS's history); under whatever key of ``optimizer.state`` it lies;
             - ``"scalar"``: left alone.
     Raises:
         SurgeryError: an unknown layout.
@@ -87,6 +90,9 @@ def _register_builtin() -> None:
             register_state_layout(cls, dict.fromkeys(keys, ELEMENTWISE))
     if hasattr(torch.optim, "Adafactor"):
         register_state_layout(torch.optim.Adafactor, {"row_var": FACTORED, "col_var": FACTORED})
+    # The numbers stay: whatever is left of the vectors, positive ``ro`` and ``H_diag`` make steps that go downhill.
+    vectors = dict.fromkeys(("d", "prev_flat_grad", "old_dirs", "old_stps"), FLAT)
+    register_state_layout(torch.optim.LBFGS, {**vectors, "ro": SCALAR, "al": SCALAR})
 
 
 _register_builtin()
@@ -94,7 +100,7 @@ _register_builtin()
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A tensor of ``optimizer.state[parameter]`` that shrinks with the parameter.
+    """A tensor of ``optimizer.state[parameter]`` that shrinks with the parameter (or with all, see :class:`Joint`).
 
     ``follows``: the parameter's dimension for each of its own, None where it has no part in it; None altogether for
     a tensor of the parameter's shape. ``place``: where it stands in a list under its key.
@@ -116,9 +122,9 @@ class StateTensor:
         holder, key = self.slot(parameter)
         holder[key] = value
 
-    def slot(self, parameter: Tensor) -> tuple[Any, Any]:
-        """A dict or list that holds it, and under what; neither refers to the tensor that is there now."""
-        entry = self.optimizer.state[parameter]
+    def slot(self, under: Any) -> tuple[Any, Any]:
+        """A dict or list of ``state[under]`` that holds it, and its key; neither refers to what is there now."""
+        entry = self.optimizer.state[under]
         return (entry, self.key) if self.place is None else (_Places(entry, self.key), self.place)
 
 
@@ -134,30 +140,112 @@ class _Places:
         self.entry[self.key] = type(held)(value if i == place else old for i, old in enumerate(held))
 
 
+@dataclass(frozen=True)
+class Joint:
+    """What an optimizer keeps for all of its parameters together: vectors over them, one behind the other.
+
+    Attributes:
+        optimizer: whose they are.
+        parameters: in the order in which they lie in a vector; a complex one takes two numbers an entry.
+        states: each vector, and under what of the optimizer's state it is.
+    """
+
+    optimizer: Optimizer
+    parameters: list[Tensor]
+    states: list[tuple[Any, StateTensor]]
+
+    def views(self, vector: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter, and its part of ``vector`` as a view of its shape."""
+        start = 0
+        for parameter in self.parameters:
+            stop = start + parameter.numel() * numbers_in(parameter)
+            part = vector[start:stop]
+            part = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
+            yield parameter, part.view(parameter.shape)
+            start = stop
+
+    def check(self) -> None:
+        """Raise :class:`SurgeryError` if a vector does not fit the parameters."""
+        length = sum(p.numel() * numbers_in(p) for p in self.parameters)
+        for _, state in self.states:
+            if state.tensor.shape != (length,) or not state.tensor.is_contiguous():
+                got = f"shape {tuple(state.tensor.shape)} and strides {state.tensor.stride()}"
+                _refuse(state, got, f"a contiguous vector {(length,)}", "all parameters together")
+
+
+def numbers_in(parameter: Tensor) -> int:
+    """How many numbers of a flat vector an entry of ``parameter`` takes."""
+    return 2 if parameter.is_complex() else 1
+
+
+def joint_states(optimizers: Iterable[Optimizer]) -> list[Joint]:
+    """What optimizers keep for all of their parameters together; :func:`check_state` says whether it fits."""
+    return [joint for optimizer in optimizers if (joint := _joint(optimizer)) is not None]
+
+
+def _joint(optimizer: Optimizer) -> Joint | None:
+    keys = [key for key, kind in _layout(type(optimizer)).items() if kind == FLAT]
+    states = [
+        (under, StateTensor(optimizer, key, tensor, place=place))
+        for under, entry in (optimizer.state.items() if keys else ())
+        for key in (keys if isinstance(entry, dict) else ())
+        for place, tensor in _listed(entry.get(key))
+    ]
+    return Joint(optimizer, [p for g in optimizer.param_groups for p in g["params"]], states) if states else None
+
+
+def _listed(value: Any) -> list[tuple[int | None, Tensor]]:
+    """The tensors of a list, and their places; a tensor alone."""
+    listed = isinstance(value, (list, tuple))
+    return [(i if listed else None, t) for i, t in enumerate(value if listed else [value]) if isinstance(t, Tensor)]
+
+
+def counts(optimizers: Iterable[Any]) -> list[tuple[Optimizer, str, None]]:
+    """What optimizers have counted of their parameters, as changes of attributes that make them count anew."""
+    name = "_numel_cache"  # LBFGS's
+    return [(optimizer, name, None) for optimizer in optimizers if getattr(optimizer, name, None) is not None]
+
+
 def check_state(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers that keep something for all parameters together.
+    """Refuse optimizers that keep something for all parameters together, unless it is known how.
 
     Raises:
-        SurgeryError: there is such state; it cannot shrink with one parameter.
+        SurgeryError: there is such state; it cannot shrink with one parameter. Or it is known, and does not fit.
     """
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
-        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
-            raise SurgeryError(
-                "LBFGS keeps one flat history of all parameters together, which cannot shrink with them; train with "
-                "another optimizer while the model is pruned"
-            )
+        name = type(optimizer).__name__
         if getattr(optimizer, "parameters_as_bucket_view", False):  # of ZeroRedundancyOptimizer
             raise SurgeryError(
-                f"{kind} hands the parameters round in buckets of the sizes that they had; make it with "
+                f"{name} hands the parameters round in buckets of the sizes that they had; make it with "
                 "parameters_as_bucket_view=False"
             )
+        layout = _layout(type(optimizer))
+        joint = _joint(optimizer)
+        if joint is not None:
+            _check_joint(joint, layout)
+        known = {key for key, kind in layout.items() if kind in (FLAT, SCALAR)}
         for key, value in optimizer.state.items():
-            if not isinstance(key, Tensor) and any(t.ndim for t in _tensors(value)):
+            if isinstance(key, Tensor):
+                continue
+            rest = {k: v for k, v in value.items() if k not in known} if isinstance(value, dict) else value
+            if any(t.ndim for t in _tensors(rest)):
                 raise SurgeryError(
-                    f"{kind} keeps state under {key!r}, which is no parameter: how it follows the model's channels "
+                    f"{name} keeps state under {key!r}, which is no parameter: how it follows the model's channels "
                     "is not known; train with another optimizer while the model is pruned"
                 )
+
+
+def _check_joint(joint: Joint, layout: Mapping[str, Layout]) -> None:
+    if any(hasattr(parameter, "to_local") for parameter in joint.parameters):
+        raise SurgeryError(
+            f"{type(joint.optimizer).__name__} keeps vectors over all parameters together, which cannot be cut where "
+            "the parameters are sharded; use an optimizer with element-wise state"
+        )
+    joint.check()
+    for entry in joint.optimizer.state.values():
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            if key not in layout and any(t.ndim for t in _tensors(value)):
+                raise _unknown(joint.optimizer, key, value, "its parameters", FLAT)
 
 
 def check_shapes(optimizer: Optimizer, names: Mapping[int, str]) -> None:
@@ -168,6 +256,9 @@ def check_shapes(optimizer: Optimizer, names: Mapping[int, str]) -> None:
     Raises:
         SurgeryError: it was saved before the model was pruned, or after.
     """
+    joint = _joint(optimizer)
+    if joint is not None:
+        joint.check()
     layout = _layout(type(optimizer))
     for parameter, state in optimizer.state.items():
         for key, value in state.items() if id(parameter) in names and isinstance(state, dict) else ():
@@ -200,14 +291,10 @@ def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name
             if value is None or isinstance(value, (bool, int, float, str)):
                 continue
             kind: Any = layout.get(key)
-            if kind == SCALAR or (kind is None and isinstance(value, Tensor) and value.ndim == 0):
+            if kind in (SCALAR, FLAT) or (kind is None and isinstance(value, Tensor) and value.ndim == 0):
                 continue
             if kind is None or not isinstance(value, (list, tuple) if kind == PER_AXIS else Tensor):
-                raise SurgeryError(
-                    f"{type(optimizer).__name__} keeps state {key!r} for {name} "
-                    f"({_what(value)}), and how it follows the parameter's axes is not known; say so with "
-                    f"pat_fast.register_state_layout({type(optimizer).__name__}, {{{key!r}: 'elementwise'}})"
-                )
+                raise _unknown(optimizer, key, value, name)
             whole: Any = value
             found += _follow(StateTensor(optimizer, key, whole), kind, parameter, name)
     return found
@@ -255,6 +342,14 @@ def _dimensions(kind: Layout, got: Shape, shape: Shape) -> Follows:
     if kind in (ROWS, COLUMNS):
         return (0 if kind == ROWS else 1, *(None for _ in got[1:]))
     return tuple(kind(shape)) if callable(kind) else tuple(d for d in kind if not isinstance(d, str))
+
+
+def _unknown(optimizer: Optimizer, key: str, value: Any, name: str, layout: str = ELEMENTWISE) -> SurgeryError:
+    kind = type(optimizer).__name__
+    return SurgeryError(
+        f"{kind} keeps state {key!r} for {name} ({_what(value)}), and how it follows the parameter's axes is not "
+        f"known; say so with pat_fast.register_state_layout({kind}, {{{key!r}: {layout!r}}})"
+    )
 
 
 def _refuse(state: StateTensor, got: str, expected: str, name: str) -> None:

@@ -20,11 +20,11 @@ from ..errors import SurgeryError
 from ..plan.bind import Binding
 from ..plan.types import Kept, Plan, TensorMap
 from .compiled import forget_compiled
-from .gather import Gathering
+from .gather import Gathering, Part
 from .journal import Batch, Moves, batches
 from .layout import Layout, dense_strides
 from .modules import Change, apply_changes, attribute_changes, tabulate
-from .optimizer import StateTensor, check_state, state_tensors
+from .optimizer import StateTensor, check_state, counts, joint_states, numbers_in, state_tensors
 from .put import accumulators, is_alone, set_tensor
 from .record import note_dense, note_prune, restorer
 from .undo import Undo, take_back, uninterrupted
@@ -118,11 +118,12 @@ def prune_checked(
     """
     sizes, _ = binding.plan.shapes.left(kept)
     bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
-    moves, cut = _moves(bindings, sizes, kept, list(optimizers))
-    changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)]
+    optimizers = list(optimizers)
+    moves, cut = _moves(bindings, sizes, kept, optimizers)
+    changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)] + counts(optimizers)
     undo: list[Undo] = []
     try:
-        gathering = Gathering(binding.plan, layout_of(binding), kept, sizes)
+        gathering = Gathering(binding.plan, layout_of(binding), kept, sizes, moves.joints)
         parts = batches(gathering, moves, room)
         with uninterrupted():
             _cut(moves, cut, parts, undo)
@@ -228,6 +229,7 @@ def _moves(
         for number, tensor in sorted(zip(numbers, tensors, strict=True), key=lambda of: of[0]) if optimizers else ():
             if isinstance(tensor, nn.Parameter):
                 _add_states(moves, plan, number, tensor, kept, optimizers)
+    _add_joints(moves, bindings, seen, optimizers)
     return moves, cut
 
 
@@ -249,6 +251,18 @@ def _add_states(
         if state.factored:
             moves.made[len(moves.numbers)] = partial(_gathered, tensor, state, kept)
         moves.add([number], [state.tensor], *([x] for x in state.slot(parameter)))
+
+
+def _add_joints(moves: Moves, bindings: list[Binding], cut: set[int], optimizers: list[Optimizer]) -> None:
+    """The vectors that optimizers keep over all of their parameters, if one is cut, whose ``id`` says so."""
+    for joint in joint_states(optimizers):
+        if not any(id(parameter) in cut for parameter in joint.parameters):
+            continue
+        known = {id(t): number for b in bindings for number, t in enumerate(b.tensors.values())}
+        number = len(bindings[0].plan.tensors) + len(moves.joints)
+        moves.joints.append([Part(known.get(id(p)), tuple(p.shape), numbers_in(p)) for p in joint.parameters])
+        for under, state in joint.states:
+            moves.add([number], [state.tensor], *([x] for x in state.slot(under)))
 
 
 def _gathered(tensor: TensorMap, state: StateTensor, keep: Kept) -> Tensor:

@@ -358,6 +358,19 @@ def refused() -> Any:
     pruner = pat.Pruner(model, end_epoch=2, example_inputs=x)
     nn.functional.cross_entropy(model(x), torch.arange(4)).backward()
     found.append(refusal(pruner, model))
+    even = Small(classes=2 * dist.get_world_size()).double()  # LBFGS takes no rows that do not divide evenly
+    fully_shard(even, mesh=mesh)
+    lbfgs = torch.optim.LBFGS(even.parameters(), lr=0.1, max_iter=2)
+
+    def closure() -> Tensor:
+        even.zero_grad()
+        (loss := nn.functional.cross_entropy(even(x), torch.arange(4))).backward()
+        return loss
+
+    for mode in ("prune", "mask"):
+        pruner = pat.Pruner(even, end_epoch=2, example_inputs=x, mode=mode, optimizer=lbfgs)
+        lbfgs.step(closure)  # type: ignore[arg-type]
+        found.append(refusal(pruner, even))
     return found
 
 

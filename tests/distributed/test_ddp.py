@@ -130,6 +130,16 @@ def test_an_optimizer_whose_state_is_shared_out(tmp_path: Path) -> None:
         assert "parameters_as_bucket_view=False" in buckets
 
 
+@pytest.mark.slow
+def test_a_history_of_all_parameters_together(tmp_path: Path) -> None:
+    for found in torchrun("joint_history", tmp_path):
+        assert len(found) == 8
+        for same, together, error in found:
+            assert same
+            assert together
+            assert error < EXACT
+
+
 def test_alone_nothing_is_asked() -> None:
     model = Small()
     pruner = pat.Pruner(model, 0.5, example_inputs=small_inputs(), verify=False)

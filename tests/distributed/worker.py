@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -350,6 +351,43 @@ def shared_state() -> Any:
         else:
             found.append(fingerprint(ddp))
     return found
+
+
+def joint_history() -> Any:
+    """LBFGS keeps the same history on all ranks, that of one process on the joint batches; losses are summed for it."""
+    return [found for search in (None, "strong_wolfe") for found in _histories(search)]
+
+
+def _histories(search: str | None) -> Iterator[Any]:
+    torch.manual_seed(0)
+    alone: nn.Module = Small().double()
+    alone.norm = nn.Identity()  # its statistics are each rank's own
+    ddp = DistributedDataParallel(copy.deepcopy(alone))
+    optimizers = [torch.optim.LBFGS(m.parameters(), 0.1, 3, line_search_fn=search) for m in (ddp, alone)]
+    pruners = [
+        pat.Pruner(m, 0.5, "linear", end_epoch=3, optimizer=o) for m, o in zip((ddp, alone), optimizers, strict=True)
+    ]
+
+    def joint(x: Tensor, y: Tensor) -> Tensor:
+        ddp.zero_grad()
+        (loss := loss_of(ddp, x, y)).backward()
+        dist.all_reduce(total := loss.detach().clone())
+        return total / dist.get_world_size()
+
+    def whole(x: Tensor, y: Tensor) -> Tensor:
+        alone.zero_grad()
+        (loss := loss_of(alone, x, y)).backward()
+        return loss.detach()
+
+    for epoch in range(4):
+        errors = []
+        for x, y, mine in batches(epoch):
+            closures: list[Any] = [partial(joint, x[mine], y[mine]), partial(whole, x, y)]
+            losses = [o.step(closure) for o, closure in zip(optimizers, closures, strict=True)]
+            errors.append(abs(float(losses[0] - losses[1])))
+        reports = [pruner.step() for pruner in pruners]
+        same = is_same_everywhere((shapes(ddp), fingerprint(ddp, optimizers[0])))
+        yield same, reports[0].channels == reports[1].channels, max(errors)
 
 
 def refused() -> Any:

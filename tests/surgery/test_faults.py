@@ -42,7 +42,13 @@ def _room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         )
 
 
-def make() -> Twin:
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "AdamW": adamw,
+    "LBFGS": lambda model: torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3),
+}
+
+
+def make(optimizer: str = "AdamW") -> Twin:
     """A training with everything that a prune touches: history, growing strengths, an average, gradients in flight."""
     torch.manual_seed(0)
     model = Small().train()
@@ -51,7 +57,7 @@ def make() -> Twin:
         model, 0.5, "linear", example_inputs=small_inputs(), importance="taylor", regularizer="growing", end_epoch=4,
         verify=False, averaged=average,
     )  # fmt: skip
-    twin = Twin(model, [adamw(model)], pruner, average)
+    twin = Twin(model, [OPTIMIZERS[optimizer](model)], pruner, average)
     for step in range(2):
         twin.train(small_inputs(), step)
         pruner.step()
@@ -88,7 +94,7 @@ def digest(twin: Twin) -> str:
         for m in module.modules():
             sizes = {k: v for k, v in vars(m).items() if isinstance(v, (int, tuple)) and not k.startswith("_")}
             add([sizes, dict(records(m)).get("")])
-    add(twin.optimizers[0].state_dict())
+    add([twin.optimizers[0].state_dict(), getattr(twin.optimizers[0], "_numel_cache", None)])
     add([id(p) for g in twin.optimizers[0].param_groups for p in g["params"]])
     add(twin.pruner.state_dict())
     add([twin.pruner.epoch, twin.pruner.done, twin.pruner._eligible, id(twin.pruner.binding)])
@@ -152,9 +158,9 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 }
 
 
-def inject(name: str, every: int) -> None:
+def inject(name: str, every: int, optimizer: str = "AdamW") -> None:
     """An error at every so many-th call of a prune, until one comes when the prune is done."""
-    twin = make()
+    twin = make(optimizer)
     before = digest(twin)
     expected = KeyboardInterrupt if name == "interrupt" else Exception
     tried = 0
@@ -172,12 +178,13 @@ def inject(name: str, every: int) -> None:
 def test_errors_at_some_calls_of_a_prune() -> None:
     for name in ("error", "interrupt"):
         inject(name, 23)
+    inject("error", 17, "LBFGS")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(ERRORS))
-def test_errors_at_every_call_of_a_prune(name: str) -> None:
-    inject(name, 1)
+@pytest.mark.parametrize(("name", "optimizer"), [*((name, "AdamW") for name in ERRORS), ("error", "LBFGS")])
+def test_errors_at_every_call_of_a_prune(name: str, optimizer: str) -> None:
+    inject(name, 1, optimizer)
 
 
 class NoMemory(TorchDispatchMode):
@@ -194,9 +201,10 @@ class NoMemory(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_memory_that_ends_at_any_allocation_of_a_prune() -> None:
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_memory_that_ends_at_any_allocation_of_a_prune(optimizer: str) -> None:
     """Inside of PyTorch, not only where a function of the package is called."""
-    twin = make()
+    twin = make(optimizer)
     before, epoch = digest(twin), twin.pruner.epoch
     for number in count(1):
         with NoMemory(number), pytest.raises((torch.OutOfMemoryError, pat.SurgeryError), match="injected"):

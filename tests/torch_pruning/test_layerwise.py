@@ -131,6 +131,23 @@ def test_what_fails_is_undone(pruner: Any, message: str) -> None:
     assert all(torch.equal(after[i]["exp_avg"], s["exp_avg"]) for i, s in before[1]["state"].items())
 
 
+def test_a_history_of_all_parameters_is_refused() -> None:
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=2)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        (loss := model(X).square().sum()).backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SurgeryError, match=r"own layer pruner cannot be in a history of all parameters.*LBFGS"):
+        make(tp, model, WidePruner()).DG.get_pruning_group(model[0], tp.prune_linear_out_channels, [0, 3]).prune()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    optimizer.step(closure)  # type: ignore[arg-type]
+
+
 def test_several_steps() -> None:
     model = net()
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)

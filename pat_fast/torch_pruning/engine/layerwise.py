@@ -20,7 +20,7 @@ from torch_pruning import _helpers
 from torch_pruning.dependency import Dependency, Group
 
 from ...errors import PatError, SurgeryError
-from ...surgery.optimizer import state_tensors
+from ...surgery.optimizer import joint_states, state_tensors
 from ...surgery.prune import set_tensor
 from .axes import VIRTUAL, out_dim
 from .walk import LOST, Endless, Visit, walk
@@ -67,6 +67,12 @@ class LayerwiseGroup(Group):
             self._DG.get_pruning_group(dep.target.module, dep.handler, idxs).prune(record_history=record_history)
             return
         optimizers = self._DG.engine.optimizers()
+        for joint in joint_states(optimizers):
+            raise SurgeryError(
+                f"{self._DG.name_of(dep.target.module)}: a layer that is pruned by its own layer pruner cannot be in a "
+                f"history of all parameters together, as {type(joint.optimizer).__name__} keeps it; use an optimizer "
+                "with element-wise state"
+            )
         undo: list[Undo] = []
         try:
             for dep, own in self._group:
