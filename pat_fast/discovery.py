@@ -144,9 +144,10 @@ class Discovery:
         self._handles: list[Any] = []
         weakref.finalize(pruner, retire_hooks, self._handles).atexit = False
         retire_hooks([])
-        optimizers = as_list(given)
-        for optimizer in optimizers:
+        groups = [within(optimizer) for optimizer in as_list(given)]
+        for optimizer in (o for group in groups for o in group):
             self._ours[optimizer] = True
+        optimizers = [group[0] for group in groups]
         if auto:
             me = weakref.WeakMethod(self._before)
             after = weakref.WeakMethod(self._after)
@@ -305,6 +306,17 @@ def as_list(given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     return found
+
+
+def within(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer that was given, and those that it steps (``ZeroRedundancyOptimizer``, look-ahead); they have state.
+
+    Without one that is no more than a cover, has no hooks and shows what is within it as its own (Accelerate's).
+    """
+    found = [optimizer]
+    for each in found:
+        found += [o for o in vars(each).values() if isinstance(o, Optimizer) and not any(o is f for f in found)]
+    return [o for o in found if hasattr(o, "_optimizer_step_pre_hooks")]
 
 
 def check_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:

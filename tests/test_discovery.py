@@ -226,6 +226,51 @@ def test_an_optimizer_within_an_optimizer_regularises_once() -> None:
         pruner.step()
 
 
+class Outer(torch.optim.Optimizer):
+    """Steps another one, and keeps nothing itself."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+class Cover(torch.optim.Optimizer):
+    """No more than the look of the one within, as Accelerate's is."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("kind", [Outer, Cover])
+def test_the_state_of_an_optimizer_inside_another_is_cut(kind: Any, given: bool) -> None:
+    model = Small()
+    inner = sgd(model)
+    outer = kind(Outer(inner))
+    pruner = pat.Pruner(model, 0.5, end_epoch=2, optimizer=outer if given else None)
+    for _ in range(3):
+        train_one_epoch(model, outer)
+        assert not any("regularised" in note for note in pruner.step().notes)
+    assert inner.state[model.stem.weight]["momentum_buffer"].shape == model.stem.weight.shape
+
+
 def test_an_optimizer_step_before_the_first_forward_is_let_through() -> None:
     """Some scripts prime a scheduler with an optimizer step that has no gradients."""
     model = Small()

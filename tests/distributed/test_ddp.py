@@ -125,8 +125,9 @@ def test_what_a_wrapper_cannot_take_up_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_optimizer_whose_state_is_shared_out(tmp_path: Path) -> None:
-    for whole, shared, buckets in torchrun("shared_state", tmp_path):
+    for whole, shared, given, buckets in torchrun("shared_state", tmp_path):
         assert shared == pytest.approx(whole, rel=EXACT)
+        assert given == pytest.approx(whole, rel=EXACT)
         assert "parameters_as_bucket_view=False" in buckets
 
 

@@ -332,7 +332,7 @@ def out_of_step() -> Any:
 def shared_state() -> Any:
     """An optimizer whose state is shared out over the ranks trains as one that is whole on each."""
     found = []
-    for kind in ("whole", "shared", "buckets"):
+    for kind in ("whole", "shared", "given", "buckets"):
         ddp, _ = wrapped()
         if kind == "whole":
             optimizer: Any = torch.optim.Adam(ddp.parameters(), 1e-2)
@@ -341,7 +341,7 @@ def shared_state() -> Any:
             optimizer = ZeroRedundancyOptimizer(
                 ddp.parameters(), torch.optim.Adam, lr=1e-2, parameters_as_bucket_view=views
             )
-        pruner = pat.Pruner(ddp, 0.5, "linear", end_epoch=3)
+        pruner = pat.Pruner(ddp, 0.5, "linear", end_epoch=3, optimizer=optimizer if kind == "given" else None)
         try:
             for epoch in range(4):
                 train(ddp, optimizer, epoch)
