@@ -116,7 +116,7 @@ class Gathering:
         return np.stack([np.stack(of_rows, axis=1), np.stack(of_columns, axis=1)], axis=1)
 
     def joint_pairs(self, number: int) -> list[tuple[bool, Pair]]:
-        """What :func:`pairs` gives for a vector of many tensors, with no place yet: those of its parts, put behind."""
+        """Those of a vector of many tensors, whose own place is not known yet: its parts', one behind the other."""
         if number not in self._joint_pairs:
             found: list[tuple[bool, Pair]] = []
             before = after = 0
