@@ -43,9 +43,9 @@ void for_groups(const Grouping& g, int threads, const Work& work) {
 
 template <class A>
 void divide_by_mean(A* values, int64_t n) {
-  A sum = 0;
+  double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += values[i];
-  const A mean = sum / static_cast<A>(n), least = std::numeric_limits<A>::min();
+  const A mean = static_cast<A>(sum / static_cast<double>(n)), least = std::numeric_limits<A>::min();
   const A by = mean < least ? least : mean;  // NaN stays
   for (int64_t i = 0; i < n; ++i) values[i] /= by;
 }

@@ -20,7 +20,7 @@ struct Grouping {
 };
 
 // totals: [channels] in the accumulator type; the sums of `func` over all that belongs to a channel, divided by their
-// mean over the group if `divided`.
+// mean over the group if `divided` (which is added up in double precision).
 void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func, double p,
                     const Grouping& grouping, bool divided, void* totals, int threads);
 

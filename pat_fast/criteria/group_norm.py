@@ -48,8 +48,8 @@ class GroupNorm:
         if found is not None:
             return found
         total = self.total(binding)
-        mean = binding.over_groups(total, "mean").clamp_min_(torch.finfo(total.dtype).tiny)
-        return total.div_(binding.spread(mean))
+        mean = binding.over_groups(total.double(), "mean").to(total.dtype)
+        return total.div_(binding.spread(mean.clamp_min_(torch.finfo(total.dtype).tiny)))
 
     def magnitude(self, binding: Binding) -> Tensor:
         """The same before it is divided by the group's mean: ``[N]``."""

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, WeakMethod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..plan.bind import Binding, Own, Tiles, blocks, is_one_block
@@ -43,6 +44,7 @@ class Ledger:
         indices: number of ids.
         index, channel, member: ``[E]`` int64, on ``device``.
         members: (tensor, dimension, group) for each member.
+        indices_are_entries: whether every index counts for one channel, in order.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class Ledger:
         index += np.repeat(starts, lengths)
         member += np.repeat(first_members, lengths)
         self.index, self.channel, self.member = (torch.from_numpy(c).to(device) for c in (index, channel, member))
-        self._index_is_range = bool(np.array_equal(index, np.arange(self.indices)))
+        self.indices_are_entries = bool(np.array_equal(index, np.arange(self.indices)))
 
     def _add(
         self,
@@ -111,7 +113,7 @@ class Ledger:
             own: what of a tensor is in its tiles, see :meth:`Binding.own`.
         """
         starts = {(p.tensor.name, p.axis.dim): p for p in self.parts}
-        found = [np.zeros(0, np.int64)]
+        found: list[NDArray[np.integer[Any]]] = [np.zeros(0, np.int64)]
         numbers = np.arange(self.indices)
         for name, tensor in zip(tiles.names, tiles.tensors, strict=True):
             tensor_map, rows, _ = own(self._maps[name])
@@ -122,7 +124,7 @@ class Ledger:
                     if part is not None and len(self._groups(axis)[0]) == part.count:
                         found.append(numbers[part.start : part.start + part.count])
                     elif axis.channels.max(initial=-1) >= 0:
-                        found.append(self._ids(axis, part).astype(np.int64))
+                        found.append(self._ids(axis, part))
                 continue
             # The same blocks as the table's, with ids in the place of channels.
             ids = [self._ids(a, starts.get((name, a.dim))) for a in self._maps[name].axes]
@@ -130,7 +132,7 @@ class Ledger:
                 replace(a, channels=i[rows] if a.dim == 0 else i) for a, i in zip(tensor_map.axes, ids, strict=True)
             )
             for block in blocks(replace(tensor_map, axes=axes), stride):
-                found += [c.astype(np.int64) for c in (block.row_channels, block.col_channels) if c is not None]
+                found += [c for c in (block.row_channels, block.col_channels) if c is not None]
         every = np.concatenate(found)  # a copy
         every[every < 0] = self.indices
         return torch.from_numpy(every).to(tiles.slot_channel.device)
@@ -209,7 +211,7 @@ class Ledger:
 
     def entries(self, values: Tensor) -> Tensor:
         """``values [indices]`` of each entry: ``[E]``."""
-        return values if self._index_is_range else values[self.index]
+        return values if self.indices_are_entries else values[self.index]
 
     def by_cell(self, values: Tensor) -> Tensor:
         """Sums of ``values [indices]`` over what each member holds of each channel: ``[cells]``."""
@@ -222,12 +224,12 @@ class Ledger:
 
 
 class Book:
-    """A ledger over the tensors of a binding that ``wanted`` names, and the slots of their tile tables."""
+    """A ledger over the tensors of a binding's tiles (made under ``key``), and the slots of their tables."""
 
-    def __init__(self, binding: Binding, tiles: tuple[Tiles, ...], **how: Any) -> None:
+    def __init__(self, binding: Binding, key: str, tiles: tuple[Tiles, ...], **how: Any) -> None:
         names = {name for bucket in tiles for name in bucket.names}
         maps = [m for m in binding.plan.tensors if m.name in names]
-        self.tiles = tiles
+        self.key, self.tiles = key, tiles
         self.ledger = Ledger(binding.plan, maps, binding.device, **how)
         self._slots = [self.ledger.slots(bucket, binding.own) for bucket in tiles]
         # Where one table has the indices in their order, nothing needs to be added up.
@@ -235,6 +237,14 @@ class Book:
             self._slots[0], torch.arange(self.ledger.indices, device=self._slots[0].device)
         )
         self._total = WeakMethod(binding.total)  # books are kept for as long as their binding lives
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether what a channel has over all members is the sum of its slots, and every channel has a member."""
+        ledger = self.ledger
+        if not self._aligned or not ledger.indices_are_entries or not ledger.all_scored:
+            return False
+        return torch.equal(ledger.channel, self.tiles[0].slot_channel)
 
     @cached_property
     def named(self) -> list[Tensor]:
@@ -270,5 +280,5 @@ def book(
     tiles = binding.tiles(key, lambda tensor_map, *_: wanted(tensor_map))
     kept = _books.setdefault(binding, {})
     if key not in kept or kept[key].tiles is not tiles:
-        kept[key] = Book(binding, tiles, wanted=axes, pooled=pooled)
+        kept[key] = Book(binding, key, tiles, wanted=axes, pooled=pooled)
     return kept[key]

@@ -18,6 +18,7 @@ from ..criteria.reductions import reduce_members, reduce_rows
 from ..errors import check
 from ..ops import channel_reduce
 from ..ops.functional import expect
+from ..ops.grouped import Grouping, channel_totals
 from ..plan.bind import Binding, Tiles
 from ..plan.types import Axis, TensorMap
 from ._groups import LAYERS, NORMS, Item, items, sums, width
@@ -154,9 +155,27 @@ class GroupMagnitudeImportance(Importance):
                 others follow as they are executed.
         """
         tally = self._book(binding)
+        grouping = self._grouping(binding, tally)
+        if grouping is not None:
+            (tiles,) = tally.tiles
+            totals = channel_totals(tiles.tensors, tiles.table, grouping, float(self.p), divided=True)
+            if totals is not None:
+                return totals
         found = reduce_members(self._values(tally), tally.ledger, self.group_reduction, order)
         found = normalize(found, Segments.of(binding), self.normalizer)
         return tally.ledger.fill_unscored(found, torch.nan)
+
+    def _grouping(self, binding: Binding, tally: Book) -> Grouping | None:
+        """What the scores can be made with in one call, or None.
+
+        A group's members are as many for each of its channels, so they cancel out in a mean over its channels.
+        """
+        own, base = type(self), GroupMagnitudeImportance
+        if own._values is not base._values or own._slots is not base._slots or own._finish is not base._finish:
+            return None
+        if self.normalizer != "mean" or self.group_reduction not in ("mean", "sum") or not tally.is_plain:
+            return None
+        return binding.grouping(tally.key)
 
     def prepare(self, binding: Binding) -> None:
         """Work out ahead which indices of which tensors :meth:`score` adds up, where that is known already."""
@@ -165,6 +184,7 @@ class GroupMagnitudeImportance(Importance):
             tally.ledger.prepare()
             for tiles in tally.tiles:
                 expect(tiles.tensors, tiles.table)
+            self._grouping(binding, tally)
 
     def _book(self, binding: Binding) -> Book:
         """The tensors that count, and what their indices count for."""

@@ -91,6 +91,17 @@ def test_totals_and_scores_are_the_same_to_the_bit(
     assert seen.count("channel_totals") == 24
 
 
+def test_the_mean_of_a_group_of_many_channels_is_not_rounded_on_the_way() -> None:
+    """Added up in single precision it is off by some 1e-5, and with it all of the group's scores beside others'."""
+    weight = torch.rand(2**18, generator=torch.Generator().manual_seed(0))
+    table = TileTable.from_tiles([weight], [Tile(0, 0, (len(weight), 1, 1), (1, 1, 1), 0)])
+    grouping = Grouping.of(table, torch.arange(len(weight)), torch.tensor([len(weight)]))
+    assert grouping is not None
+    scores = grouped.channel_totals([weight], table, grouping, 1.0, True)
+    assert scores is not None
+    torch.testing.assert_close(scores.double(), weight.double() / weight.double().mean(), rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_push_is_that_of_the_four_ops(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Subject
 from benchmarks.zoo import ZOO
+from pat_fast.backends import shortcut
 from pat_fast.criteria import NORMALIZERS, REDUCTIONS
-from pat_fast.plan import bind
+from pat_fast.ops.grouped import channel_totals
+from pat_fast.plan import bind, build_plan
+from pat_fast.torch_pruning import _magnitude
 from pat_fast.torch_pruning import importance as ours
 from pat_fast.torch_pruning._groups import is_depthwise
+from tests.helpers import Case
 from tests.torch_pruning.groups import close, plan_of, randomize_grads_
 
 NORMALIZERS_ = [*(n for n in NORMALIZERS if n != "sentinel"), "sentinel_0.3", None]
@@ -219,3 +223,24 @@ def head_means(scores: Tensor, group: Any) -> Tensor:
 def group_width(group: Any) -> int:
     """Inputs of the projection."""
     return min(len(item.idxs) for item in group if isinstance(item.dep.target.module, nn.Linear))
+
+
+@pytest.mark.skipif(shortcut("channel_totals", "cpu") is None, reason="the C++ kernels are not in use")
+@pytest.mark.parametrize("name", ["resnet50", "densenet121", "vit_s16", "vgg16_bn", "resnext50", "googlenet"])
+def test_scores_in_one_call_are_those_of_many(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where members share no index among blocks of a grouped convolution; there they are added up index by index."""
+    case = Case.build(name, torch.float32)
+    binding = bind(build_plan(case.model, case.inputs), case.model)
+    seen: list[str] = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return channel_totals(*args, **kwargs)
+
+    monkeypatch.setattr(_magnitude, "channel_totals", counting)
+    for importance in (ours.GroupMagnitudeImportance(p=1), ours.GroupMagnitudeImportance(group_reduction="sum")):
+        got = importance.score(binding)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(binding), "grouping", lambda self, key: None)
+            torch.testing.assert_close(got, importance.score(binding), rtol=1e-6, atol=0)
+    assert len(seen) == (0 if name == "resnext50" else 2)
