@@ -129,10 +129,10 @@ def bound(plan: Plan, model: nn.Module, parts: State) -> Binding:
 
 def was_sharded(binding: Binding) -> bool:
     """Whether the model was sharded after it was bound."""
-    if isinstance(binding, ShardedBinding) or not binding.places:
+    spaces, names, tensors = binding.places
+    if isinstance(binding, ShardedBinding) or not names:
         return False
-    held, local, tensor = binding.places[0]
-    return held.get(local) is not tensor and is_sharded(binding.model)
+    return spaces[0].get(names[0]) is not tensors[0] and is_sharded(binding.model)
 
 
 def remove(

@@ -261,8 +261,13 @@ def _is_disjoint(rows: list[list[int]], columns: Columns, extents: list[int]) ->
     if not _are_injective(sizes[:, full], strides[:, full]).all():
         return False
     tiles_of = np.bincount(columns[TENSOR, full], minlength=len(extents))
+    several = full & (tiles_of[columns[TENSOR]] > 1)
+    first = columns[OFFSET]
+    last = first + ((sizes - 1) * strides).sum(0)
     for tensor in np.flatnonzero(tiles_of > 1).tolist():
-        if not _are_apart([rows[i] for i in np.flatnonzero(full & (columns[TENSOR] == tensor))], extents[tensor]):
+        own = np.flatnonzero(several & (columns[TENSOR] == tensor))
+        order = own[first[own].argsort(kind="stable")]
+        if (last[order[:-1]] >= first[order[1:]]).any() and not _are_apart([rows[i] for i in own], extents[tensor]):
             return False
     return True
 
@@ -277,9 +282,6 @@ def _are_injective(sizes: Columns, strides: Columns) -> NDArray[np.bool_]:
 
 
 def _are_apart(tiles: list[list[int]], extent: int) -> bool:
-    spans = sorted((row[OFFSET], _last(row)) for row in tiles)
-    if all(last < start for (_, last), (start, _) in pairwise(spans)):
-        return True
     marks = torch.zeros(extent, dtype=torch.bool)
     for row in tiles:
         view = marks.as_strided(row[R : K + 1], row[SR : SK + 1], row[OFFSET])

@@ -5,11 +5,12 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import chain, product
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +19,61 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..ops.grouped import Grouping
-from ..ops.tiles import NONE, Tile, TileTable
+from ..ops.known import PLAIN, Known, is_reliable, is_watched
+from ..ops.tiles import NONE, WIDTH, TileTable
 from .running import Still
 from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
 
 Extent = tuple[int, int]  # size and stride of a dimension
-Side = tuple[Extent, ChannelArray | None]
-ALONE: Side = ((1, 1), None)
-Place = tuple[Mapping[str, Tensor | None], str, Tensor]  # where a tensor is held, and its name there
+Sides = tuple[Extent, list[ChannelArray | None]]  # of the tiles of each group: their extent, and the channels of each
+Row = tuple[int, ...]  # of a tile table
+Kind = tuple[torch.device, torch.dtype]
+
+
+class Places(NamedTuple):
+    """Where tensors are held, side by side: the dicts of their modules, their names there, the tensors."""
+
+    spaces: list[dict[str, Any]]
+    names: list[str]
+    tensors: list[Tensor]
+
+    def are_true(self) -> bool:
+        """Whether they are still there."""
+        return all(map(is_, map(dict.get, self.spaces, self.names), self.tensors))
+
+
+class Parts(NamedTuple):
+    """Modules that are parts of others, side by side: the dicts that hold them, their names there, the modules."""
+
+    spaces: list[dict[str, Any]]
+    names: list[str]
+    modules: list[nn.Module | None]
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module]) -> Parts:
+        """Those of ``modules``."""
+        spaces = [m._modules for m in modules if m._modules]
+        return cls(spaces, [*chain.from_iterable(spaces)], [*chain.from_iterable(map(dict.values, spaces))])
+
+    def are_true(self) -> bool:
+        """Whether they are still there, and no others."""
+        now = chain.from_iterable(map(dict.values, self.spaces))
+        return [*chain.from_iterable(self.spaces)] == self.names and all(map(is_, now, self.modules))
+
+
+class Seen(NamedTuple):
+    """What tensors were when they were looked at, side by side: their strides, their devices and dtypes."""
+
+    strides: list[tuple[int, ...]]
+    kinds: list[Kind]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Seen:
+        """What they are now; of those that are of one kind it is one object."""
+        tensors = list(tensors)
+        one: dict[Kind, Kind] = {}
+        kinds = ((t.device, t.dtype) for t in tensors)
+        return cls([t.stride() for t in tensors], [one.setdefault(kind, kind) for kind in kinds])
 
 
 def collapse(extents: Sequence[Extent], order: Sequence[int] | None = None) -> list[Extent]:
@@ -45,8 +93,7 @@ def collapse(extents: Sequence[Extent], order: Sequence[int] | None = None) -> l
     return [(size, stride) for size, stride, _ in merged]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A tile before it has slots: offset, extents of rows, columns and kernel, and their channels."""
 
     offset: int
@@ -96,27 +143,29 @@ def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] |
     dims = sorted(by_dim, key=lambda d: -order[d])
     outer, inner = _rest(shape, tuple(strides), tuple(order), tuple(dims))
     farther = any(n > 1 and stride > order[dims[0]] for n, stride in zip(shape, order, strict=True))
+    groups = tensor_map.groups if grouped else 1
+    sides: list[Sides] = [_side(by_dim[d].channels, groups, strides[d]) for d in dims]
+    others: list[Sides] = [(extent, [None] * groups) for extent in inner]
+    if len(sides) == 1 and others and not outer and farther:
+        sides = [others.pop(0), *sides]
+    elif len(sides) == 1 and len(others) == 2:
+        sides.append(others.pop(0))
+    sides.append(((1, 1), [None] * groups))  # a tile has two
+    (row, row_channels), (col, col_channels) = sides[:2]
+    kernel = others[0][0] if others else (1, 1)
+    step = shape[0] // groups * strides[0]  # from a group to the next
     found = []
     for steps in product(*(range(size) for size, _ in outer)):
         offset = sum(step * stride for step, (_, stride) in zip(steps, outer, strict=True))
-        for group in range(tensor_map.groups if grouped else 1):
-            sizes, channels, base = {}, {}, offset
-            for d in dims:
-                own = by_dim[d].channels
-                n = len(own) // (tensor_map.groups if grouped else 1)
-                channels[d] = own if n == len(own) else own[group * n : (group + 1) * n]
-                sizes[d] = n
-                base += group * n * strides[d] if grouped and d == 0 else 0
-            sides: list[Side] = [((sizes[d], strides[d]), _if_any(channels[d])) for d in dims]
-            others: list[Side] = [(extent, None) for extent in inner]
-            if len(sides) == 1 and others and not outer and farther:
-                sides = [others.pop(0), *sides]
-            elif len(sides) == 1 and len(others) == 2:
-                sides.append(others.pop(0))
-            (row, row_channels), (col, col_channels) = (*sides, ALONE)[:2]
-            kernel = others[0][0] if others else (1, 1)
-            found.append(Block(base, row, col, kernel, row_channels, col_channels, group))
+        for group, (r, c) in enumerate(zip(row_channels, col_channels, strict=True)):
+            found.append(Block(offset + group * step, row, col, kernel, r, c, group))
     return found
+
+
+def _side(channels: ChannelArray, groups: int, stride: int) -> Sides:
+    """A side of the tiles of all groups."""
+    each = [channels] if groups == 1 else [*channels.reshape(groups, -1)]
+    return (len(each[0]), stride), [_if_any(own) for own in each]
 
 
 def _if_any(channels: ChannelArray) -> ChannelArray | None:
@@ -178,7 +227,7 @@ class Binding:
             self._names: dict[int, list[str]] = {}
             for name, tensor in named.items():
                 self._names.setdefault(id(tensor), []).append(name)
-            self._parts = [(m._modules, list(m._modules.items())) for m in self.modules.values() if m._modules]
+            self._parts = Parts.of(self.modules.values())
         else:
             named = after.tensors
             self.modules, self._names, self._parts = after.modules, after._names, after._parts
@@ -193,9 +242,10 @@ class Binding:
                     "build a new plan after changing the model"
                 )
             self.tensors[tensor_map.name] = found
-        self._kinds = [(t.device, t.dtype) for t in self.tensors.values()]
+        self._seen = Seen.of(self.tensors.values())
+        self._known: Known | None = None  # set once the tensors are recognised to be as they were seen
         whole = after is not None and len(after.tensors) == len(self.tensors)
-        self.places: list[Place] = after.places if after is not None and whole else self._places()
+        self.places: Places = after.places if after is not None and whole else self._places()
         self.derived: dict[str, Any] = {}  # what other parts have worked out for this binding, by their keys
         self.device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
         self.group_of = torch.from_numpy(plan.group_of.astype(np.int64)).to(self.device)
@@ -205,17 +255,32 @@ class Binding:
         self._cache: dict[str, tuple[Tiles, ...]] = {}
         self._groupings: dict[str, tuple[Tiles, Grouping | None]] = {}
 
+    def remember(self) -> None:
+        """Look at the tensors, to recognise them in one call from now on; see :mod:`pat_fast.ops.known`."""
+        tensors = list(self.tensors.values())
+        if tensors and all(type(t) in PLAIN for t in tensors) and is_reliable() and not is_watched():
+            self._known, self._seen = Known(tensors), Seen.of(tensors)
+
+    def _are_known(self) -> bool:
+        """Whether the tensors surely have the shapes, and are all else, that they were when they were looked at."""
+        return self._known is not None and self._known.matches([*self.tensors.values()])
+
+    def look(self) -> Seen:
+        """What the tensors are now; not to be written to."""
+        return self._seen if self._are_known() else Seen.of(self.tensors.values())
+
     @property
     def is_true(self) -> bool:
         """Whether the tensors still have the shapes that the plan knows."""
-        return [t.shape for t in self.tensors.values()] == self._shapes
+        return self._are_known() or [t.shape for t in self.tensors.values()] == self._shapes
 
-    def _places(self) -> list[Place]:
-        found: list[Place] = []
+    def _places(self) -> Places:
+        found = Places([], [], [])
         for name, tensor in self.tensors.items():
             for module, local in self.owners(name):
-                held: Any = module._parameters if local in module._parameters else module._buffers
-                found.append((held, local, tensor))
+                found.spaces.append(module._parameters if local in module._parameters else module._buffers)
+                found.names.append(local)
+                found.tensors.append(tensor)
         return found
 
     def is_current(self) -> bool:
@@ -223,18 +288,14 @@ class Binding:
         return self.is_true and self._is_whole()
 
     def _is_whole(self) -> bool:
-        for now, then in self._parts:
-            if list(now.items()) != then:
-                return False
-        return all(of.get(local) is tensor for of, local, tensor in self.places)
+        return self._parts.are_true() and self.places.are_true()
 
     def has_moved(self) -> bool:
         """Whether tensors are other objects now, or elsewhere, or of another dtype, as after ``model.to(...)``.
 
         The modules that hold them are the same.
         """
-        same = all(of.get(local) is tensor for of, local, tensor in self.places)
-        return not same or [(t.device, t.dtype) for t in self.tensors.values()] != self._kinds
+        return not self.places.are_true() or [(t.device, t.dtype) for t in self.tensors.values()] != self._seen.kinds
 
     def follow(self, now: Binding) -> Binding:
         """``now``, a binding of the same plan made since.
@@ -326,7 +387,7 @@ class Binding:
 
     def _tabulate(self, maps: list[TensorMap], given: list[Tensor] | None = None) -> Tiles:
         tensors = [self.tensors[m.name] for m in maps] if given is None else given
-        tiles: list[Tile] = []
+        tiles: list[Row] = []
         slots: list[ChannelArray] = []
         at = 0
         for i, (tensor_map, tensor) in enumerate(zip(maps, tensors, strict=True)):
@@ -338,11 +399,12 @@ class Binding:
                         slots.append(channels)
                         at += len(channels)
                 (r, sr), (c, sc), (k, sk) = block.row, block.col, block.kernel
-                tiles.append(Tile(i, block.offset, (r, c, k), (sr, sc, sk), *starts))
+                tiles.append((i, block.offset, r, c, k, sr, sc, sk, *starts))
         channel = np.concatenate([np.zeros(0, np.int32), *slots]).astype(np.int64)
         without = channel < 0
         channel[without] = self.plan.n_channels
-        table = TileTable.from_tiles(tensors, tiles, slots=at)
+        rows = torch.from_numpy(np.array(tiles, dtype=np.int64).reshape(len(tiles), WIDTH))
+        table = TileTable(rows, tensors, slots=at)
         slot_channel = torch.from_numpy(channel).to(tensors[0].device)
         return Tiles(tuple(m.name for m in maps), tuple(tensors), table, slot_channel, not without.any())
 

@@ -235,9 +235,19 @@ class Shapes:
         if len(tensor):
             groups = groups.copy()
             groups[tensor] = groups[tensor] * counts[vector] // self.lengths[vector]
-        sizes[self.tensor, self.dim] = counts[self.vector] // np.where(self.grouped, groups[self.tensor], 1)
+        places, is_any_grouped = self._entries
+        of_axes = counts[self.vector]
+        if is_any_grouped:
+            of_axes //= np.where(self.grouped, groups[self.tensor], 1)
+        sizes.reshape(-1)[places] = of_axes
         kept.left = self, sizes, groups
         return sizes, groups
+
+    @cached_property
+    def _entries(self) -> tuple[IndexArray, bool]:
+        """Where the axes stand in all sizes, laid end to end ``[A]``; whether one is of a grouped convolution's inputs.
+        """
+        return self.tensor * self.sizes.shape[1] + self.dim, bool(self.grouped.any())
 
     @cached_property
     def _whole_groups(self) -> tuple[IndexArray, IndexArray]:

@@ -194,15 +194,15 @@ class Plan:
                 f"keep must be a bool vector with one entry for each of the {self.n_channels} channels, "
                 f"got shape {keep.shape}, dtype {keep.dtype}"
             )
-        left = self._left_of_units(keep)
-        torn = np.flatnonzero((left > 0) & (left < self.unit_size)) if self.n_units < self.n_channels else left[:0]
-        if torn.size:
-            group = self.groups[self.group_of[np.flatnonzero(self.unit == torn[0])[0]]]
-            raise PlanError(
-                f"group {group.root}: keep takes {left[torn[0]]} of the {self.unit_size[torn[0]]} channels of a unit; "
-                "channels of a unit are kept or removed together"
-            )
-        stay = self._units_left(left)
+        if self.n_units < self.n_channels:
+            left = self._left_of_units(keep)
+            for unit in np.flatnonzero((left > 0) & (left < self.unit_size)):
+                group = self.groups[self.group_of[np.flatnonzero(self.unit == unit)[0]]]
+                raise PlanError(
+                    f"group {group.root}: keep takes {left[unit]} of the {self.unit_size[unit]} channels of a unit; "
+                    "channels of a unit are kept or removed together"
+                )
+        stay = self._units_left(keep)
         for number in np.flatnonzero(stay < self.least_units_of_groups):
             raise PlanError(
                 f"group {self.groups[number].root}: keep leaves {stay[number]} of "
@@ -226,13 +226,13 @@ class Plan:
 
     def _left_of_units(self, keep: BoolArray) -> IndexArray:
         """How many channels of each unit are in ``keep [N]``: ``[U]``."""
-        if self.n_units == self.n_channels:  # units are numbered by their first channels
-            return keep.astype(np.int64)
         return np.bincount(self.unit[keep], minlength=self.n_units)
 
-    def _units_left(self, left: IndexArray) -> IndexArray:
-        """Units of each group ``[G]`` of which channels are ``left [U]``."""
-        return np.bincount(self.unit_home[left > 0], minlength=len(self.groups))
+    def _units_left(self, keep: BoolArray) -> IndexArray:
+        """How many units of each group have channels in ``keep [N]``: ``[G]``."""
+        if self.n_units == self.n_channels:
+            return np.add.reduceat(keep, self.bounds[:-1], dtype=np.int64)
+        return np.bincount(self.unit_home[self._left_of_units(keep) > 0], minlength=len(self.groups))
 
     @cached_property
     def _in_multiples(self) -> list[Group]:
@@ -300,7 +300,7 @@ class Plan:
 
         A group's last unit has no choice left: it is fixed.
         """
-        return kept.keep & (self._units_left(self._left_of_units(kept.keep)) > 1)[self.group_of]
+        return kept.keep & (self._units_left(kept.keep) > 1)[self.group_of]
 
     def shrink(self, kept: Kept) -> Plan:
         """The plan of the model after a prune (see :meth:`check_keep`). Equal to a plan lowered afresh.

@@ -1,6 +1,6 @@
 """Removing channels from a live model: weights, gradients, buffers, optimizer state, module attributes."""
 
 from .optimizer import register_state_layout
-from .prune import Smaller, prepare, prune, prune_checked
+from .prune import Held, Smaller, prepare, prune, prune_checked
 
-__all__ = ["Smaller", "prepare", "prune", "prune_checked", "register_state_layout"]
+__all__ = ["Held", "Smaller", "prepare", "prune", "prune_checked", "register_state_layout"]

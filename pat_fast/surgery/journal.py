@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..backends import runner
 from ..errors import SurgeryError
 from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
+from ..plan.bind import Kind
 from ..plan.flat import IndexArray
 from .gather import Gathering, Pair, Part, Row, pairs
 from .layout import dense_strides
@@ -41,6 +43,7 @@ class Moves:
     Attributes:
         numbers: of the plan's tensors that they are laid out as; after these, of ``joints``.
         olds: the tensors as they are, until they are let go of.
+        strides, kinds: of these, see :class:`pat_fast.plan.bind.Seen`.
         holders, keys: where each stands: the data of a tensor, whose key is None, or an entry of a dict or a list.
         joints: the parts of vectors of many tensors.
         made: what makes the new tensor, by the place of one that is of another shape than the plan's.
@@ -51,6 +54,8 @@ class Moves:
     def __init__(self) -> None:
         self.numbers: list[int] = []
         self.olds: list[Tensor | None] = []
+        self.strides: list[tuple[int, ...]] = []
+        self.kinds: list[Kind] = []
         self.holders: list[Any] = []
         self.keys: list[Any] = []
         self.joints: list[list[Part]] = []
@@ -58,10 +63,20 @@ class Moves:
         self.nodes: dict[int, Any] = {}
         self.blanks: Blanks = {}
 
-    def add(self, numbers: Iterable[int], olds: Iterable[Tensor], holders: Iterable[Any], keys: Iterable[Any]) -> None:
+    def add(
+        self,
+        numbers: Iterable[int],
+        olds: Iterable[Tensor],
+        strides: Iterable[tuple[int, ...]],
+        kinds: Iterable[Kind],
+        holders: Iterable[Any],
+        keys: Iterable[Any],
+    ) -> None:
         """Take up some more."""
         self.numbers.extend(numbers)
         self.olds.extend(olds)
+        self.strides.extend(strides)
+        self.kinds.extend(kinds)
         self.holders.extend(holders)
         self.keys.extend(keys)
 
@@ -129,9 +144,11 @@ class Copy:
     def run(self, lets_go: bool) -> None:
         """Copy what stays of the tensors, and what goes of them if they are to be let go of."""
         xs: list[Any] = [self._moves.olds[place] for place in self._places]
+        strides = [self._moves.strides[place] for place in self._places]
         if any(map(Tensor.is_neg, xs)) or (xs[0].is_complex() and any(map(Tensor.is_conj, xs))):
             xs = [x.resolve_neg().resolve_conj() for x in xs]
-        self._lay_out(xs)
+            strides = list(map(Tensor.stride, xs))
+        self._lay_out(xs, strides)
         before, after = self._kept()
         if lets_go:
             sources, targets, length = self._gone()
@@ -146,12 +163,11 @@ class Copy:
         compact = runner("channel_compact", "cpu") if plain else torch.ops.pat_fast.channel_compact.default
         compact(self._outs, xs, torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device))
 
-    def _lay_out(self, xs: list[Tensor]) -> None:
+    def _lay_out(self, xs: list[Tensor], strides: list[tuple[int, ...]]) -> None:
         """Make the new tensors, and note which have one tile, and the tiles of the others."""
         gathering, numbers = self._gathering, self._numbers
         shapes, dense = gathering.rows(gathering.sizes, numbers), gathering.rows(gathering.strides, numbers)
         plain = gathering.plain[numbers]
-        strides = list(map(Tensor.stride, xs))
         expected = [gathering.expected[number] for number in numbers.tolist()]
         if strides != expected:
             plain &= [a == b for a, b in zip(strides, expected, strict=True)]
@@ -257,11 +273,10 @@ class Batch:
     def cut(self) -> None:
         """Make the new tensors, then put them in the places of the old ones."""
         moves = self._moves
-        kinds: dict[Any, list[int]] = {}
-        for place in self._places:
-            if place not in moves.made:
-                old: Any = moves.olds[place]
-                kinds.setdefault((old.device, old.dtype), []).append(place)
+        kinds: dict[Kind, list[int]] = {}
+        gathered = [place for place in self._places if place not in moves.made] if moves.made else self._places
+        for kind, places in groupby(gathered, moves.kinds.__getitem__):
+            kinds.setdefault(kind, []).extend(places)
         self._copies = [Copy(self._gathering, moves, places) for places in kinds.values()]
         for copy in self._copies:
             copy.run(self._lets_go)
@@ -293,12 +308,10 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
         SurgeryError: a dtype that cannot be moved.
     """
     olds: list[Any] = moves.olds
-    dtypes = [old.dtype for old in olds]
-    size_of = {dtype: dtype.itemsize for dtype in set(dtypes)}
-    for dtype, size in size_of.items():
-        if size not in INTEGERS:
+    for dtype in {dtype for _, dtype in moves.kinds}:
+        if dtype.itemsize not in INTEGERS:
             raise SurgeryError(f"expected elements of {(*INTEGERS,)} bytes, got {dtype}; convert the model first")
-    left = gathering.sizes.prod(1)[moves.numbers] * np.array([size_of[dtype] for dtype in dtypes], dtype=np.int64)
+    left = gathering.sizes.prod(1)[moves.numbers] * np.array([dtype.itemsize for _, dtype in moves.kinds], np.int64)
     everything = range(len(olds))
     before = [] if left.sum() <= room else [old.nbytes for old in olds]
     largest = max(before, default=0)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..plan import recurrent
 from ..plan.bind import Binding
-from ..plan.types import IndexArray, Kept, Plan, Width
+from ..plan.types import IndexArray, Kept, Width
 
 Change = tuple[Any, str, Any]  # module (or an object that it keeps), attribute, new value
 Shape = tuple[int, ...]
@@ -180,8 +180,9 @@ def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Ch
     modules = binding.modules if own else dict(model.named_modules(remove_duplicate=False))
     holders = table.holders if own else [modules[path] for path in table.paths]
     sizes, groups = plan.shapes.left(kept)
-    wanted = zip(holders, table.attributes, *table.values(plan, kept, sizes, groups), strict=True)
-    changes = [(m, name, value) for m, name, value, may in wanted if may and getattr(m, name) != value]
+    values = table.values(sizes, groups, kept.counts)
+    wanted = values.tolist()
+    changes = [(holders[i], table.attributes[i], wanted[i]) for i in np.flatnonzero(values != table.now).tolist()]
     counts, place = kept.counts, plan.vectors.number
     rest = [plan.widths[i] for i in table.rest]
     widths = [(modules[w.module], w, int(counts[place[id(w.channels)]])) for w in rest]
@@ -198,6 +199,7 @@ class Ruled:
         rules: that were known then; others may be registered since.
         paths, holders, attributes: the modules that keep a size, and where: first those that follow from a tensor, then
             those that follow from the channels of a width.
+        now: what these sizes are in the plan.
         rest: places of the widths that one attribute shares, or that stand in a tuple or in an object of a module.
     """
 
@@ -207,6 +209,7 @@ class Ruled:
     paths: list[str]
     holders: list[nn.Module]
     attributes: list[str]
+    now: IndexArray
     rest: list[int]
     _sources: IndexArray  # of each size that follows from a tensor: which, dimension (or -1), grouped, per
     _widths: IndexArray  # of each that follows from a width: its vector, per
@@ -227,32 +230,27 @@ class Ruled:
         paths = [path for _, path, _, _ in tensors] + [w.module for w in single]
         sources = [(i, -1 if s.dim is None else s.dim, s.grouped, s.per) for i, _, _, s in tensors]
         widths = [(place[id(w.channels)], w.per) for w in single]
-        return cls(
+        made = cls(
             tensors,
             unruled,
             rules,
             paths,
             [binding.modules[path] for path in paths],
             [name for _, _, name, _ in tensors] + [w.attribute for w in single],
+            np.zeros(len(paths), dtype=np.int64),
             [i for i, yes in enumerate(plain) if not yes],
             np.array(sources, dtype=np.int64).reshape(len(sources), 4),
             np.array(widths, dtype=np.int64).reshape(len(widths), 2),
         )
+        made.now[:] = made.values(plan.shapes.sizes, plan.shapes.groups, plan.vectors.lengths)
+        return made
 
-    def values(
-        self, plan: Plan, kept: Kept, sizes: IndexArray, groups: IndexArray
-    ) -> tuple[list[int], list[bool]]:
-        """What the attributes must be when tensors of these ``sizes [T, D]`` and ``groups [T]`` are left.
-
-        And whether they may have changed.
-        """
+    def values(self, sizes: IndexArray, groups: IndexArray, counts: IndexArray) -> IndexArray:
+        """The attributes, of tensors of ``sizes [T, D]`` and ``groups [T]`` and vectors of ``counts [V]``."""
         number, dim, grouped, per = self._sources.T
         size = np.where(dim < 0, 1, sizes[number, dim])  # dimension -1 is looked up and not used
-        of_tensors = size * np.where(grouped, groups[number], 1) // per
-        smaller = (sizes != plan.shapes.sizes).any(1)[number]
-        vector, per = self._widths.T
-        values = [*of_tensors.tolist(), *(kept.counts[vector] // per).tolist()]
-        return values, [*smaller.tolist(), *[True] * len(vector)]
+        vector, share = self._widths.T
+        return np.concatenate([size * np.where(grouped, groups[number], 1) // per, counts[vector] // share])
 
 
 def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:

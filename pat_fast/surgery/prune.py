@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import SurgeryError
-from ..plan.bind import Binding
+from ..plan.bind import Binding, Seen
 from ..plan.types import Kept, Plan, TensorMap
 from .compiled import forget_compiled
 from .gather import Gathering, Part
@@ -29,7 +29,7 @@ from .put import accumulators, is_alone, set_tensor
 from .record import note_dense, note_prune, restorer
 from .undo import Undo, take_back, uninterrupted
 
-__all__ = ["Smaller", "dense_strides", "prepare", "prune", "prune_checked", "set_tensor"]
+__all__ = ["Held", "Smaller", "dense_strides", "prepare", "prune", "prune_checked", "set_tensor"]
 
 LAYOUT = "layout"  # what a binding keeps it under
 
@@ -58,9 +58,31 @@ class Smaller:
         plan = before.plan.shrink(self.kept) if self.plan is None else self.plan
         smaller = Binding(plan, before.model, after=before)
         tabulate(smaller, before)
-        strides = [t.stride() for t in before.tensors.values()]
-        smaller.derived[LAYOUT] = before.derived[LAYOUT].smaller(before.plan, plan, strides)
+        smaller.derived[LAYOUT] = before.derived[LAYOUT].smaller(before.plan, plan, before.look().strides)
         return smaller
+
+
+@dataclass(slots=True)
+class Held:
+    """The tensors of a binding as they are at a moment, in the order of the plan.
+
+    Attributes:
+        tensors: parameters and buffers.
+        data: what they hold.
+        grads: their gradients.
+        seen: their strides, devices and dtypes.
+    """
+
+    tensors: list[Tensor]
+    data: list[Tensor]
+    grads: list[Tensor | None]
+    seen: Seen
+
+    @classmethod
+    def of(cls, binding: Binding) -> Held:
+        """Look at all that a prune may cut."""
+        tensors = list(binding.tensors.values())
+        return cls(tensors, [t.data for t in tensors], [t.grad for t in tensors], binding.look())
 
 
 def prune(
@@ -110,20 +132,25 @@ def prune_checked(
     copies: Iterable[nn.Module] = (),
     then: Callable[[Smaller], None] | None = None,
     room: int = 0,
+    held: Held | None = None,
 ) -> Smaller:
     """As :func:`prune`, to what ``binding.plan.check_keep`` has let pass; the smaller binding is made when asked for.
 
     ``then`` is called with what is returned. Beside the model there are never more bytes than ``room``, or the largest
-    tensor's if these are more.
+    tensor's if these are more. ``held`` are its tensors, if nothing has changed the model since they were looked
+    at, and :meth:`Binding.check` let it pass then; of no use afterwards.
     """
     sizes, _ = binding.plan.shapes.left(kept)
     bindings = [binding, *(Binding(binding.plan, copy) for copy in copies)]
     optimizers = list(optimizers)
-    moves, cut = _moves(bindings, sizes, kept, optimizers)
+    for bound in bindings if held is None else bindings[1:]:
+        bound.check()
+    every = [held or Held.of(binding), *map(Held.of, bindings[1:])]
+    moves, cut = _moves(binding.plan, every, sizes, kept, optimizers)
     changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)] + counts(optimizers)
     undo: list[Undo] = []
     try:
-        gathering = Gathering(binding.plan, layout_of(binding), kept, sizes, moves.joints)
+        gathering = Gathering(binding.plan, layout_of(binding, every[0].seen.strides), kept, sizes, moves.joints)
         parts = batches(gathering, moves, room)
         with uninterrupted():
             _cut(moves, cut, parts, undo)
@@ -173,15 +200,16 @@ def _follow(changes: list[Change], bindings: list[Binding], kept: Kept, undo: li
 
 def prepare(binding: Binding) -> None:
     """Work out ahead what the first prune needs of the plan and of the model; later ones find it there."""
-    _ = layout_of(binding).whole
+    binding.remember()
+    _ = layout_of(binding, binding.look().strides).whole
     tabulate(binding)
     note_dense(binding)
-    binding.plan.check_keep(np.ones(binding.plan.n_channels, dtype=np.bool_))
+    plan = binding.plan
+    plan.shapes.left(plan.check_keep(np.ones(plan.n_channels, dtype=np.bool_)))
 
 
-def layout_of(binding: Binding) -> Layout:
-    """How the binding's tensors lie in memory; made anew where that has changed."""
-    strides = [t.stride() for t in binding.tensors.values()]
+def layout_of(binding: Binding, strides: list[tuple[int, ...]]) -> Layout:
+    """How the binding's tensors, of these ``strides``, lie in memory; made anew where that has changed."""
     known: Layout | None = binding.derived.get(LAYOUT)
     if known is None or known.strides != strides:
         known = binding.derived[LAYOUT] = Layout.of(binding.plan, strides)
@@ -201,35 +229,32 @@ class Cut:
 
 
 def _moves(
-    bindings: list[Binding], sizes: NDArray[np.int64], kept: Kept, optimizers: list[Optimizer]
+    plan: Plan, every: list[Held], sizes: NDArray[np.int64], kept: Kept, optimizers: list[Optimizer]
 ) -> tuple[Moves, list[Cut]]:
     """All that is cut: those of the plan's tensors that come to have other ``sizes [T, D]``, and what follows them.
 
     Raises:
-        PlanError: the model is not the one that the plan was made for.
         SurgeryError: a gradient or an optimizer's state cannot be shrunk.
     """
     check_state(optimizers)
-    for binding in bindings:
-        binding.check()
-    plan = bindings[0].plan
     smaller = np.flatnonzero((sizes != plan.shapes.sizes).any(1))
-    every = smaller[np.argsort(plan.shapes.ndim[smaller], kind="stable")].tolist()  # what is alike is made in one go
+    ordered = smaller[np.argsort(plan.shapes.ndim[smaller], kind="stable")].tolist()  # what is alike is made in one go
     moves, cut = Moves(), []
     seen: set[int] = set()
-    for binding in bindings:
-        held = list(binding.tensors.values())
-        numbers = [number for number in every if id(held[number]) not in seen]  # a copy may share some
-        tensors = [held[number] for number in numbers]
+    for held in every:
+        numbers = [number for number in ordered if id(held.tensors[number]) not in seen]  # a copy may share some
+        tensors, grads = ([of[number] for number in numbers] for of in (held.tensors, held.grads))
+        data, strides, kinds = ([of[number] for number in numbers] for of in (held.data, *held.seen))
         seen.update(map(id, tensors))
-        some = Cut(tensors, [t.grad for t in tensors])
-        cut.append(some)
-        moves.add(numbers, [t.data for t in tensors], tensors, [None] * len(tensors))
-        _add_grads(moves, plan, numbers, some.grads)
+        cut.append(Cut(tensors, grads))
+        moves.add(numbers, data, strides, kinds, tensors, [None] * len(tensors))
+        _add_grads(moves, plan, numbers, grads)
         for number, tensor in sorted(zip(numbers, tensors, strict=True), key=lambda of: of[0]) if optimizers else ():
             if isinstance(tensor, nn.Parameter):
                 _add_states(moves, plan, number, tensor, kept, optimizers)
-    _add_joints(moves, bindings, seen, optimizers)
+        held.data.clear()  # what is cut is let go of on the way
+        held.grads.clear()
+    _add_joints(moves, plan, every, seen, optimizers)
     return moves, cut
 
 
@@ -240,7 +265,7 @@ def _add_grads(moves: Moves, plan: Plan, numbers: list[int], grads: list[Tensor 
                 raise SurgeryError(
                     f"{plan.tensors[number].name} has a sparse gradient; call zero_grad() before pruning"
                 )
-            moves.add([number], [grad], [grads], [place])
+            moves.add([number], [grad], *Seen.of([grad]), [grads], [place])
 
 
 def _add_states(
@@ -250,19 +275,21 @@ def _add_states(
     for state in state_tensors(optimizers, parameter, tensor.name):
         if state.factored:
             moves.made[len(moves.numbers)] = partial(_gathered, tensor, state, kept)
-        moves.add([number], [state.tensor], *([x] for x in state.slot(parameter)))
+        moves.add([number], [state.tensor], *Seen.of([state.tensor]), *([x] for x in state.slot(parameter)))
 
 
-def _add_joints(moves: Moves, bindings: list[Binding], cut: set[int], optimizers: list[Optimizer]) -> None:
+def _add_joints(
+    moves: Moves, plan: Plan, every: list[Held], cut: set[int], optimizers: list[Optimizer]
+) -> None:
     """The vectors that optimizers keep over all of their parameters, if one is cut, whose ``id`` says so."""
     for joint in joint_states(optimizers):
         if not any(id(parameter) in cut for parameter in joint.parameters):
             continue
-        known = {id(t): number for b in bindings for number, t in enumerate(b.tensors.values())}
-        number = len(bindings[0].plan.tensors) + len(moves.joints)
+        known = {id(t): number for held in every for number, t in enumerate(held.tensors)}
+        number = len(plan.tensors) + len(moves.joints)
         moves.joints.append([Part(known.get(id(p)), tuple(p.shape), numbers_in(p)) for p in joint.parameters])
         for under, state in joint.states:
-            moves.add([number], [state.tensor], *([x] for x in state.slot(under)))
+            moves.add([number], [state.tensor], *Seen.of([state.tensor]), *([x] for x in state.slot(under)))
 
 
 def _gathered(tensor: TensorMap, state: StateTensor, keep: Kept) -> Tensor:

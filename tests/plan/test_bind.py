@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -278,3 +279,44 @@ def test_another_model_is_refused() -> None:
         bind(binding.plan, nn.Linear(2, 2))
     other = copy.deepcopy(model)
     assert bind(binding.plan, other).tensors["stem.weight"] is other.stem.weight
+
+
+# Looking at the model
+
+
+def test_tensors_that_were_remembered_are_looked_at_anew_once_they_differ() -> None:
+    _, binding = small_binding()
+    binding.remember()
+    weight = binding.tensors["inner.weight"]
+    place = list(binding.tensors).index("inner.weight")
+    assert binding.is_current()
+    assert binding.look().strides[place] == weight.stride()
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    assert binding.is_current()
+    assert binding.look().strides[place] == weight.stride()
+    weight.data = weight.data.double()
+    assert binding.look().kinds[place] == (weight.device, torch.float64)
+    weight.data = weight.data[:-1]
+    assert not binding.is_true
+
+
+def replaced(model: Small) -> None:
+    model.inner.weight = nn.Parameter(model.inner.weight.detach().clone())
+
+
+def renamed(model: Small) -> None:
+    model.add_module("other", model._modules.pop("inner"))
+
+
+def added(model: Small) -> None:
+    model.add_module("other", nn.ReLU())
+
+
+@pytest.mark.parametrize("change", [replaced, renamed, added])
+def test_a_model_with_other_parts_is_not_the_one_that_was_bound(change: Callable[[Small], None]) -> None:
+    model, binding = small_binding()
+    assert binding.is_current()
+    change(model)
+    assert not binding.is_current()
+    with pytest.raises(PlanError, match="were replaced"):
+        binding.check()

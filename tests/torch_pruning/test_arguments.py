@@ -14,6 +14,7 @@ from torch import nn
 import pat_fast.torch_pruning as tp
 from pat_fast import ConfigError, PatError, PlanError
 from tests.helpers import Small, small_inputs
+from tests.torch_pruning import nets
 
 STRANGER = nn.Linear(3, 3)
 
@@ -194,3 +195,26 @@ def test_steps_after_the_last_do_nothing() -> None:
     with pytest.warns(UserWarning, match="exceed the maximum iterative steps"):
         pruner.step()
     assert model.inner.out_channels == 8
+
+
+class Halving(tp.importance.MagnitudeImportance):
+    """Gives the first layer other weights before it scores: what a prune cuts is what stands there then."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def score(self, binding: Any, order: Any = None) -> Any:
+        self.layer.weight.data = self.layer.weight.data / 2
+        return super().score(binding, order)
+
+
+def test_an_importance_of_the_users_own_may_change_the_model_while_it_scores() -> None:
+    changed, model = nets.Net(), nets.Net()
+    model.load_state_dict(changed.state_dict())
+    with torch.no_grad():
+        model.conv1.weight /= 2
+    nets.make(tp, changed, importance=Halving(changed.conv1)).step()
+    nets.make(tp, model).step()
+    assert changed.conv1.out_channels == 8
+    assert torch.equal(changed.conv1.weight, model.conv1.weight)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner as MetaPruner
 
 from ...plan import Plan
@@ -16,8 +16,8 @@ from .._groups import member_order
 from . import layerwise
 from .graph import LiveGraph
 from .planned import Planned, Standing, unit_means
-from .ranking import Candidate, choose, choose_heads, head_counts
-from .scoring import depends_on_order, scores_plans
+from .ranking import Candidate, Scores, choose, choose_heads, head_counts
+from .scoring import depends_on_order, only_reads, scores_plans
 from .shaping import Attention
 from .state import Engine
 
@@ -70,8 +70,6 @@ class Deciding:
 
     def _decide(self) -> tuple[list[Planned], list[Any]]:
         """Groups of the plan with something to remove, and ready groups of layers that no plan expresses."""
-        engine = self.engine
-        engine.current()
         planned = self._planned()
         loose = self._loose()
         choose(
@@ -93,14 +91,14 @@ class Deciding:
             planned = sorted(planned, key=lambda p: order[p.candidate.scope])
         return [p for p in planned if p.any_goes(self.prune_head_dims)], ready
 
-    def _scores(self) -> Tensor:
-        """Importance of every channel of the plan ``[N]`` on the CPU; NaN where there is none."""
+    def _scores(self) -> Scores:
+        """Importance of every channel of the plan ``[N]``; NaN where there is none."""
         binding = self.engine.binding
         if self._estimates_by_itself() and scores_plans(self.importance):
             if depends_on_order(self.importance):
                 groups = (self.DG.maker.whole(n) for n in range(len(binding.plan.groups)) if self._is_open(n))
-                return self.importance.score(binding, member_order(binding, groups)).detach().cpu()
-            return self.importance.score(binding).detach().cpu()
+                return self.importance.score(binding, member_order(binding, groups)).numpy(force=True)
+            return self.importance.score(binding).numpy(force=True)
         found = torch.full((binding.plan.n_channels,), torch.nan)
         for number in range(len(binding.plan.groups)):
             if self._is_open(number):
@@ -108,16 +106,21 @@ class Deciding:
                     scores = self.estimate_importance(group)
                     if scores is not None:
                         found[torch.from_numpy(channels)] = scores.detach().cpu().to(found.dtype)
-        return found
+        return found.numpy()
 
     def _estimates_by_itself(self) -> bool:
         """Whether the user's class has no :meth:`estimate_importance` of its own."""
         return type(self).estimate_importance is MetaPruner.estimate_importance
 
+    def _only_reads(self) -> bool:
+        """Whether deciding what goes runs no code of the user's, which might change the model."""
+        ours = self._estimates_by_itself() and only_reads(self.importance)
+        return ours and not layerwise.any_foreign(self.DG)
+
     def _planned(self) -> list[Planned]:
-        values = self._scores().numpy()
+        values = self._scores()
         born = self.engine.born
-        some = bool(np.isnan(values.sum()))
+        some = math.isnan(values.sum())
         unknown = np.isnan(values) if some else np.zeros(0, dtype=np.bool_)
         step_ratio = self.per_step_pruning_ratio[self.current_step]
         found = []

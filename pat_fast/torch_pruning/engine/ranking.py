@@ -81,7 +81,7 @@ def choose(candidates: Sequence[Candidate], initial: dict[str, int], round_to: i
 
 def _count(gone: BoolArray, bounds: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many of each candidate's units are ``gone``."""
-    return np.diff(np.searchsorted(np.flatnonzero(gone), bounds))
+    return np.add.reduceat(gone, bounds[:-1], dtype=np.int64)  # each has some
 
 
 def _taken(

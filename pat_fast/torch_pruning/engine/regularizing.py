@@ -22,7 +22,7 @@ class Scores:
 
     def score(self, binding: Binding) -> Tensor:
         """The scores of the pruner's plan, whose binding this is: ``[N]``; NaN for what it may not prune."""
-        return self.pruner._scores().to(binding.device)
+        return torch.from_numpy(self.pruner._scores()).to(binding.device)
 
 
 def open_channels(pruner: BasePruner) -> Tensor:

@@ -22,6 +22,11 @@ def scores_plans(importance: Any) -> bool:
     return not any(name in vars(cls) for cls in theirs for name in _OF_GROUPS)
 
 
+def only_reads(importance: Any) -> bool:
+    """Whether scores are this package's own, which change nothing."""
+    return type(importance).__module__.startswith(_OURS)
+
+
 def depends_on_order(importance: Any) -> bool:
     """Whether it matters in which order a group's members come: ``score(binding, order)`` takes it then."""
     reduction = getattr(importance, "group_reduction", None)

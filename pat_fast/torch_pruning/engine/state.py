@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import gt
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,12 @@ from ...discovery import Discovery
 from ...errors import PlanError
 from ...plan import Binding, Plan
 from ...plan.types import BoolArray, IndexArray
-from ...surgery import Smaller, prepare, prune_checked
+from ...surgery import Held, Smaller, prepare, prune_checked
 from ...surgery.journal import ROOM
 from .axes import Axes
 from .shaping import Spec, lower
 
+Ahead = tuple[Held, list[Optimizer]]  # what a prune needs to know of the model and of what trains it
 Listener = Callable[[Plan, BoolArray], None]  # the plan before a prune, and which channels stay
 
 
@@ -132,10 +136,23 @@ class Engine:
         place[place == len(self.born)] = 0
         return place[self.born[place] == born] if len(self.born) else place[:0]
 
-    def prune(self, keep: BoolArray) -> None:
-        """Remove the channels ``~keep``; see :func:`pat_fast.surgery.prune`."""
+    def look_ahead(self) -> Ahead:
+        """What a prune needs of the model as it is.
+
+        To be called after :meth:`current`, before the weights are read: what was looked at there is in the caches.
+        """
+        optimizers = self.optimizers()  # first: it counts who refers to a parameter
+        return Held.of(self.binding), optimizers
+
+    def prune(self, keep: BoolArray, ahead: Ahead | None = None) -> None:
+        """Remove the channels ``~keep``; see :func:`pat_fast.surgery.prune`.
+
+        ``ahead`` is what :meth:`look_ahead` has found, if nothing has changed the model since.
+        """
         plan = self.plan
-        self._smaller = prune_checked(self.binding, plan.check_keep(keep), self.optimizers(), room=ROOM)
+        kept = plan.check_keep(keep)
+        held, optimizers = ahead or (None, self.optimizers())
+        self._smaller = prune_checked(self.binding, kept, optimizers, room=ROOM, held=held)
         self.pruned += 1
         for listener in self.listeners:
             listener(plan, keep)
@@ -152,29 +169,32 @@ class Engine:
 
     def _is_held_elsewhere(self) -> bool:
         """Whether anything but its module and the binding refers to a parameter, as an optimizer would."""
-        # No loop variables here: they would be references, too.
         held, expected = self.references()
-        probe = {"": nn.Parameter()}
-        base = next(sys.getrefcount(p) for p in probe.values()) - 1
-        return any(
-            p is not None and sys.getrefcount(p) > base + expected[id(p)]
-            for parameters in held
-            for p in parameters.values()
-        )
+        counts = _reference_counts(held)
+        return len(counts) != len(expected) or any(map(gt, counts, expected))
 
-    def references(self) -> tuple[list[Any], Counter[int]]:
-        """The dicts that hold the model's parameters; how often these, the binding and its tables refer to each."""
+    def references(self) -> tuple[list[Any], list[float]]:
+        """The dicts that hold the model's parameters; how often each is referred to if only by them, the binding and
+        its tables.
+        """
         binding = self.binding
         known = binding.derived.get("references")
         tables = list(binding._cache.values())
         if known is None or [id(t) for t in known[0]] != [id(t) for t in tables]:
             held = [m._parameters for m in {id(m): m for m in binding.modules.values()}.values() if m._parameters]
-            expected = Counter(id(p) for parameters in held for p in parameters.values())
-            expected.update(id(t) for t in binding.tensors.values())
-            expected.update(id(t) for _, _, t in binding.places)
-            expected.update(id(t) for made in tables for tiles in made for t in tiles.tensors)
+            of = Counter(id(p) for parameters in held for p in parameters.values())
+            of.update(map(id, binding.tensors.values()))
+            of.update(map(id, binding.places.tensors))
+            of.update(id(t) for made in tables for tiles in made for t in tiles.tensors)
+            (base,) = _reference_counts([{"": nn.Parameter()}])
+            expected = [math.inf if p is None else base - 1 + of[id(p)] for at in held for p in at.values()]
             known = binding.derived["references"] = (tables, held, expected)
         return known[1], known[2]
+
+
+def _reference_counts(held: Iterable[dict[str, Any]]) -> list[int]:
+    """How often each entry is referred to; none by a name here, which would be a reference, too."""
+    return [*map(sys.getrefcount, chain.from_iterable(map(dict.values, held)))]
 
 
 def leave_alone(plan: Plan, members: frozenset[tuple[str, int]]) -> Plan:

@@ -211,8 +211,10 @@ class BasePruner(Deciding, _Original):
     def _prune_all(self) -> None:
         if self._exceeded():
             return
-        planned, loose = self._decide()
         engine = self.engine
+        engine.current()
+        ahead = engine.look_ahead() if self._only_reads() else None
+        planned, loose = self._decide()
         plan = engine.plan
         keep = np.ones(plan.n_channels, dtype=np.bool_)
         prunes = []
@@ -227,9 +229,9 @@ class BasePruner(Deciding, _Original):
                 self.importance.adjust_fisher(self.DG.maker.whole(stands.number), np.flatnonzero(mask).tolist())
         if planned:
             try:
-                engine.prune(keep)
+                engine.prune(keep, ahead)
             except PlanError:  # an axis that several groups share in part would be left empty
-                engine.prune(self._spared(keep, planned))
+                engine.prune(self._spared(keep, planned), ahead)
         self.DG.note(Noted(prunes, plan.n_channels))
         for group in loose:
             group.prune()
@@ -247,6 +249,7 @@ class BasePruner(Deciding, _Original):
     def _yield_groups(self) -> Iterator[Any]:
         if self._exceeded():
             return
+        self.engine.current()
         with torch.no_grad():
             planned, loose = self._decide()
         maker, engine = self.DG.maker, self.engine
