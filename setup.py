@@ -47,7 +47,7 @@ void probe(std::vector<float>& x) { kernel<<<1, 1>>>(x.data()); }
 """
 CUDA_ARCHS = "80 90"
 CUDA_HOST = [f"csrc/cuda/{name}.cpp" for name in ("bindings", "work")]
-CUDA_DEVICE = [f"csrc/cuda/{name}.cu" for name in ("reduce", "update", "compact", "device")]
+CUDA_DEVICE = [f"csrc/cuda/{name}.cu" for name in ("reduce", "groups", "update", "compact", "device")]
 ENGINE = ["csrc/bindings.cpp"] + [f"csrc/cpu/{name}.cpp" for name in ("engine", "groups", "compact", "plan", "isa")]
 
 

@@ -33,6 +33,57 @@ PAT_BOTH int64_t place_of(const Work& w, int64_t j) {
 template <class T>
 constexpr int kPositionsOf = positions_per_thread(sizeof(T));
 
+// Unsigned bits of so many bytes.
+template <int kBytes>
+struct bits;
+#ifdef __CUDA_ARCH__
+template <>
+struct bits<16> {
+  using type = uint4;
+};
+template <>
+struct bits<8> {
+  using type = unsigned long long;
+};
+template <>
+struct bits<4> {
+  using type = unsigned int;
+};
+template <>
+struct bits<2> {
+  using type = unsigned short;
+};
+template <>
+struct bits<1> {
+  using type = unsigned char;
+};
+#endif
+
+// Reads and writes of tensors say that these are global memory: their addresses come as numbers, which tells the
+// compiler nothing, and access to what may be anywhere takes longer.
+template <class V>
+PAT_BOTH V fetch(const V* from) {
+#ifdef __CUDA_ARCH__
+  const auto found = __ldca(reinterpret_cast<const typename bits<sizeof(V)>::type*>(from));
+  V value;
+  memcpy(&value, &found, sizeof(V));
+  return value;
+#else
+  return *from;
+#endif
+}
+
+template <class V>
+PAT_BOTH void put_at(V* to, const V& value) {
+#ifdef __CUDA_ARCH__
+  typename bits<sizeof(V)>::type found;
+  memcpy(&found, &value, sizeof(V));
+  __stwb(reinterpret_cast<decltype(found)*>(to), found);
+#else
+  *to = value;
+#endif
+}
+
 // The positions of one thread: neighbours that are moved as one word when `kWhole`, else as many,
 // `across` apart, so that a warp's loads are neighbours.
 template <class T, bool kWhole>
@@ -63,21 +114,21 @@ struct Lane {
   // The word at `row`, or the elements at row + place[i].
   PAT_BOTH void read(const T* row, const int64_t* place, Word& to) const {
     if constexpr (kWhole) {
-      if (count > 0) to = *reinterpret_cast<const Word*>(row + place[0]);
+      if (count > 0) to = fetch(reinterpret_cast<const Word*>(row + place[0]));
     } else {
 #pragma unroll
       for (int i = 0; i < kPositions; ++i)
-        if (i < count) to.v[i] = row[place[i]];
+        if (i < count) to.v[i] = fetch(row + place[i]);
     }
   }
 
   PAT_BOTH void write(T* row, const int64_t* place, const Word& from) const {
     if constexpr (kWhole) {
-      if (count > 0) *reinterpret_cast<Word*>(row + place[0]) = from;
+      if (count > 0) put_at(reinterpret_cast<Word*>(row + place[0]), from);
     } else {
 #pragma unroll
       for (int i = 0; i < kPositions; ++i)
-        if (i < count) row[place[i]] = from.v[i];
+        if (i < count) put_at(row + place[i], from.v[i]);
     }
   }
 };
@@ -112,36 +163,38 @@ struct Positions : Lane<T, kWhole> {
   }
 };
 
-// Sums of one thread. Those over rows stay in `sums`; those over positions go to emit(row, sum), which
-// all threads of a block call equally often, with row >= w.rows past the end.
+// Sums of one thread. Those over rows stay in `sums`; those over positions go, for a batch of rows, to
+// emit(first row, rows between, sums), which all threads of a block call equally often, past the end of the rows too.
 template <Kind kKind, class T, bool kWhole, class Emit>
 PAT_BOTH void accumulate(const Work& w, const Positions<T, kWhole>& at, const T* x, const T* y, Func f,
                          accumulator_t<T> p, accumulator_t<T>* sums, const Emit& emit) {
   using A = accumulator_t<T>;
   // `pow` inlined once for each of several rows would make the code several times as long.
   constexpr int batch = kKind == kPowers ? 1 : at.kBatch;
-  for (int64_t start = 0; start < w.rows; start += batch * at.rows_at_once) {
+  const int rows = static_cast<int>(w.rows), step = at.rows_at_once;
+  const int64_t apart = step * w.row_stride;
+  for (int start = at.y; start < rows + at.y; start += batch * step) {
+    // What is not read stays 0 and adds nothing, but to powers: 0^0 is 1.
     typename Lane<T, kWhole>::Word xs[batch] = {}, ys[batch] = {};
+    const int64_t first = start * w.row_stride;
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
-      const int64_t r = start + b * at.rows_at_once + at.y;
-      if (r >= w.rows) continue;
-      at.read(x + r * w.row_stride, at.place, xs[b]);
-      if (kKind == kProducts) at.read(y + r * w.row_stride, at.place, ys[b]);
+      if (start + b * step >= rows) continue;
+      at.read(x + first + b * apart, at.place, xs[b]);
+      if (kKind == kProducts) at.read(y + first + b * apart, at.place, ys[b]);
     }
+    A row_sums[batch] = {};
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
-      const int64_t r = start + b * at.rows_at_once + at.y;
-      A sum = 0;
 #pragma unroll
       for (int i = 0; i < at.kPositions; ++i) {
-        if (!at.has(i) || r >= w.rows) continue;
+        if (kKind == kPowers && (!at.has(i) || start + b * step >= rows)) continue;
         const A term = value<kKind, A>(f, load(xs[b].v[i]), load(ys[b].v[i]), p);
         sums[i] += term;
-        sum += term;
+        row_sums[b] += term;
       }
-      if (w.row_to != kNowhere) emit(r, sum);
     }
+    if (w.row_to != kNowhere) emit(start, step, row_sums);
   }
 }
 
@@ -202,6 +255,60 @@ PAT_BOTH void gather_finish(const Gather& g, const A* parts, int slot, A* out) {
   A sum = 0;
   for (int part = 0; part < kThreads / kGatherSlots; ++part) sum += parts[part * kGatherSlots + slot];
   out[g.to + slot] = sum;
+}
+
+// The sum over the slots of a channel, in their order.
+template <class A>
+PAT_BOTH A channel_total(const Groups& g, const A* slots, int64_t channel) {
+  A sum = 0;
+  const int32_t last = g.starts[channel + 1];
+#pragma unroll 4
+  for (int32_t i = g.starts[channel]; i < last; ++i) sum += slots[g.slots[i]];
+  return sum;
+}
+
+// What the threads of a group's block find out about its totals: their sum, and the extremes of their roots.
+template <class A>
+struct Extent {
+  double sum;
+  A low, high;
+
+  PAT_BOTH Extent(const Groups& g, int64_t group, const A* totals, int thread) : sum(0), low(INFINITY), high(0) {
+    for (int64_t c = g.firsts[group] + thread; c < g.firsts[group + 1]; c += kThreads) {
+      const A root = std::sqrt(totals[c]);
+      sum += totals[c];
+      low = root < low ? root : low;
+      high = root > high ? root : high;
+    }
+  }
+  PAT_BOTH Extent() {}
+
+  PAT_BOTH void merge(const Extent& other) {
+    sum += other.sum;
+    low = other.low < low ? other.low : low;
+    high = other.high > high ? other.high : high;
+  }
+};
+
+template <class A>
+PAT_BOTH void divide(const Groups& g, int64_t group, const Extent<A>& all, A least, A* totals, int thread) {
+  const int64_t first = g.firsts[group], last = g.firsts[group + 1];
+  const A mean = static_cast<A>(all.sum / static_cast<double>(last - first)),
+          by = mean < least ? least : mean;  // NaN stays
+  for (int64_t c = first + thread; c < last; c += kThreads) totals[c] /= by;
+}
+
+template <class A>
+PAT_BOTH void weigh(const Groups& g, int64_t group, const Extent<A>& all, A least, A exponent, A strength,
+                    const uint8_t* where, A* values, int thread) {
+  // Totals are not negative: a NaN among them is one in the sum, an infinity the highest.
+  const bool finite = all.sum == all.sum && all.high < A(INFINITY);
+  const A span = all.high - all.low, per_span = A(1) / (span < least ? least : span);
+  for (int64_t c = g.firsts[group] + thread; c < g.firsts[group + 1]; c += kThreads) {
+    const A place = (all.high - std::sqrt(values[c])) * per_span;
+    const A gamma = strength * std::exp2(exponent * (place < A(1) ? place : A(1)));
+    values[c] = finite && (where == nullptr || where[c] != 0) ? gamma : A(0);
+  }
 }
 
 // A thread's entries of a vector over slots: for its columns, and for rows as they come.

@@ -6,27 +6,25 @@
 namespace pat::cuda {
 namespace {
 
-// Pointers travel as kernel parameters: captured by value in a graph, no host memory to keep, no copy to
-// wait for. Kernel parameters may take 4 KB, or 32 KB since CUDA 12.1.
-template <int kMost>
-struct Pointers {
-  uintptr_t of[kMost];
-};
-constexpr int kFew = 480, kMany = 4000;
+// Addresses that are too many for the parameters of a kernel come as those of kernels before it: captured by value in
+// a graph, no host memory to keep, no copy to wait for. Since CUDA 12.1 parameters may take 32 KB.
+constexpr int kMany = CUDART_VERSION < 12010 ? kFew : 4000;
 
-template <int kMost>
-__global__ void upload(const __grid_constant__ Pointers<kMost> pointers, int n, uintptr_t* table) {
+struct Pointers {
+  uintptr_t of[kMany];
+};
+
+__global__ void upload(const __grid_constant__ Pointers pointers, int n, uintptr_t* table) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) table[i] = pointers.of[i];
 }
 
-template <int kMost>
 void upload_all(const Call& call, cudaStream_t stream) {
   const int64_t n = static_cast<int64_t>(call.pointers.size());
-  for (int64_t at = 0; at < n; at += kMost) {
-    Pointers<kMost> pointers;
-    const int here = static_cast<int>(std::min<int64_t>(kMost, n - at));
+  for (int64_t at = 0; at < n; at += kMany) {
+    Pointers pointers;
+    const int here = static_cast<int>(std::min<int64_t>(kMany, n - at));
     std::copy_n(call.pointers.begin() + at, here, pointers.of);
-    upload<<<1, 256, 0, stream>>>(pointers, here, call.table + at);
+    upload<<<1, kThreads, 0, stream>>>(pointers, here, call.table + at);
   }
 }
 
@@ -41,8 +39,14 @@ void check(cudaError_t status, const char* what) {
 Running::Running(const Call& call) : call_(call), stream_(static_cast<cudaStream_t>(call.stream)) {
   check(cudaGetDevice(&before_), "cudaGetDevice");
   if (before_ != call.device) check(cudaSetDevice(call.device), "cudaSetDevice");
-  if (call.pointers.size() <= kFew || CUDART_VERSION < 12010) upload_all<kFew>(call, stream_);
-  else upload_all<kMany>(call, stream_);
+  lists_.tensors = static_cast<int>(call.tensors);
+  lists_.many = nullptr;
+  if (call.pointers.size() <= kFew) {
+    std::copy(call.pointers.begin(), call.pointers.end(), lists_.few);
+  } else {
+    upload_all(call, stream_);
+    lists_.many = call.table;
+  }
 }
 
 Running::~Running() {

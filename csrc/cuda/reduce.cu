@@ -4,34 +4,48 @@
 namespace pat::cuda {
 namespace {
 
-// Adds up the threads of a warp that share a row; the first of them keeps the sum.
+// Adds up the threads of a warp that share a row; the first of them keeps the sums.
 template <class A>
 struct WarpSum {
   A* row_sums;
-  int64_t rows;
-  int across;
+  int rows, across;
 
-  __device__ void operator()(int64_t r, A sum) const {
+  template <int n>
+  __device__ void operator()(int first, int step, A (&sums)[n]) const {
     const int width = across < kWarp ? across : kWarp, thread = threadIdx.x;
-    for (int o = width / 2; o > 0; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-    if ((thread & (width - 1)) == 0 && r < rows) row_sums[(thread & (across - 1)) / kWarp * rows + r] = sum;
+    if (width == kWarp) {  // one after the other in steps: the shuffles of several rows are under way at once
+#pragma unroll
+      for (int o = kWarp / 2; o > 0; o /= 2) add(sums, o);
+    } else {
+      for (int o = width / 2; o > 0; o /= 2) add(sums, o);
+    }
+    if ((thread & (width - 1)) != 0) return;
+    A* to = row_sums + (thread & (across - 1)) / kWarp * rows;
+#pragma unroll
+    for (int b = 0; b < n; ++b)
+      if (first + b * step < rows) to[first + b * step] = sums[b];
+  }
+
+  template <int n>
+  __device__ static void add(A (&sums)[n], int apart) {
+#pragma unroll
+    for (int b = 0; b < n; ++b) sums[b] += __shfl_xor_sync(0xffffffffu, sums[b], apart);
   }
 };
 
 template <Kind kKind, class T>
-__global__ void __launch_bounds__(kThreads)
-    reduce_kernel(const Work* __restrict__ works, const T* const* __restrict__ xs, const T* const* __restrict__ ys,
-                  Func f, accumulator_t<T> p, accumulator_t<T>* __restrict__ out,
-                  accumulator_t<T>* __restrict__ workspace) {
+__global__ void __launch_bounds__(kThreads, kReduceBlocks)
+    reduce_kernel(const __grid_constant__ Lists lists, const Work* __restrict__ works, Func f, accumulator_t<T> p,
+                  accumulator_t<T>* __restrict__ out, accumulator_t<T>* __restrict__ workspace) {
   using A = accumulator_t<T>;
   __shared__ A row_sums[kRowSums];
   __shared__ A col_sums[kThreads * kPositionsOf<T>];
   const Work w = works[blockIdx.x];
   if (w.row_to == kNowhere && w.col_to == kNowhere) return;
-  const T* x = xs[w.tensor] + w.offset;
-  const T* y = kKind == kProducts ? ys[w.tensor] + w.offset : nullptr;
+  const T* x = lists.at<const T>(0, w.tensor) + w.offset;
+  const T* y = kKind == kProducts ? lists.at<const T>(1, w.tensor) + w.offset : nullptr;
   const int thread = threadIdx.x;
-  const WarpSum<A> emit{row_sums, w.rows, w.row.across};
+  const WarpSum<A> emit{row_sums, static_cast<int>(w.rows), w.row.across};
   if (is_whole(w, x, y)) first_pass<kKind, true>(w, x, y, f, p, thread, col_sums, emit);
   else first_pass<kKind, false>(w, x, y, f, p, thread, col_sums, emit);
   __syncthreads();
@@ -60,13 +74,10 @@ void reduce(const Call& call, const Work* works, int64_t n_works, const Gather* 
     using T = decltype(zero);
     using A = accumulator_t<T>;
     A *sums = static_cast<A*>(out), *partial = static_cast<A*>(workspace);
-    const auto launch = [&](auto kernel) {
-      kernel<<<blocks, kThreads, 0, running.stream()>>>(works, running.list<const T>(0), running.list<const T>(1), f,
-                                                        static_cast<A>(p), sums, partial);
-    };
-    if (kind_of(f) == kPlain) launch(reduce_kernel<kPlain, T>);
-    else if (kind_of(f) == kPowers) launch(reduce_kernel<kPowers, T>);
-    else launch(reduce_kernel<kProducts, T>);
+    with_kind(kind_of(f), [&](auto kind) {
+      reduce_kernel<kind.value, T>
+          <<<blocks, kThreads, 0, running.stream()>>>(running.lists(), works, f, static_cast<A>(p), sums, partial);
+    });
     if (n_gathers > 0)
       gather_kernel<A><<<static_cast<unsigned>(n_gathers), kThreads, 0, running.stream()>>>(gathers, partial, sums);
   });

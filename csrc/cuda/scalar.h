@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../cpu/kernels.h"
 
@@ -103,21 +104,35 @@ PAT_BOTH void store(f16& to, float x) {
 #endif
 }
 
-// What is summed: one kernel for each kind, because telling them apart is cheap and `pow` is not.
-enum Kind { kPlain, kPowers, kProducts };
+// What is summed: one kernel for each kind. Telling products apart is cheap beside reading two tensors; the usual sums
+// of one would be bound by it, and `pow` is long.
+enum Kind { kSizes, kSquares, kPowers, kProducts };
 
-constexpr Kind kind_of(Func f) { return f == kPower ? kPowers : f < kPower ? kPlain : kProducts; }
+constexpr Kind kind_of(Func f) {
+  return f == kAbs ? kSizes : f == kSquare ? kSquares : f == kPower ? kPowers : kProducts;
+}
 
 template <Kind kKind, class A>
 PAT_BOTH A value(Func f, A x, A y, A p) {
-  if constexpr (kKind == kPlain) {
-    return f == kAbs ? std::fabs(x) : x * x;
+  if constexpr (kKind == kSizes) {
+    return std::fabs(x);
+  } else if constexpr (kKind == kSquares) {
+    return x * x;
   } else if constexpr (kKind == kPowers) {
     return std::pow(std::fabs(x), p);
   } else {
     const A xy = x * y;
     return f == kSqMul ? x * xy : f == kAbsMul ? std::fabs(xy) : xy;
   }
+}
+
+// Calls body with the constant that a kind is.
+template <class Body>
+void with_kind(Kind kind, const Body& body) {
+  if (kind == kSizes) body(std::integral_constant<Kind, kSizes>{});
+  else if (kind == kSquares) body(std::integral_constant<Kind, kSquares>{});
+  else if (kind == kPowers) body(std::integral_constant<Kind, kPowers>{});
+  else body(std::integral_constant<Kind, kProducts>{});
 }
 
 // Calls body(T{}) with the element type that a code stands for.

@@ -5,18 +5,21 @@ namespace pat::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    axpy_kernel(const Work* __restrict__ works, T* const* __restrict__ ys, const T* const* __restrict__ xs,
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks)
+    axpy_kernel(const __grid_constant__ Lists lists, const Work* __restrict__ works,
                 const accumulator_t<T>* __restrict__ coef) {
   const Work w = works[blockIdx.x];
-  axpy_block(w, ys[w.tensor] + w.offset, xs[w.tensor] + w.offset, coef, static_cast<int>(threadIdx.x));
+  T* y = lists.at<T>(1, w.tensor);
+  if (y == nullptr) return;
+  axpy_block(w, y + w.offset, lists.at<const T>(0, w.tensor) + w.offset, coef, static_cast<int>(threadIdx.x));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) scale_kernel(const Work* __restrict__ works, T* const* __restrict__ xs,
-                                                         const accumulator_t<T>* __restrict__ scale) {
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks)
+    scale_kernel(const __grid_constant__ Lists lists, const Work* __restrict__ works,
+                 const accumulator_t<T>* __restrict__ scale) {
   const Work w = works[blockIdx.x];
-  scale_block(w, xs[w.tensor] + w.offset, scale, static_cast<int>(threadIdx.x));
+  scale_block(w, lists.at<T>(0, w.tensor) + w.offset, scale, static_cast<int>(threadIdx.x));
 }
 
 }  // namespace
@@ -27,7 +30,7 @@ void axpy(const Call& call, const Work* works, int64_t n_works, DType dtype, con
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     axpy_kernel<T><<<static_cast<unsigned>(n_works), kThreads, 0, running.stream()>>>(
-        works, running.list<T>(0), running.list<const T>(1), static_cast<const accumulator_t<T>*>(coef));
+        running.lists(), works, static_cast<const accumulator_t<T>*>(coef));
   });
   check(cudaGetLastError(), "channel_axpy_");
 }
@@ -38,7 +41,7 @@ void scale(const Call& call, const Work* works, int64_t n_works, DType dtype, co
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     scale_kernel<T><<<static_cast<unsigned>(n_works), kThreads, 0, running.stream()>>>(
-        works, running.list<T>(0), static_cast<const accumulator_t<T>*>(scale));
+        running.lists(), works, static_cast<const accumulator_t<T>*>(scale));
   });
   check(cudaGetLastError(), "channel_scale_");
 }

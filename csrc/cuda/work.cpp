@@ -6,7 +6,7 @@ namespace pat::cuda {
 namespace {
 
 constexpr int64_t kTargetBlocks = 4096;
-constexpr int64_t kMinBlockBytes = 16 * 1024;
+constexpr int64_t kMinBlockBytes = 32 * 1024;
 constexpr int64_t kMaxBlockBytes = 128 * 1024;
 // A lone column with a short kernel is a vector: read along the rows, not across.
 constexpr int64_t kShortKernel = 64;

@@ -13,7 +13,7 @@
 
 namespace pat::cuda {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kWarp = 32;
 // Row sums that a block keeps in shared memory.
 constexpr int kRowSums = 1024;
@@ -61,6 +61,15 @@ struct Move {
   int64_t to_tensor, to_offset, to_row, to_col, to_kernel;
   int64_t first_row, rows;
   int64_t row_list, col_list;
+};
+
+// Which slots make up a channel, and which channels a group; in device memory.
+struct Groups {
+  const int32_t* starts;   // [channels + 1]: where in `slots` a channel's begin
+  const int32_t* slots;    // of one channel after the other, ascending
+  const int32_t* firsts;   // [groups + 1]: the first channel of each group
+  const int32_t* channel;  // [n_slots]: of each slot; negative: none
+  int64_t channels, groups, n_slots;
 };
 
 struct Plan {

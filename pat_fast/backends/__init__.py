@@ -155,7 +155,7 @@ def _check(backend: Backend, device: str, named: bool) -> str | None:
     if not backend.checked or device in backend.named_devices:
         return None
     selfcheck = importlib.import_module("pat_fast.backends.selfcheck")
-    found: str | None = selfcheck.difference(backend.ops(), torch.device(device))
+    found: str | None = selfcheck.difference({**backend.ops(), **backend.shortcuts()}, torch.device(device))
     if found is not None and named:
         raise BackendError(f"expected {ENV}={backend.name} to agree with the reference on {device}; got: {found}")
     if found is not None:

@@ -95,7 +95,7 @@ def channel_compact(
         )
 
 
-def grouping(runs: Tensor, slots: int, sizes: Tensor, channels: int) -> Any:
+def grouping(runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device) -> Any:
     """What the two calls below know of channels and groups; ``runs`` and ``sizes`` must outlive it."""
     return _C.Grouping(runs.data_ptr(), len(runs), slots, sizes.data_ptr(), len(sizes), channels)
 

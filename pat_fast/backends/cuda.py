@@ -12,11 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pat_fast.backends import kept, native
-from pat_fast.backends.kept import Kept
+from pat_fast.backends.kept import Kept, Upload
+from pat_fast.ops.schema import accumulator
+
+IndexArray = NDArray[np.int64]
 
 _CUDA, _WHY = native.load("pat_fast._CUDA", "CUDA")
 
@@ -49,94 +54,96 @@ def details() -> dict[str, Any]:
 class Blocks:
     """Descriptions of the blocks of one table, on the device that runs them.
 
-    ``memory`` holds them as bytes: ``count`` for the pass over the tensors, then, from ``second`` on,
-    ``second_count`` for the pass over partial sums, of which there are ``workspace``.
+    ``memory`` holds them as bytes, ``of`` says how many; a reduction needs a ``workspace`` of so many entries and
+    leaves a sum in ``named`` slots.
     """
 
-    memory: Tensor
-    stream: int
-    count: int
-    second: int = 0
-    second_count: int = 0
+    memory: Upload
+    of: Any
     workspace: int = 0
+    named: int = 0
 
 
 _made: Kept[Blocks] = Kept()
 # Graphs refer to these by address, whatever becomes of the table.
-_captured: dict[int, Blocks] = {}
+_captured: dict[int, Any] = {}
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+def _upload(data: bytes, device: torch.device) -> Upload:
+    return Upload.of(torch.frombuffer(bytearray(data or bytes(16)), dtype=torch.uint8), device)
 
 
-def _upload(data: bytes, device: torch.device) -> Tensor:
-    # Waits for the copy, once per table: from then on every stream may read it.
-    return torch.frombuffer(bytearray(data or bytes(16)), dtype=torch.uint8).to(device)
-
-
-def _made_of(tables: Sequence[Tensor], like: Tensor, make: Callable[[], Blocks]) -> Blocks:
-    """Return the blocks of tables over tensors like ``like``, ready for the current stream."""
+def _made_of(tables: Sequence[Tensor], like: Tensor, make: Callable[[], Blocks]) -> tuple[Blocks, int]:
+    """Return the blocks of tables over tensors like ``like``, and their address, ready for the current stream."""
     blocks = _made.of(tables, like.device, like.element_size(), make)
     if kept.is_capturing(like.device):
         _captured[id(blocks)] = blocks
-    elif blocks.stream != _stream(like.device):
-        blocks.memory.record_stream(torch.cuda.current_stream(like.device))
-    return blocks
+    return blocks, blocks.memory.here().data_ptr()
 
 
-def _blocks_of(tiles: Tensor, like: Tensor) -> Blocks:
+def _blocks_of(tiles: Tensor, like: Tensor) -> tuple[Blocks, int]:
     def make() -> Blocks:
         works, gathers, workspace = _CUDA.plan(tiles.data_ptr(), len(tiles), like.element_size())
-        count, second_count = len(works) // _CUDA.WORK_BYTES, len(gathers) // _CUDA.GATHER_BYTES
-        memory = _upload(works + gathers, like.device)
-        return Blocks(memory, _stream(like.device), count, len(works), second_count, workspace)
+        of = _CUDA.Blocks(len(works) // _CUDA.WORK_BYTES, len(gathers) // _CUDA.GATHER_BYTES)
+        return Blocks(_upload(works + gathers, like.device), of, workspace, _named(tiles))
 
     return _made_of([tiles], like, make)
 
 
-def _moves_of(tiles: Tensor, out_tiles: Tensor, like: Tensor) -> Blocks:
+def _named(tiles: Tensor) -> int:
+    """How many slots are sums of something."""
+    sides = [(int(t[start]), int(t[size])) for t in tiles.numpy() for start, size in ((8, 2), (9, 3)) if t[2:5].all()]
+    marked = np.zeros(max((at + n for at, n in sides), default=0), np.bool_)
+    for at, n in sides:
+        marked[max(at, 0) : at + n if at >= 0 else 0] = True
+    return int(marked.sum())
+
+
+def _moves_of(tiles: Tensor, out_tiles: Tensor, like: Tensor) -> tuple[Blocks, int]:
     def make() -> Blocks:
         moves = _CUDA.plan_moves(tiles.data_ptr(), out_tiles.data_ptr(), len(tiles), like.element_size())
-        count = len(moves) // _CUDA.MOVE_BYTES
-        return Blocks(_upload(moves, like.device), _stream(like.device), count)
+        return Blocks(_upload(moves, like.device), len(moves) // _CUDA.MOVE_BYTES)
 
     return _made_of([tiles, out_tiles], like, make)
 
 
 class _Call:
-    """Addresses of the tensors of a call, room for them on the device, and where it runs."""
+    """Addresses of a call's tensors, list after list, and where it runs: the current stream of ``device``.
 
-    def __init__(self, *lists: Sequence[Tensor]) -> None:
-        device = lists[0][0].device
-        self.pointers = [t.data_ptr() for tensors in lists for t in tensors]
-        self.room = torch.empty(len(self.pointers), dtype=torch.int64, device=device)
-        self.target = _CUDA.Target(len(lists[0]), self.room.data_ptr(), device.index or 0, _stream(device))
+    Args:
+        tensors: in each list.
+    """
+
+    def __init__(self, device: torch.device, tensors: int = 0, pointers: Sequence[int] = ()) -> None:
+        self.pointers = pointers
+        many = len(pointers) > _CUDA.FEW  # more than go along with a launch
+        self.room = torch.empty(len(pointers), dtype=torch.int64, device=device) if many else None
+        room = 0 if self.room is None else self.room.data_ptr()
+        self.target = _CUDA.Target(tensors, room, device.index or 0, kept.stream_of(device))
+
+    @classmethod
+    def of(cls, *lists: Sequence[Tensor]) -> _Call:
+        """A call with these tensors."""
+        pointers = [address for tensors in lists for address in map(Tensor.data_ptr, tensors)]
+        return cls(lists[0][0].device, len(lists[0]), pointers)
+
+
+def _room(like: Tensor, blocks: Blocks, slots: int, more: int = 0) -> Tensor:
+    """Room for the slots of a reduction, which are 0 where it leaves no sum, and for ``more`` behind them."""
+    empty = torch.empty if blocks.named == slots else torch.zeros
+    return empty(slots + more, dtype=accumulator(like.dtype), device=like.device)
 
 
 def channel_reduce(
     xs: Sequence[Tensor], ys: Sequence[Tensor], tiles: Tensor, slots: int, f: str, p: float
 ) -> Tensor:
     """Return the row and column sums of ``f``: ``[slots]``."""
-    dtype = torch.float64 if xs[0].dtype == torch.float64 else torch.float32
-    out = torch.zeros(slots, dtype=dtype, device=xs[0].device)
-    blocks = _blocks_of(tiles, xs[0])
-    call = _Call(xs, ys)
-    workspace = torch.empty(blocks.workspace, dtype=dtype, device=out.device)
-    start = blocks.memory.data_ptr()
-    _CUDA.reduce(
-        call.pointers,
-        call.target,
-        start,
-        blocks.count,
-        start + blocks.second,
-        blocks.second_count,
-        native.DTYPES[xs[0].dtype],
-        native.function(f, p),
-        p,
-        out.data_ptr(),
-        workspace.data_ptr(),
-    )
+    like, call = xs[0], _Call.of(xs, ys)
+    blocks, start = _blocks_of(tiles, like)
+    out = _room(like, blocks, slots)
+    workspace = out.new_empty(blocks.workspace)
+    dtype, func = native.DTYPES[like.dtype], native.function(f, p)
+    _CUDA.reduce(call.pointers, call.target, start, blocks.of, dtype, func, p, out.data_ptr(), workspace.data_ptr())
     return out
 
 
@@ -144,30 +151,16 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, coe
     """Add ``(coef[row] + coef[col]) * x`` to ``y``."""
     if not ys:
         return
-    blocks, call = _blocks_of(tiles, ys[0]), _Call(ys, xs)
-    _CUDA.axpy(
-        call.pointers,
-        call.target,
-        blocks.memory.data_ptr(),
-        blocks.count,
-        native.DTYPES[ys[0].dtype],
-        coef.data_ptr(),
-    )
+    (blocks, start), call = _blocks_of(tiles, xs[0]), _Call.of(xs, ys)
+    _CUDA.axpy(call.pointers, call.target, start, blocks.of, native.DTYPES[xs[0].dtype], coef.data_ptr())
 
 
 def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
     """Multiply ``x`` by ``scale[row] * scale[col]``; a product of 0 writes 0 even over inf and nan."""
     if not xs:
         return
-    blocks, call = _blocks_of(tiles, xs[0]), _Call(xs)
-    _CUDA.scale(
-        call.pointers,
-        call.target,
-        blocks.memory.data_ptr(),
-        blocks.count,
-        native.DTYPES[xs[0].dtype],
-        scale.data_ptr(),
-    )
+    (blocks, start), call = _blocks_of(tiles, xs[0]), _Call.of(xs)
+    _CUDA.scale(call.pointers, call.target, start, blocks.of, native.DTYPES[xs[0].dtype], scale.data_ptr())
 
 
 def channel_compact(
@@ -176,15 +169,102 @@ def channel_compact(
     """Copy the rows and columns that ``index`` keeps."""
     if not outs or not xs:
         return
-    blocks, call = _moves_of(tiles, out_tiles, xs[0]), _Call(outs, xs)
+    (blocks, start), call = _moves_of(tiles, out_tiles, xs[0]), _Call.of(outs, xs)
     index = index.to(xs[0].device)
-    _CUDA.compact(
+    _CUDA.compact(call.pointers, call.target, start, blocks.of, xs[0].element_size(), index.data_ptr())
+
+
+class Groups:
+    """The slots of each channel and the channels of each group, on the device.
+
+    Args:
+        runs: ``[n, 3]`` int64: a slot, its channel, and for how many slots both go on side by side.
+        sizes: ``[groups]`` int64, channels of each group.
+    """
+
+    def __init__(self, runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device) -> None:
+        self.channels, self.slots = channels, slots
+        parts = _slots_by_channel(runs.numpy(), slots, sizes.numpy(), channels)
+        self._memory = Upload.of(torch.from_numpy(np.concatenate(parts)), device)
+        starts = self._memory.tensor.data_ptr() + 4 * np.cumsum([0, *map(len, parts[:-1])])
+        self._native = _CUDA.Groups(*starts.tolist(), channels, len(sizes), slots)
+
+    def here(self) -> Any:
+        """What kernels on the current stream take."""
+        if kept.is_capturing(self._memory.here().device):
+            _captured[id(self)] = self
+        return self._native
+
+
+def _slots_by_channel(runs: IndexArray, slots: int, sizes: IndexArray, channels: int) -> list[NDArray[np.int32]]:
+    """Where each channel's slots begin, these slots, each group's first channel, each slot's channel."""
+    lengths = runs[:, 2]
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    slot, channel = (np.repeat(runs[:, i], lengths) + within for i in (0, 1))
+    order = np.lexsort((slot, channel))
+    starts = np.searchsorted(channel[order], np.arange(channels + 1))
+    of = np.full(slots, -1)
+    of[slot] = channel
+    return [part.astype(np.int32) for part in (starts, slot[order], np.append(0, np.cumsum(sizes)), of)]
+
+
+def channel_totals(
+    xs: Sequence[Tensor], tiles: Tensor, channels: int, groups: Groups, p: float, divided: bool
+) -> Tensor:
+    """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups."""
+    like, call = xs[0], _Call.of(xs)
+    blocks, start = _blocks_of(tiles, like)
+    slots = _room(like, blocks, groups.slots, blocks.workspace)
+    totals = slots.new_empty(channels)
+    _CUDA.totals(
         call.pointers,
         call.target,
-        blocks.memory.data_ptr(),
-        blocks.count,
-        xs[0].element_size(),
-        index.data_ptr(),
+        start,
+        blocks.of,
+        native.DTYPES[like.dtype],
+        native.function("pow", p),
+        p,
+        groups.here(),
+        divided,
+        totals.data_ptr(),
+        slots.data_ptr(),
+    )
+    return totals
+
+
+def group_push(
+    ys: Sequence[Tensor],
+    places: Sequence[int],
+    xs: Sequence[Tensor],
+    tiles: Tensor,
+    groups: Groups,
+    p: float,
+    alpha: float,
+    strength: float,
+    where: Tensor | None,
+) -> None:
+    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs."""
+    like, to = xs[0], [0] * len(xs)
+    for place, y in zip(places, ys, strict=True):
+        to[place] = y.data_ptr()
+    call = _Call(like.device, len(xs), [*map(Tensor.data_ptr, xs), *to])
+    blocks, start = _blocks_of(tiles, like)
+    slots = _room(like, blocks, groups.slots, blocks.workspace)
+    values = slots.new_empty(groups.channels)
+    _CUDA.push(
+        call.pointers,
+        call.target,
+        start,
+        blocks.of,
+        native.DTYPES[like.dtype],
+        native.function("pow", p),
+        p,
+        groups.here(),
+        alpha,
+        strength,
+        0 if where is None else where.data_ptr(),
+        values.data_ptr(),
+        slots.data_ptr(),
     )
 
 
@@ -194,3 +274,9 @@ OPS = {
     "channel_scale_": channel_scale_,
     "channel_compact": channel_compact,
 }
+SHORTCUTS: dict[str, Callable[..., Any]] = {
+    "grouping": Groups,
+    "channel_totals": channel_totals,
+    "group_push": group_push,
+}
+"""A few launches where the four ops and vectors of PyTorch would take dozens; see :mod:`pat_fast.ops.grouped`."""

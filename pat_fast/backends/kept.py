@@ -7,6 +7,7 @@ table must be there before a capture.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -59,3 +60,39 @@ class Kept(Generic[T]):
             check_not_captured(device, "an op to have run with this tile table")
             made[device, key] = make()
         return made[device, key]
+
+
+def stream_of(device: torch.device) -> int:
+    """The handle of the current stream of a GPU; every call asks for it, and an object for it would cost ten times."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return handle
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A tensor on the device, filled from the host without waiting; on a GPU the stream and the event of the copy."""
+
+    tensor: Tensor
+    stream: int = 0
+    event: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, host: Tensor, device: torch.device) -> Upload:
+        """Bring ``host`` to the device, on its current stream."""
+        if device.type != "cuda":
+            return cls(host.to(device))
+        tensor = (host.pin_memory() if host.numel() else host).to(device, non_blocking=True)
+        stream = torch.cuda.current_stream(device)
+        return cls(tensor, stream.cuda_stream, stream.record_event())
+
+    def here(self) -> Tensor:
+        """The tensor, ready for the current stream.
+
+        A capture may not wait for work outside it and need not: what came before a capture is complete.
+        """
+        device = self.tensor.device
+        if self.event is not None and stream_of(device) != self.stream and not is_capturing(device):
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(self.event)
+            self.tensor.record_stream(stream)
+        return self.tensor

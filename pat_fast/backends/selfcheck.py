@@ -18,7 +18,7 @@ from pat_fast.backends import reference
 from pat_fast.backends.kept import check_not_captured
 from pat_fast.errors import in_a_line
 
-Ops = Mapping[str, Any]  # op name -> function
+Ops = Mapping[str, Any]  # name of an op or shortcut -> function
 
 # R, C, K and strides: a plain weight that fits no vector, channels_last, rows nearer than columns, one that is all
 # vectors and several blocks wide, and a vector.
@@ -109,11 +109,32 @@ def _compact(ops: Ops, case: _Case) -> list[Tensor]:
     return outs
 
 
+def _push(ops: Ops, case: _Case) -> list[Tensor]:
+    """Slots four apart make up a channel; the last three belong to none."""
+    ys, groups, strength, alpha = _clones(case.ys), 2, 0.5, 16.0
+    channels = case.slots // 4 // groups * groups
+    channel = torch.arange(case.slots) % (case.slots // 4)
+    sizes = torch.full((groups,), channels // groups)
+    if "group_push" in ops:
+        of = torch.stack([torch.arange(case.slots), channel, torch.ones_like(channel)], 1)[channel < channels]
+        grouping = ops["grouping"](of, case.slots, sizes, channels, case.values.device)
+        ops["group_push"](ys, range(len(ys)), case.xs, case.tiles, grouping, 2.0, alpha, strength, None)
+        return ys
+    sums = ops["channel_reduce"](case.xs, [], case.tiles, case.slots, "pow", 2.0)
+    channel = channel.clamp_max(channels).to(sums.device)
+    norms = sums.new_zeros(channels + 1).index_add_(0, channel, sums)[:-1].sqrt().reshape(groups, -1)
+    low, high = norms.amin(1, keepdim=True), norms.amax(1, keepdim=True)
+    gamma = torch.nn.functional.pad(strength * alpha ** ((high - norms) / (high - low)).flatten(), (0, 1))
+    ops["channel_axpy_"](ys, case.xs, case.tiles, gamma[channel])
+    return ys
+
+
 STEPS: tuple[tuple[str, Callable[[Ops, _Case], list[Tensor]]], ...] = (
     ("channel_reduce", _reduce),
     ("channel_axpy_", _axpy),
     ("channel_scale_", _scale),
     ("channel_compact", _compact),
+    ("group_push", _push),
 )
 
 

@@ -276,12 +276,13 @@ class Bench:
         return max(QUICK_ROUNDS, self.clock.rounds // 3) if step.slow else self.clock.rounds
 
     def _training(self, row: Row, subject: Subject) -> Row:
-        """The regulariser, beside a training step."""
+        """The regulariser alone, and what it adds to a training step: a GPU may still be busy with the step."""
         own = STEPS["regularize"](subject)
         row = replace(row, traffic=own.traffic).timed(self.clock.compare({"": own.ours})[""], own.moved())
-        step_ms, batch = training_step_ms(subject, self.clock, self.settings.batch)
+        step_ms, with_ms, batch = training_step_ms(subject, self.clock, self.settings.batch)
         assert row.ms is not None
         extra = {"step_ms": step_ms, "batch": float(batch), "share_of_step": row.ms / step_ms}
+        extra["added_share"] = with_ms / step_ms - 1
         return self._told(replace(row, extra=extra))
 
     def _told(self, row: Row) -> Row:

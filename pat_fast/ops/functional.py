@@ -61,7 +61,7 @@ def channel_reduce(
     plain = _check_tensors("xs", xs, table)
     if ys is not None:
         plain = _check_tensors("ys", ys, table, like=xs) and plain
-    run = implementation("channel_reduce", "cpu") if plain else _ops.channel_reduce.default
+    run = implementation("channel_reduce", xs[0].device.type) if plain else _ops.channel_reduce.default
     return run(xs, ys or (), table.table, table.slots, f, float(p))
 
 
@@ -85,7 +85,8 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], table: TileTable, 
     _check_slots("coef", coef, table, ys)
     _check_writable("ys", table)
     _check_apart("ys", ys, xs, coef, table)
-    run = implementation("channel_axpy_", "cpu") if plain and is_plain(coef) else _ops.channel_axpy_.default
+    plain = plain and is_plain(coef)
+    run = implementation("channel_axpy_", ys[0].device.type) if plain else _ops.channel_axpy_.default
     run(ys, xs, table.table, coef)
 
 
@@ -106,7 +107,8 @@ def channel_scale_(xs: Sequence[Tensor], table: TileTable, scale: Tensor) -> Non
     _check_slots("scale", scale, table, xs)
     _check_writable("xs", table)
     _check_apart("xs", xs, (), scale, table)
-    run = implementation("channel_scale_", "cpu") if plain and is_plain(scale) else _ops.channel_scale_.default
+    plain = plain and is_plain(scale)
+    run = implementation("channel_scale_", xs[0].device.type) if plain else _ops.channel_scale_.default
     run(xs, table.table, scale)
 
 
@@ -160,7 +162,7 @@ def _check_tensors(
 ) -> bool:
     """Compare a tensor list with the layouts of ``table``.
 
-    Returns whether these are plain tensors on the CPU that nothing else wants to see: the dispatcher, which takes as
+    Returns whether these are plain tensors, and some, that nothing else wants to see: the dispatcher, which takes as
     long as it takes to look at them, would lead to the kernel and nowhere else.
     """
     if len(xs) != table.n_tensors:

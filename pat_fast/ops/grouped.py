@@ -2,7 +2,7 @@
 
 What they do can be done with the four ops and vectors of PyTorch, and is, where a shortcut is missing: then they say
 so, and their callers go the long way. Which way is taken depends on the tensors and on who watches, not on what was
-called before. Sums and scores are the same to the last bit on both.
+called before. On the CPU sums and scores are the same to the last bit on both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pat_fast.backends import shortcut
+from pat_fast.backends import DEVICES, shortcut
 from pat_fast.ops.functional import _check_apart, _check_tensors, _check_writable, _fail
 from pat_fast.ops.known import is_plain, is_watched
 from pat_fast.ops.memory import clash
@@ -23,7 +23,7 @@ from pat_fast.ops.tiles import COL, ROW, TileTable
 
 
 class Grouping:
-    """Which slots make up a channel, and which channels a group; on the CPU.
+    """Which slots make up a channel, and which channels a group; on the CPU, for tensors on ``device``.
 
     Attributes:
         runs: ``[n, 3]`` int64: a slot, its channel, and for how many slots both go on side by side. A run lies in one
@@ -31,20 +31,20 @@ class Grouping:
         slots: of the table.
         sizes: ``[groups]`` int64, channels of each group.
         channels: how many there are.
-        native: the same for the backend, which points at ``runs`` and ``sizes``.
+        native: the same for the backend, which may point at ``runs`` and ``sizes``.
     """
 
-    __slots__ = ("channels", "native", "runs", "sizes", "slots")
+    __slots__ = ("channels", "device", "native", "runs", "sizes", "slots")
 
-    def __init__(self, runs: Tensor, slots: int, sizes: Tensor) -> None:
-        make = shortcut("grouping", "cpu")
-        self.runs, self.slots, self.sizes = runs, slots, sizes
+    def __init__(self, runs: Tensor, slots: int, sizes: Tensor, device: torch.device) -> None:
+        make = shortcut("grouping", device.type)
+        self.runs, self.slots, self.sizes, self.device = runs, slots, sizes, device
         self.channels = int(sizes.sum())
-        self.native: Any = None if make is None else make(runs, slots, sizes, self.channels)
+        self.native: Any = None if make is None else make(runs, slots, sizes, self.channels, device)
 
-    def __reduce__(self) -> tuple[type[Grouping], tuple[Tensor, int, Tensor]]:
+    def __reduce__(self) -> tuple[type[Grouping], tuple[Tensor, int, Tensor, torch.device]]:
         """A copy points at memory of its own."""
-        return Grouping, (self.runs, self.slots, self.sizes)
+        return Grouping, (self.runs, self.slots, self.sizes, self.device)
 
     @classmethod
     def of(cls, table: TileTable, slot_channel: Tensor, sizes: Tensor) -> Grouping | None:
@@ -52,27 +52,36 @@ class Grouping:
 
         Args:
             slot_channel: ``[table.slots]`` int64, the channel of each slot; one that is the number of channels: none.
-            sizes: ``[groups]`` int64.
+                On the device of the tensors.
+            sizes: ``[groups]`` int64, on the CPU.
 
         Raises:
             OpError: the vectors do not fit the table.
         """
-        if shortcut("grouping", "cpu") is None or not (slot_channel.is_cpu and sizes.is_cpu):
+        device = slot_channel.device
+        if device.type not in DEVICES or shortcut("grouping", device.type) is None:
             return None
         if slot_channel.dtype != torch.int64 or slot_channel.shape != (table.slots,) or sizes.dtype != torch.int64:
             _fail(f"the channel of each of {table.slots} slots, int64", f"{list(slot_channel.shape)}")
-        channels = int(sizes.sum())
-        of = slot_channel.numpy()
-        if len(of) and not 0 <= of.min() <= of.max() <= channels:
-            _fail(f"channels in [0, {channels}]", f"{of.min()} to {of.max()}")
-        begins = np.ones(len(of), dtype=np.bool_)
-        begins[1:] = np.diff(of) != 1
-        sides = np.asarray(table.rows, dtype=np.int64).reshape(-1, table.table.shape[1])[:, [ROW, COL]]
-        begins[sides[(sides >= 0) & (sides < len(of))]] = True
-        starts = np.flatnonzero(begins)
-        runs = np.stack([starts, of[starts], np.diff(np.append(starts, len(of)))], axis=1)
-        kept = torch.from_numpy(np.ascontiguousarray(runs[runs[:, 1] < channels], dtype=np.int64))
-        return cls(kept, table.slots, sizes.contiguous())
+        return cls(runs_of(table, slot_channel, int(sizes.sum())), table.slots, sizes.contiguous(), device)
+
+
+def runs_of(table: TileTable, slot_channel: Tensor, channels: int) -> Tensor:
+    """:attr:`Grouping.runs` of a table's slots; their channels are checked.
+
+    Raises:
+        OpError: one is out of range.
+    """
+    of = slot_channel.cpu().numpy()
+    if len(of) and not 0 <= of.min() <= of.max() <= channels:
+        _fail(f"channels in [0, {channels}]", f"{of.min()} to {of.max()}")
+    begins = np.ones(len(of), dtype=np.bool_)
+    begins[1:] = np.diff(of) != 1
+    sides = np.asarray(table.rows, dtype=np.int64).reshape(-1, table.table.shape[1])[:, [ROW, COL]]
+    begins[sides[(sides >= 0) & (sides < len(of))]] = True
+    starts = np.flatnonzero(begins)
+    runs = np.stack([starts, of[starts], np.diff(np.append(starts, len(of)))], axis=1)
+    return torch.from_numpy(np.ascontiguousarray(runs[runs[:, 1] < channels], dtype=np.int64))
 
 
 def channel_totals(
@@ -86,8 +95,8 @@ def channel_totals(
     Raises:
         OpError: tensors that do not fit the table.
     """
-    run = shortcut("channel_totals", "cpu")
-    if run is None or not _are_plain("xs", xs, table):
+    run = shortcut("channel_totals", grouping.device.type)
+    if run is None or not _are_plain("xs", xs, table, grouping):
         return None
     found: Tensor = run(xs, table.table, grouping.channels, grouping.native, p, divided)
     return found
@@ -119,11 +128,15 @@ def group_push(
     Raises:
         OpError: tensors that do not fit, or that overlap.
     """
-    run = shortcut("group_push", "cpu")
-    if run is None or not _are_plain("xs", xs, table) or not _are_like("ys", ys, ys_table, places, xs, table):
+    run = shortcut("group_push", grouping.device.type)
+    if run is None or not _are_plain("xs", xs, table, grouping):
+        return False
+    if not _are_like("ys", ys, ys_table, places, xs, table, grouping):
         return False
     if where is not None:
         if not is_plain(where) or where.dtype != torch.bool or where.shape != (grouping.channels,):
+            return False
+        if where.device != grouping.device:
             return False
         where = where.contiguous()
     _check_writable("ys", table)
@@ -144,20 +157,23 @@ def _are_like(
     places: Sequence[int],
     xs: Sequence[Tensor],
     table: TileTable,
+    grouping: Grouping,
 ) -> bool:
     """Whether the ys, too, are nothing but memory; they are checked against their xs."""
     if ys_table is not None:
         if ys_table is not table and ys_table.layouts != tuple(table.layouts[i] for i in places):
             _fail(f"{name} with the shapes and strides of their xs", "others")
-        return _are_plain(name, ys, ys_table) and ys[0].dtype is xs[0].dtype
+        return _are_plain(name, ys, ys_table, grouping) and ys[0].dtype is xs[0].dtype
     for y, x in zip(ys, (xs[i] for i in places), strict=True):
         if y.shape != x.shape or y.stride() != x.stride() or y.dtype is not x.dtype:
             _fail(f"{name} with the dtype, shapes and strides of their xs", f"{y.dtype} {tuple(y.shape)} {y.stride()}")
-    return all(map(is_plain, ys))
+    return all(is_plain(y) and y.device == grouping.device for y in ys)
 
 
-def _are_plain(name: str, xs: Sequence[Tensor], table: TileTable) -> bool:
-    """Whether the tensors, which are checked, are nothing but memory of the CPU, and nothing watches."""
+def _are_plain(name: str, xs: Sequence[Tensor], table: TileTable, grouping: Grouping) -> bool:
+    """Whether the tensors, which are checked, are nothing but memory of the grouping's device, and nothing watches."""
+    if not len(xs) or xs[0].device != grouping.device:
+        return False
     if _check_tensors(name, xs, table):
         return True
-    return len(xs) > 0 and not torch.compiler.is_compiling() and not is_watched() and all(map(is_plain, xs))
+    return not torch.compiler.is_compiling() and not is_watched() and all(map(is_plain, xs))

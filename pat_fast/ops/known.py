@@ -42,9 +42,9 @@ class Known:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but what stands at its address in the memory of the CPU."""
+    """Whether a tensor is nothing but what stands at its address in the memory of a CPU or GPU."""
     lazy = tensor.is_neg() or tensor.is_conj() or torch._is_zerotensor(tensor)
-    return type(tensor) in PLAIN and tensor.device.type == "cpu" and not lazy
+    return type(tensor) in PLAIN and tensor.device.type in ("cpu", "cuda") and not lazy
 
 
 def is_watched() -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pat_fast.backends import reference
 from pat_fast.ops import Tile, TileTable, accumulator
+from pat_fast.ops.grouped import runs_of
 from tests.ops.layouts import DTYPES, ORDERS, SIZES, SLOTS, Made, make
 
 Ops = Mapping[str, Callable[..., Any]]
@@ -300,3 +301,97 @@ def compact_moves_bits(ops: Ops, dtype: torch.dtype, device: str = "cpu") -> Non
         index = torch.tensor([1, 2, 5], dtype=torch.int32, device=device)
         ops["channel_compact"]([out], [x], table.table, out_table.table, index)
         assert torch.equal(out, x[[1, 2, 5]])
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Three tensors, their slots and channels: several slots a channel, slots without one, groups of odd sizes."""
+
+    xs: list[Tensor]
+    table: TileTable
+    slot_channel: Tensor
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, device: str) -> Grouped:
+        rows, cols, more = 300, 77, 5
+        xs = [make((rows, cols, 1), seed=0), make((more, rows, 9), seed=1), make((cols, 1, 1), seed=2)]
+        tensors = [made.x.to(device, dtype) for made in xs]
+        tiles = [
+            Tile(0, 0, (rows, cols, 1), tensors[0].stride(), 0, rows),
+            Tile(1, 0, (more, rows, 9), tensors[1].stride(), rows + cols, rows + cols + more),
+            Tile(2, 0, (cols, 1, 1), tensors[2].stride(), 2 * rows + cols + more),
+        ]
+        table = TileTable.from_tiles(tensors, tiles)
+        outer, inner = torch.arange(rows), torch.arange(rows, rows + cols)
+        n = rows + cols
+        without = torch.full((more,), n)
+        channels = torch.cat([outer, inner, without, outer.flip(0), inner])
+        return cls(tensors, table, channels.to(device), [rows, 40, cols - 40])
+
+    def totals(self, p: float) -> Tensor:
+        """In double precision, on the CPU."""
+        xs = [x.double().cpu() for x in self.xs]
+        sums = reference.channel_reduce(xs, [], self.table.table, self.table.slots, "pow", p)
+        return torch.zeros(sum(self.sizes) + 1).double().index_add_(0, self.slot_channel.cpu(), sums)[:-1]
+
+    def gamma(self, p: float, alpha: float, strength: float) -> Tensor:
+        """In double precision, on the CPU; groups with what is not finite have none."""
+        found = []
+        for part in self.totals(p).split(self.sizes):
+            norm = part.sqrt()
+            span = (norm.max() - norm.min()).clamp_min(torch.finfo(torch.float32).tiny)
+            place = ((norm.max() - norm) / span).clamp_max(1)
+            found.append(strength * alpha**place if part.isfinite().all() else torch.zeros_like(part))
+        return torch.cat(found)
+
+    def native(self, shortcuts: Ops) -> Any:
+        """What the backend knows of the channels."""
+        sizes = torch.tensor(self.sizes)
+        runs = runs_of(self.table, self.slot_channel, int(sizes.sum()))
+        return shortcuts["grouping"](runs, self.table.slots, sizes, int(sizes.sum()), self.xs[0].device)
+
+
+def totals(shortcuts: Ops, dtype: torch.dtype, p: float, device: str = "cpu") -> None:
+    """Sums over channels, and their shares of the group's mean; in a group of zeros and one with a NaN, too."""
+    case = Grouped.of(dtype, device)
+    case.xs[2][:40] = 0
+    case.xs[0][:, :40] = 0
+    case.xs[2][50] = torch.nan
+    groups = case.native(shortcuts)
+    expected = case.totals(p)
+    rtol = {torch.float64: 1e-10}.get(dtype, 1e-5)
+    for divided in (False, True):
+        found = shortcuts["channel_totals"](
+            case.xs, case.table.table, sum(case.sizes), groups, p, divided
+        ).cpu()
+        if divided:
+            tiny = torch.finfo(found.dtype).tiny
+            expected = torch.cat([part / part.mean().clamp_min(tiny) for part in expected.split(case.sizes)])
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+def push(shortcuts: Ops, dtype: torch.dtype, p: float, device: str = "cpu") -> None:
+    """The penalty of the groups' norms, for some of the tensors and channels; a group with an infinity has none."""
+    for value, chosen, some in ((1.0, (0, 1, 2), False), (torch.inf, (0, 2), True), (torch.nan, (1, 2), False)):
+        case = Grouped.of(dtype, device)
+        case.xs[2][3] = value
+        xs = [x.double().cpu() for x in case.xs]
+        n = sum(case.sizes)
+        where = torch.arange(n, device=device) % 3 > 0 if some else None
+        gamma = case.gamma(p, 16.0, 1e-2)
+        if where is not None:
+            gamma = gamma * where.cpu()
+        coef = torch.cat([gamma, gamma.new_zeros(1)])[case.slot_channel.cpu()]
+        ys = [torch.ones_like(x) for x in case.xs]
+        expected = [torch.ones_like(x) for x in xs]
+        reference.channel_axpy_(expected, [x.nan_to_num(0, 0) for x in xs], case.table.table, coef)
+        groups = case.native(shortcuts)
+        arguments = [ys[i] for i in chosen], chosen, case.xs, case.table.table, groups, p, 16.0, 1e-2, where
+        shortcuts["group_push"](*arguments)
+        for i, (y, want) in enumerate(zip(ys, expected, strict=True)):
+            if i not in chosen:
+                want = torch.ones_like(want)
+            finite = xs[i].isfinite()
+            rtol = max(EPS[dtype], 1e-9 if dtype == torch.float64 else 1e-6)
+            torch.testing.assert_close(y.double().cpu()[finite], want[finite], rtol=rtol, atol=0)

@@ -1,5 +1,7 @@
 // The launches of pat_fast._CUDA on the host: blocks one after another, their threads in phases between the
 // barriers, a warp's shuffles after the fact. Memory is the host's.
+#include <limits>
+
 #include "../../csrc/cuda/body.h"
 #include "../../csrc/cuda/launch.h"
 
@@ -18,8 +20,10 @@ struct Emitted {
   int thread;
   int64_t rows;
 
-  void operator()(int64_t r, A sum) const {
-    if (r < rows) sums[r * kThreads + thread] = sum;
+  template <int n>
+  void operator()(int first, int step, const A (&of)[n]) const {
+    for (int b = 0; b < n; ++b)
+      if (first + b * step < rows) sums[(first + b * step) * kThreads + thread] = of[b];
   }
 };
 
@@ -80,10 +84,8 @@ void reduce(const Call& call, const Work* works, int64_t n_works, const Gather* 
       if (w->row_to == kNowhere && w->col_to == kNowhere) continue;
       const T* x = at<const T>(call, 0, w->tensor) + w->offset;
       const T* y = kind_of(f) == kProducts ? at<const T>(call, 1, w->tensor) + w->offset : nullptr;
-      const A power = static_cast<A>(p);
-      if (kind_of(f) == kPlain) reduce_block<kPlain>(*w, x, y, f, power, sums, partial);
-      else if (kind_of(f) == kPowers) reduce_block<kPowers>(*w, x, y, f, power, sums, partial);
-      else reduce_block<kProducts>(*w, x, y, f, power, sums, partial);
+      with_kind(kind_of(f),
+                [&](auto kind) { reduce_block<kind.value>(*w, x, y, f, static_cast<A>(p), sums, partial); });
     }
     for (const Gather* g = gathers; g < gathers + n_gathers; ++g) gather_block(*g, partial, sums);
   });
@@ -93,8 +95,8 @@ void axpy(const Call& call, const Work* works, int64_t n_works, DType dtype, con
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     for (const Work* w = works; w < works + n_works; ++w)
-      for (int thread = 0; thread < kThreads; ++thread)
-        axpy_block(*w, at<T>(call, 0, w->tensor) + w->offset, at<const T>(call, 1, w->tensor) + w->offset,
+      for (int thread = 0; thread < kThreads && at<T>(call, 1, w->tensor) != nullptr; ++thread)
+        axpy_block(*w, at<T>(call, 1, w->tensor) + w->offset, at<const T>(call, 0, w->tensor) + w->offset,
                    static_cast<const accumulator_t<T>*>(coef), thread);
   });
 }
@@ -113,6 +115,51 @@ void compact(const Call& call, const Move* moves, int64_t n_moves, int64_t eleme
   else if (element_bytes == 2) move_all<uint16_t>(call, moves, n_moves, index);
   else if (element_bytes == 4) move_all<uint32_t>(call, moves, n_moves, index);
   else move_all<uint64_t>(call, moves, n_moves, index);
+}
+
+namespace {
+
+template <class Body>
+void for_groups(const Groups& groups, DType dtype, void* values, const Body& body) {
+  const auto run = [&](auto* of) {
+    using A = std::remove_pointer_t<decltype(of)>;
+    for (int64_t group = 0; group < groups.groups; ++group) {
+      std::vector<Extent<A>> parts;
+      for (int thread = 0; thread < kThreads; ++thread) parts.emplace_back(groups, group, of, thread);
+      for (int half = kThreads / 2; half > 0; half /= 2)
+        for (int thread = 0; thread < half; ++thread) parts[thread].merge(parts[thread + half]);
+      for (int thread = 0; thread < kThreads; ++thread)
+        body(group, parts[0], std::numeric_limits<A>::min(), of, thread);
+    }
+  };
+  if (dtype == kF64) run(static_cast<double*>(values));
+  else run(static_cast<float*>(values));
+}
+
+}  // namespace
+
+void totals(const Call&, const Groups& groups, DType dtype, const void* slots, bool divided, void* totals) {
+  for (int64_t c = 0; c < groups.channels; ++c) {
+    if (dtype == kF64) static_cast<double*>(totals)[c] = channel_total(groups, static_cast<const double*>(slots), c);
+    else static_cast<float*>(totals)[c] = channel_total(groups, static_cast<const float*>(slots), c);
+  }
+  if (!divided) return;
+  for_groups(groups, dtype, totals, [&](int64_t group, const auto& all, auto least, auto* of, int thread) {
+    divide(groups, group, all, least, of, thread);
+  });
+}
+
+void weigh(const Call&, const Groups& groups, DType dtype, void* values, double alpha, double strength,
+           const uint8_t* where, void* slots) {
+  for_groups(groups, dtype, values, [&](int64_t group, const auto& all, auto least, auto* of, int thread) {
+    using A = decltype(least);
+    weigh(groups, group, all, least, static_cast<A>(std::log2(alpha)), static_cast<A>(strength), where, of, thread);
+  });
+  const auto spread = [&](const auto* of, auto* to) {
+    for (int64_t s = 0; s < groups.n_slots; ++s) to[s] = groups.channel[s] < 0 ? 0 : of[groups.channel[s]];
+  };
+  if (dtype == kF64) spread(static_cast<const double*>(values), static_cast<double*>(slots));
+  else spread(static_cast<const float*>(values), static_cast<float*>(slots));
 }
 
 int device_count() { return 0; }

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from pat_fast import backends, ops
 from pat_fast.backends import reference, selfcheck
+from pat_fast.criteria import GroupNorm, is_scored
 from pat_fast.ops import Tile, TileTable, accumulator
+from pat_fast.plan import Binding, bind, build_plan
+from pat_fast.regularizers import GroupNormRegularizer
 from tests.backends import cases
 from tests.backends.cases import Ops
+from tests.helpers import Case
 from tests.ops.layouts import DTYPES, ORDERS, make
 
 NAMES = [backend.name for backend in backends.BACKENDS if "cuda" in backend.devices]
@@ -31,6 +35,14 @@ def kernels(request: pytest.FixtureRequest) -> Ops:
     if why is not None:
         pytest.skip(f"{backend.name}: {why}")
     return backend.ops()
+
+
+@pytest.fixture
+def shortcuts() -> Ops:
+    found = {name: backends.shortcut(name, "cuda") for name in ("grouping", "channel_totals", "group_push")}
+    if None in found.values():
+        pytest.skip("the backend in use has no shortcuts")
+    return {name: run for name, run in found.items() if run is not None}
 
 
 @contextmanager
@@ -101,8 +113,49 @@ def test_compact_moves_any_dtype(dtype: torch.dtype, kernels: Ops) -> None:
     cases.compact_moves_bits(kernels, dtype, device="cuda")
 
 
-def test_the_self_check_agrees(kernels: Ops) -> None:
-    assert selfcheck.difference(kernels, torch.device("cuda")) is None
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_over_channels(dtype: torch.dtype, p: float, shortcuts: Ops) -> None:
+    cases.totals(shortcuts, dtype, p, device="cuda")
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_penalty_of_norms(dtype: torch.dtype, p: float, shortcuts: Ops) -> None:
+    cases.push(shortcuts, dtype, p, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121", "vit_s16", "mobilenet_v2"])
+def test_networks_are_scored_and_pushed_as_with_the_four_ops(
+    name: str, shortcuts: Ops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case.build(name, torch.float32)
+    plan = build_plan(case.model, case.inputs)
+    binding = bind(plan, case.model.cuda())
+
+    def both() -> list[Tensor]:
+        for parameter in case.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        GroupNormRegularizer(1e-2).apply(binding)
+        return [GroupNorm().score(binding), *(p.grad for p in case.model.parameters() if p.grad is not None)]
+
+    assert binding.tiles("scored", is_scored)
+    assert binding.grouping("scored") is not None
+    first = both()
+    assert any(g.any() for g in first[1:])
+    for _ in range(3):  # known tensors, too
+        assert all(torch.equal(a, b) for a, b in zip(both(), first, strict=True))
+    with no_waiting():
+        both()
+    monkeypatch.setattr(Binding, "grouping", lambda self, key: None)
+    for short, long in zip(first, both(), strict=True):
+        torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("checked", ["ops", "shortcuts"])
+def test_the_self_check_agrees(checked: str, kernels: Ops, shortcuts: Ops) -> None:
+    ops = kernels if checked == "ops" else {**reference.OPS, **shortcuts}
+    assert selfcheck.difference(ops, torch.device("cuda")) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

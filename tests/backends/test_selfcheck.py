@@ -76,8 +76,19 @@ def test_what_is_wrong_is_named(op: str, wrong: Any, message: str) -> None:
 def test_right_backends_pass() -> None:
     assert selfcheck.difference(reference.OPS, CPU) is None
     if cpu.unavailable() is None:
-        assert selfcheck.difference(cpu.OPS, CPU) is None
+        assert selfcheck.difference(cpu.OPS | cpu.SHORTCUTS, CPU) is None
     assert selfcheck.difference({}, CPU) is None
+
+
+@pytest.mark.skipif(not cpu.SHORTCUTS, reason="the C++ kernels are not there")
+def test_shortcuts_are_checked_too() -> None:
+    def for_other_columns(ys: list[Tensor], *rest: Any) -> None:
+        cpu.group_push(ys, *rest)
+        ys[3][:, 1] = ys[3][:, 0]
+
+    found = selfcheck.difference(cpu.OPS | cpu.SHORTCUTS | {"group_push": for_other_columns}, CPU)
+    assert found is not None
+    assert found.startswith("group_push of float32 differs from the reference ((40, 528, 1)")
 
 
 def test_random_numbers_are_left_alone() -> None:

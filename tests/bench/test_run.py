@@ -177,6 +177,7 @@ def test_the_regulariser_beside_a_training_step() -> None:
     (row,) = run(replace(QUICK, models=("resnet18",), ops=("training",), batch=2)).rows
     assert row.extra["batch"] == 2
     assert row.extra["share_of_step"] == pytest.approx(row.ms / row.extra["step_ms"])
+    assert row.extra["added_share"] > -1
 
 
 def test_layouts_are_for_convolutions() -> None:

@@ -107,7 +107,9 @@ def _reduce(item, x_address, y_address, partials, F: tl.constexpr, P: tl.constex
         other = one
         if F != "pow":
             other = tl.load(y + where, mask=live, other=0.0).to(ACC)
-        value = tl.where(live, _value(one, other, F, P), 0.0)
+        value = _value(one, other, F, P)
+        if F == "pow" and P <= 0.0:  # of the zeros that stand for what is not there
+            value = tl.where(live, value, 0.0)
         sums += value
         if row_part >= 0:
             tl.store(partials + row_part + r, tl.sum(value, 1), mask=r < rows)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pat_fast.backends import kept
-from pat_fast.backends.kept import Kept
+from pat_fast.backends.kept import Kept, Upload
 from pat_fast.errors import BackendError
 
 from .work import Cut, Ints, Shape, cut, cut_copy
@@ -29,42 +29,13 @@ SPARE = 4
 """Captured calls for which pinned memory is put aside."""
 
 
-@dataclass(frozen=True)
-class _Upload:
-    """A tensor on the device, filled from the host; on a GPU the stream and the event of the copy."""
-
-    tensor: Tensor
-    stream: torch.cuda.Stream | None = None
-    event: torch.cuda.Event | None = None
-
-    @classmethod
-    def of(cls, host: Tensor, device: torch.device) -> _Upload:
-        if device.type != "cuda":
-            return cls(host.to(device))
-        stream = torch.cuda.current_stream(device)
-        tensor = (host.pin_memory() if host.numel() else host).to(device, non_blocking=True)
-        return cls(tensor, stream, stream.record_event())
-
-    def here(self) -> Tensor:
-        """The tensor, ready for the current stream.
-
-        A capture may not wait for work outside it and need not: what came before a capture is complete.
-        """
-        if self.event is not None and not kept.is_capturing(self.tensor.device):
-            stream = torch.cuda.current_stream(self.tensor.device)
-            if stream != self.stream:
-                stream.wait_event(self.event)
-                self.tensor.record_stream(stream)
-        return self.tensor
-
-
 class Addresses:
     """Device copies of lists of addresses, for the calls with one table."""
 
     def __init__(self, device: torch.device, length: int) -> None:
         self.device = device
-        self._recent: dict[tuple[int, ...], _Upload] = {}
-        self._captured: list[tuple[_Upload, Tensor | None]] = []
+        self._recent: dict[tuple[int, ...], Upload] = {}
+        self._captured: list[tuple[Upload, Tensor | None]] = []
         self._spare: list[Tensor] = []
         if device.type == "cuda":
             self._spare = list(torch.empty(SPARE, length, dtype=torch.int64, pin_memory=True).unbind())
@@ -74,13 +45,13 @@ class Addresses:
         key = tuple(map(Tensor.data_ptr, tensors))
         if kept.is_capturing(self.device):
             return self._while_capturing(key, self._recent.get(key))
-        known = self._recent.pop(key, None) or _Upload.of(torch.tensor(key, dtype=torch.int64), self.device)
+        known = self._recent.pop(key, None) or Upload.of(torch.tensor(key, dtype=torch.int64), self.device)
         self._recent[key] = known  # the latest is last
         if len(self._recent) > RECENT:
             del self._recent[next(iter(self._recent))]
         return known.here()
 
-    def _while_capturing(self, key: tuple[int, ...], known: _Upload | None) -> Tensor:
+    def _while_capturing(self, key: tuple[int, ...], known: Upload | None) -> Tensor:
         staged = None
         if known is None:
             if not self._spare:
@@ -90,7 +61,7 @@ class Addresses:
                 )
             staged = self._spare.pop()
             staged.copy_(torch.tensor(key, dtype=torch.int64))
-            known = _Upload(staged.to(self.device, non_blocking=True))
+            known = Upload(staged.to(self.device, non_blocking=True))
         self._captured.append((known, staged))  # the graph reads both at every replay
         return known.tensor
 
@@ -100,8 +71,8 @@ class Records:
     """The records of one table on one device."""
 
     shape: Shape
-    items: _Upload
-    sums: _Upload | None
+    items: Upload
+    sums: Upload | None
     counts: tuple[int, int, int]
     """Items, sums and partials."""
     addresses: Addresses
@@ -111,9 +82,9 @@ _records: Kept[Records] = Kept()
 
 
 def _upload(found: Cut, shape: Shape, device: torch.device, length: int) -> Records:
-    sums = _Upload.of(torch.from_numpy(found.sums), device) if len(found.sums) else None
+    sums = Upload.of(torch.from_numpy(found.sums), device) if len(found.sums) else None
     counts = (len(found.items), len(found.sums), found.partials)
-    return Records(shape, _Upload.of(torch.from_numpy(found.items), device), sums, counts, Addresses(device, length))
+    return Records(shape, Upload.of(torch.from_numpy(found.items), device), sums, counts, Addresses(device, length))
 
 
 def records(tiles: Tensor, slots: int, like: Tensor, length: int) -> Records:
