@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -69,7 +69,7 @@ def finished(path: Path) -> dict[str, dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        found[Cell(*(record[name] for name in Cell.__dataclass_fields__)).key] = record
+        found[Cell(**{name: record[name] for name in Cell.__dataclass_fields__ if name in record}).key] = record
     return found
 
 
@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, help="(0 1 2)")
     parser.add_argument("--ratios", nargs="+", type=float, help="times fewer MACs (2 4 8)")
     parser.add_argument("--epochs", type=int, help="for every task")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu); on a GPU with --jobs 1")
     args = parser.parse_args(argv)
     cells = quick() if args.quick else full()
     if args.methods or args.seeds or args.ratios or args.epochs or args.tasks:
@@ -138,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             epochs = args.epochs or (QUICK.get(task, 10) if args.quick else FULL[task][0])
             ratios = [int(r) if r == int(r) else r for r in args.ratios or (2, 4, 8)]
             cells += grid([task], args.methods or FEW, ratios, args.seeds or range(3), epochs)
+    cells = [replace(cell, device=args.device) for cell in cells]
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "cells.jsonl"
     run_all(cells, path, args.jobs)

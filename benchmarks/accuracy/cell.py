@@ -20,18 +20,19 @@ from .tasks import TASKS
 
 @dataclass(frozen=True)
 class Cell:
-    """What is to be trained. `ratio`: how many times fewer MACs (1 for the dense network)."""
+    """What is to be trained, and where. `ratio`: how many times fewer MACs (1 for the dense network)."""
 
     task: str
     method: str
     ratio: float
     seed: int
     epochs: int
+    device: str = "cpu"
 
     @property
     def key(self) -> str:
         """What tells finished cells apart."""
-        return "/".join(str(value) for value in asdict(self).values())
+        return "/".join(str(value) for value in asdict(self).values()).removesuffix("/cpu")
 
 
 def run(cell: Cell) -> dict[str, Any]:
@@ -42,14 +43,15 @@ def run(cell: Cell) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     task = TASKS[cell.task]
-    task.data()
-    dense = task.build()
-    example = task.data().train[0][:2]
+    dense = task.build().to(cell.device)
+    example = task.data().to(cell.device).train[0][:2]
     macs, params = count_macs(dense, example), count_params(dense)
     wall, cpu = time.perf_counter(), time.process_time()
-    training, finish = start(task, cell.method, cell.ratio, cell.seed, cell.epochs)
+    training, finish = start(task, cell.method, cell.ratio, cell.seed, cell.epochs, cell.device)
     training.train()
     finish()
+    if cell.device != "cpu":
+        torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
     images, labels = training.data.test
     with evaluating(training.model):

@@ -121,11 +121,13 @@ def window(epochs: int) -> tuple[int, int]:
     return max(1, epochs // 5), max(2, 2 * epochs // 3)
 
 
-def start(task: Task, method: str, ratio: float, seed: int, epochs: int) -> tuple[Run, Callable[[], None]]:
+def start(
+    task: Task, method: str, ratio: float, seed: int, epochs: int, device: str = "cpu"
+) -> tuple[Run, Callable[[], None]]:
     """A training by `method` that has not begun, and what is to be called when it has ended."""
     torch.manual_seed(seed)
-    model = task.build()
-    data = task.data()
+    model = task.build().to(device)
+    data = task.data().to(device)
     run = Run(task, data, model, seed, epochs, cosine, adamw(task, model))
     if method in PAT:
         return run, with_pat(run, PAT[method], ratio)

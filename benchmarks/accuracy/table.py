@@ -145,7 +145,8 @@ def write(records: Sequence[Record], out: Path, quick: bool) -> str:
     """Write `table.json`, `table.md` and `plot.png` to `out`; returns the Markdown."""
     table = rows(records)
     text = markdown(table, quick)
-    found = {"quick": quick, "machine": describe(torch.device("cpu")), "rows": table, "verdicts": verdicts(table)}
+    device = torch.device(records[0].get("device", "cpu") if records else "cpu")
+    found = {"quick": quick, "machine": describe(device), "rows": table, "verdicts": verdicts(table)}
     (out / "table.json").write_text(json.dumps(found, indent=1))
     (out / "table.md").write_text(text)
     if any(row["seeds"] and row["method"] != "dense" for row in table):

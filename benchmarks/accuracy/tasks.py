@@ -26,6 +26,12 @@ class Data:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
+    def to(self, device: str) -> Data:
+        """The same on a device."""
+        images, labels = zip(self.train, self.test, strict=True)
+        train, test = ((x.to(device), y.to(device)) for x, y in zip(images, labels, strict=True))
+        return Data(train, test)
+
 
 @dataclass(frozen=True)
 class Task:

@@ -293,8 +293,8 @@ struct Extent {
 template <class A>
 PAT_BOTH void divide(const Groups& g, int64_t group, const Extent<A>& all, A least, A* totals, int thread) {
   const int64_t first = g.firsts[group], last = g.firsts[group + 1];
-  const A mean = static_cast<A>(all.sum / static_cast<double>(last - first)),
-          by = mean < least ? least : mean;  // NaN stays
+  const A mean = static_cast<A>(all.sum / static_cast<double>(last - first));
+  const A by = mean < least ? least : mean;  // NaN stays
   for (int64_t c = first + thread; c < last; c += kThreads) totals[c] /= by;
 }
 
