@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..plan.bind import Binding, Own, Tiles, blocks, is_one_block
+from ..plan.bind import Binding, Own, Tiles, alike, blocks, by_group, is_one_block
 from ..plan.types import Axis, ChannelArray, IndexArray, Plan, TensorMap, is_grouped
 
 Member = tuple[str, int]  # a tensor and its dimension
@@ -127,6 +127,11 @@ class Ledger:
                         found.append(self._ids(axis, part))
                 continue
             # The same blocks as the table's, with ids in the place of channels.
+            same = alike(tensor_map, stride) if rows == slice(None) else None
+            if same is not None:
+                ids = [self._ids(a, starts.get((name, a.dim))) for a in same.axes]
+                found.append(by_group(ids, tensor_map.groups))
+                continue
             ids = [self._ids(a, starts.get((name, a.dim))) for a in self._maps[name].axes]
             axes = tuple(
                 replace(a, channels=i[rows] if a.dim == 0 else i) for a, i in zip(tensor_map.axes, ids, strict=True)

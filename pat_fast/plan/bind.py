@@ -5,75 +5,29 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, product
-from operator import is_
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import PlanError
 from ..ops.grouped import Grouping
 from ..ops.known import PLAIN, Known, is_reliable, is_watched
 from ..ops.tiles import NONE, WIDTH, TileTable
+from .held import Parts, Places, Seen
 from .running import Still
 from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
 
 Extent = tuple[int, int]  # size and stride of a dimension
 Sides = tuple[Extent, list[ChannelArray | None]]  # of the tiles of each group: their extent, and the channels of each
 Row = tuple[int, ...]  # of a tile table
-Kind = tuple[torch.device, torch.dtype]
-
-
-class Places(NamedTuple):
-    """Where tensors are held, side by side: the dicts of their modules, their names there, the tensors."""
-
-    spaces: list[dict[str, Any]]
-    names: list[str]
-    tensors: list[Tensor]
-
-    def are_true(self) -> bool:
-        """Whether they are still there."""
-        return all(map(is_, map(dict.get, self.spaces, self.names), self.tensors))
-
-
-class Parts(NamedTuple):
-    """Modules that are parts of others, side by side: the dicts that hold them, their names there, the modules."""
-
-    spaces: list[dict[str, Any]]
-    names: list[str]
-    modules: list[nn.Module | None]
-
-    @classmethod
-    def of(cls, modules: Iterable[nn.Module]) -> Parts:
-        """Those of ``modules``."""
-        spaces = [m._modules for m in modules if m._modules]
-        return cls(spaces, [*chain.from_iterable(spaces)], [*chain.from_iterable(map(dict.values, spaces))])
-
-    def are_true(self) -> bool:
-        """Whether they are still there, and no others."""
-        now = chain.from_iterable(map(dict.values, self.spaces))
-        return [*chain.from_iterable(self.spaces)] == self.names and all(map(is_, now, self.modules))
-
-
-class Seen(NamedTuple):
-    """What tensors were when they were looked at, side by side: their strides, their devices and dtypes."""
-
-    strides: list[tuple[int, ...]]
-    kinds: list[Kind]
-
-    @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> Seen:
-        """What they are now; of those that are of one kind it is one object."""
-        tensors = list(tensors)
-        one: dict[Kind, Kind] = {}
-        kinds = ((t.device, t.dtype) for t in tensors)
-        return cls([t.stride() for t in tensors], [one.setdefault(kind, kind) for kind in kinds])
 
 
 def collapse(extents: Sequence[Extent], order: Sequence[int] | None = None) -> list[Extent]:
@@ -122,6 +76,37 @@ def is_one_block(tensor_map: TensorMap, strides: Sequence[int]) -> bool:
         return False
     dims = sorted((a.dim for a in tensor_map.axes), key=lambda d: -strides[d])
     return not _rest(tensor_map.shape, tuple(strides), tuple(strides), tuple(dims))[0]
+
+
+class Alike(NamedTuple):
+    """The blocks of a grouped convolution's groups: extents, how far apart they begin, the axes of rows and columns."""
+
+    row: Extent
+    col: Extent
+    kernel: Extent
+    step: int
+    axes: list[Axis]
+
+
+def alike(tensor_map: TensorMap, strides: Sequence[int]) -> Alike | None:
+    """What :func:`blocks` are, if they are one for each group and both sides of all of them hold channels; else None.
+
+    So they are nearly always, and can be listed all at once.
+    """
+    axes = sorted(tensor_map.axes, key=lambda a: -strides[a.dim])
+    if len(axes) != 2 or not any(is_grouped(tensor_map, a) for a in axes):
+        return None
+    outer, inner = _rest(tensor_map.shape, tuple(strides), tuple(strides), tuple(a.dim for a in axes))
+    groups = tensor_map.groups
+    if outer or not all((a.channels.reshape(groups, -1).max(1, initial=-1) >= 0).all() for a in axes):
+        return None
+    row, col = ((len(a.channels) // groups, strides[a.dim]) for a in axes)
+    return Alike(row, col, inner[0] if inner else (1, 1), tensor_map.shape[0] // groups * strides[0], axes)
+
+
+def by_group(axes: Sequence[NDArray[Any]], groups: int) -> NDArray[Any]:
+    """What ``axes`` have for the first group, then what they have for the second, and so on."""
+    return np.concatenate([axis.reshape(groups, -1) for axis in axes], axis=1).reshape(-1)
 
 
 def blocks(tensor_map: TensorMap, strides: Sequence[int], order: Sequence[int] | None = None) -> list[Block]:
@@ -391,7 +376,16 @@ class Binding:
         slots: list[ChannelArray] = []
         at = 0
         for i, (tensor_map, tensor) in enumerate(zip(maps, tensors, strict=True)):
-            for block in blocks(tensor_map, tensor.stride()):
+            strides = tensor.stride()
+            same = alike(tensor_map, strides)
+            if same is not None:
+                (r, sr), (c, sc), (k, sk) = same.row, same.col, same.kernel
+                for group in range(tensor_map.groups):
+                    tiles.append((i, group * same.step, r, c, k, sr, sc, sk, at, at + r))
+                    at += r + c
+                slots.append(by_group([a.channels for a in same.axes], tensor_map.groups))
+                continue
+            for block in blocks(tensor_map, strides):
                 starts = []
                 for channels in (block.row_channels, block.col_channels):
                     starts.append(at if channels is not None else NONE)

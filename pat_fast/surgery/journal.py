@@ -19,8 +19,8 @@ from ..backends import runner
 from ..errors import SurgeryError
 from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
-from ..plan.bind import Kind
 from ..plan.flat import IndexArray
+from ..plan.held import Kind
 from .gather import Gathering, Pair, Part, Row, pairs
 from .layout import dense_strides
 from .put import Blanks, blank_like, is_alone, set_tensor
@@ -43,7 +43,7 @@ class Moves:
     Attributes:
         numbers: of the plan's tensors that they are laid out as; after these, of ``joints``.
         olds: the tensors as they are, until they are let go of.
-        strides, kinds: of these, see :class:`pat_fast.plan.bind.Seen`.
+        strides, kinds: of these, see :class:`pat_fast.plan.held.Seen`.
         holders, keys: where each stands: the data of a tensor, whose key is None, or an entry of a dict or a list.
         joints: the parts of vectors of many tensors.
         made: what makes the new tensor, by the place of one that is of another shape than the plan's.

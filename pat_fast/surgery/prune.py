@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import SurgeryError
-from ..plan.bind import Binding, Seen
+from ..plan.bind import Binding
+from ..plan.held import Seen
 from ..plan.types import Kept, Plan, TensorMap
 from .compiled import forget_compiled
 from .gather import Gathering, Part
