@@ -111,24 +111,27 @@ class Number(int):
         return other / int(self)
 
     def __floordiv__(self, other: Any) -> Any:
-        return self._read().__floordiv__(other)
+        return self._read() // other
 
     def __rfloordiv__(self, other: Any) -> Any:
-        return self._read().__rfloordiv__(other)
+        return other // self._read()
 
     def __mod__(self, other: Any) -> Any:
-        return self._read().__mod__(other)
+        return self._read() % other
+
+    def __rmod__(self, other: Any) -> Any:
+        return other % self._read()
 
     def __add__(self, other: Any) -> Any:
-        return self._read().__add__(other)
+        return self._read() + other
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Any:
-        return self._read().__sub__(other)
+        return self._read() - other
 
     def __rsub__(self, other: Any) -> Any:
-        return self._read().__rsub__(other)
+        return other - self._read()
 
     def __eq__(self, other: object) -> bool:
         self._compared(other)
@@ -143,6 +146,7 @@ class Number(int):
         if not isinstance(other, Number):
             self._read()
             return
+        self.watch.compares = True
         if int(self) == int(other) and len(self.symbols) == len(other.symbols) == 1:
             for number, against in ((self, other), (other, self)):
                 symbol, extent = number.symbols[0], against.symbols[0]
@@ -198,6 +202,8 @@ class NumberWatch(TorchFunctionMode):
         self.uses: list[tuple[Number, IntArray, int]] = []  # number, factor, dimension
         self.other: dict[Symbol | Extent, str] = {}  # numbers that (also) have another use
         self.read: set[str] = set()  # those that the forward reckons with, by name
+        self.hooked = False  # whether the forward hangs hooks of its own into the backward
+        self.compares = False  # whether it holds sizes against one another
         self._current: list[Number] = []
         self._taken: list[Number] = []
 
@@ -206,6 +212,8 @@ class NumberWatch(TorchFunctionMode):
         name = _function_name(func)
         if name in READS and args and self.tracer.hollow is not None:
             self.tracer.hollow.look(args[0])
+        elif name == "register_hook":
+            self.hooked = True
         numbers: list[Number] = []
         for value in (*args, *kwargs.values()) if kwargs else args:
             if type(value) not in _NO_NUMBERS and not isinstance(value, Tensor):

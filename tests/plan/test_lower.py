@@ -220,6 +220,31 @@ def test_what_cannot_be_mapped_is_frozen_by_name(between, after: int, reason: st
     assert any(f.layer == "first" and reason in f.reason for f in plan.frozen), plan.frozen
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_of_channels_that_are_flattened_together_only_some_can_go(fixed: bool) -> None:
+    """Each place of an outer product is of two channels; a layer behind it can follow one of them."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.few, self.many = nn.Linear(5, 4), nn.Linear(5, 6)
+            self.out = nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            many = self.many(x) * torch.ones(6) if fixed else self.many(x)
+            return self.out((self.few(x)[:, :, None] * many[:, None]).flatten(1).relu())
+
+    model, x = Outer().double(), torch.randn(2, 5, dtype=torch.float64)
+    plan = build_plan(model, x)
+    assert [g.root for g in plan.groups] == (["few"] if fixed else ["many"])
+    why = {f.layer: f.reason for f in plan.frozen}
+    assert "flattened together" in why["few"] if not fixed else "fixed size" in why["many"]
+    keep = np.arange(plan.n_channels) != 1
+    expected = masked_copy(model.eval(), plan, keep)(x)
+    prune(bind(plan, model), keep)
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_cycle_of_slices_and_concats_ends() -> None:
     """Rotary embeddings: what Torch-Pruning never finishes is frozen by name here."""
 

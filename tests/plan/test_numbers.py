@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from pat_fast import build_plan
 from pat_fast.plan import Plan, bind
+from pat_fast.plan.running import Still
+from pat_fast.plan.trace import Tracer
 from pat_fast.surgery import prune
 from tests.helpers import canonical, masked_copy, random_keep
 
@@ -180,3 +182,21 @@ def test_an_attribute_that_a_size_is_checked_against_follows_it(differs: bool) -
     assert model.width == model.first.out_features < 10
     model(x)
     assert build_plan(model, x).n_channels == model.width
+
+
+def test_a_number_is_reckoned_with_on_either_side() -> None:
+    class Reckons(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+            self.width, self.heads, self.more, self.rest = 8, 2, 3, 5
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert (self.width // self.heads, 7 % self.more, 9 - self.rest) == (4, 1, 4)
+            return self.layer(x)
+
+    model, x = Reckons(), torch.randn(2, 3)
+    tracer = Tracer(Still(model))
+    with tracer.numbers.planted([("", model)]), tracer.numbers:
+        model(x)
+    assert tracer.numbers.read == {"width", "heads", "more", "rest"}

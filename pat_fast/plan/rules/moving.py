@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..labels import IntArray, along, place, varying
+from ..labels import IntArray, Solution, along, place, varying
 from ..trace import Tracer
 from .registry import extents, nth, rule
 
@@ -129,7 +129,35 @@ def view(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
         if len(varying(shaped)) > len(varying(factor)):
             tr.split(shaped)
         factors.append(shaped)
+    if len(factors) > 1:
+        factors = _one_for_each_dim(tr, mark.factors, factors)
     tr.set(out, factors, mark.leaf)
+
+
+def _one_for_each_dim(tr: Tracer, before: Sequence[IntArray], after: Sequence[IntArray]) -> list[IntArray]:
+    """Of labels that a view has brought together in one dimension, those of most channels that can go.
+
+    A place there is one of a grid, and what is made of it has one channel for each: the others must stay.
+    """
+    kept: list[int] = []
+    solution: Solution | None = None
+    for i in sorted(range(len(after)), key=lambda i: -before[i].size):
+        met = [j for j in kept if _meet(after[i], after[j]) and not _meet(before[i], before[j])]
+        if met:
+            solution = solution or tr.slots.solve()
+            stays = solution.frozen.mask[solution.unit]
+            if not stays[tr.slots.index(before[i])].all() and all(stays[tr.slots.index(before[j])].all() for j in met):
+                kept = [j for j in kept if j not in met]
+            else:
+                tr.freeze((before[i],), "is flattened together with other channels")
+                continue
+        kept.append(i)
+    return [after[i] for i in sorted(kept)]
+
+
+def _meet(one: IntArray, other: IntArray) -> bool:
+    """Whether both vary along some dimension."""
+    return not set(varying(one)).isdisjoint(varying(other))
 
 
 def reshape(factor: IntArray, source: Sequence[int], target: Sequence[int]) -> IntArray:
