@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from .dry_run import dry_run
 from .plan import Plan
@@ -48,13 +48,12 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     with uncollected():
         still = Still(model)
         plan = lower(model, example_inputs, still)
-    if not verify or not plan.groups:
-        return plan
-    lowered = time.perf_counter()
-    try:
+        if not verify or not plan.groups:
+            return plan
+        lowered = time.perf_counter()
         smaller = smaller_inputs(example_inputs)
-        with uncollected():
-            at_once = rehearse(plan, model, example_inputs, smaller, still=still)
+        at_once = rehearse(plan, model, example_inputs, smaller, still=still)
+    try:
         if not at_once:
             plan = _found_out(plan, model, _taken(model, example_inputs, smaller))
     except Exception as error:  # a model that cannot be copied, or not be run twice
@@ -105,9 +104,19 @@ def _without_culprits(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan
 
 def smaller_inputs(example_inputs: Any) -> Any:
     """``example_inputs`` with at most two examples and short sides; None if they are no larger than that."""
-    smaller = tree_map(_crop, example_inputs)
-    shapes = [[tuple(t.shape) for t in tree_leaves(x) if isinstance(t, Tensor)] for x in (smaller, example_inputs)]
-    return None if shapes[0] == shapes[1] else smaller
+    cropped: list[Tensor] = []
+
+    def crop(value: Any) -> Any:
+        smaller = _crop(value)
+        if smaller is not value and smaller.shape != value.shape:
+            cropped.append(smaller)
+        return smaller
+
+    try:
+        smaller = tree_map(crop, example_inputs)
+    except Exception:  # a tensor of a kind that cannot be cut: it is taken as it is
+        return None
+    return smaller if cropped else None
 
 
 def _taken(model: nn.Module, example_inputs: Any, smaller: Any) -> Any:

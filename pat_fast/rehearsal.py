@@ -24,7 +24,7 @@ from .errors import PlanError, in_a_line
 from .plan.bind import Binding
 from .plan.double import InDouble
 from .plan.running import Still, call, calls_made_by
-from .plan.thin import LEAST, Standing, Thin, Values, fill
+from .plan.thin import LEAST, Standing, Thin, Values, Wanted, fill
 from .plan.trace import fixed_outputs
 from .plan.types import Axis, BoolArray, IntArray, Kept, Plan, TensorMap, is_grouped
 from .plan.verify import FINE, TOLERANCE, channel_order, distance
@@ -34,6 +34,7 @@ _NORMS = ("layer norm over", "group norm over")  # notes of statistics that smal
 FEW = 4  # units of a group that are kept at least: of fewer, too many orders are alike
 DRAWS = {2: 6, 3: 4, 4: 2}  # of groups of so many channels: one draw of those that stay may hide what another shows
 MANY = 48  # units of a group that are kept at most, and as many again so that groups of one size come apart
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 _FLOATS = (torch.float32, torch.float64)
 
 
@@ -45,7 +46,7 @@ def rehearse(
     The model itself is not written to. It runs on the inputs ``smaller``, if there are such and it takes them.
     """
     still = still or Still(model)
-    if any(isinstance(m, torch.jit.ScriptModule) for _, m in still.modules):
+    if still.of(torch.jit.ScriptModule):
         return False  # it reads its tensors past what stands in for them
     try:
         return Rehearsal(plan, model, [smaller] * (smaller is not None) + [example_inputs], seed, still).holds()
@@ -108,14 +109,28 @@ class Rehearsal:
         statistic = np.array([g.statistic is not None for g in self.plan.groups], dtype=np.bool_)[self.plan.group_of]
         by_norms, turn = self.by_norms, 0
         while turn < max(max(self._lone, 1).bit_length(), self._draws):
-            few = self.few(turn)
+            few, shapes = self.few(turn), None
             by_norms = by_norms and self._shown(few, bool(statistic.any()))
             if not by_norms:
                 shapes = self._compare(few | statistic, False) if statistic.any() else None
                 if shapes is None or not self._runs(few, shapes):
                     return False
             turn += 1
-        return True
+        if not self._minds_equal_widths():
+            return True
+        alike = self.few(0, alike=True)
+        return self._shown(alike, False) if by_norms else self._runs(alike, shapes, backward=False)
+
+    def _minds_equal_widths(self) -> bool:
+        """Whether the model may do something else where widths that were different before come to be equal.
+
+        Its code compares sizes, or an attribute that several groups have as their width is told it once they agree.
+        """
+        told: dict[tuple[str, str, int | None], set[int]] = {}
+        for w in self.plan.widths:
+            if w.told:
+                told.setdefault((w.module, w.attribute, w.index), set()).add(id(w.channels))
+        return len(self.plan.groups) > 1 and (self._still.compares or any(len(ids) > 1 for ids in told.values()))
 
     def _shown(self, few: BoolArray, forgiving: bool) -> bool:
         """Whether a model of the channels ``few`` alone computes what the large one does; ``forgiving``: or fails."""
@@ -236,7 +251,7 @@ class Rehearsal:
                     raise
                 self.inputs = self.inputs[1:]
 
-    def _runs(self, keep: BoolArray, shapes: list[torch.Size] | None) -> bool:
+    def _runs(self, keep: BoolArray, shapes: list[torch.Size] | None, backward: bool = True) -> bool:
         """Whether a model of the channels ``keep`` alone runs, forward and backward, to outputs of ``shapes``."""
         kept = Kept(keep, self.plan.vectors)
         small = {id(t): _blank(t, kept.of(m)[1]) for m in self.plan.tensors for t in (self._binding.tensors[m.name],)}
@@ -244,7 +259,8 @@ class Rehearsal:
             out = fixed_outputs(call(self.model, self.inputs[0]))
         if shapes is not None and [t.shape for t in out] != shapes:
             return False
-        _backward(out, own)
+        if backward:
+            _backward(out, own)
         return True
 
     @contextmanager
@@ -262,9 +278,9 @@ class Rehearsal:
             try:
                 apply_changes(attribute_changes(self._binding, kept, self.model), undo)
                 with self._exchanged(small) as made:
-                    for _, module in self._modules:
-                        if isinstance(module, nn.RNNBase):  # keeps its tensors in a list, too
-                            module._flat_weights[:] = [made.get(id(t), t) for t in module._flat_weights]
+                    for _, module in self._still.of(nn.RNNBase):  # these keep their tensors in a list, too
+                        flat: Any = module._flat_weights
+                        flat[:] = [made.get(id(t), t) for t in flat]
                     yield [p for p in made.values() if p.requires_grad]
             finally:
                 apply_changes(list(reversed(undo)), [])
@@ -293,7 +309,7 @@ class Rehearsal:
         small: dict[int, Tensor] = {}
         places = _Places(kept, moves)
         shapes = self.plan.shapes.tuples(self.plan.shapes.left(kept)[0])
-        wanted: list[tuple[Tensor, tuple[int, ...], str, int]] = []
+        wanted: list[Wanted] = []
         stand: list[tuple[tuple[int, ...], dict[int, Tensor], Tensor | None, float]] = []
         for one, shape in zip(self.plan.tensors, shapes, strict=True):
             tensor = self._binding.tensors[one.name]
@@ -304,14 +320,14 @@ class Rehearsal:
                     new = new.index_select(dim, index)
                 small[id(tensor)] = new.clone()
                 continue
-            wanted.append((tensor, shape, one.name, self._fan_in(one.name, shape)))
+            wanted.append(self._wanted(tensor, shape, one))
             stand.append((one.shape, where, columns, 0.0 if one.is_parameter else 1.0))
         known = small.keys() | {id(tensor) for tensor, *_ in wanted}
         for _, module in self._modules:
             for name, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) not in known and _alike(parameter):
                     known.add(id(parameter))
-                    wanted.append((parameter, tuple(parameter.shape), name, parameter.shape[-1]))
+                    wanted.append(Wanted(parameter, tuple(parameter.shape), name, parameter.shape[-1]))
                     stand.append((tuple(parameter.shape), {}, None, 0.0))
         large: dict[int, Thin] = {}
         for (tensor, *_), new, rest in zip(wanted, self._values.of(wanted), stand, strict=True):
@@ -319,13 +335,13 @@ class Rehearsal:
             large[id(tensor)] = Thin(new, *rest)
         return large, small
 
-    def _fan_in(self, name: str, shape: tuple[int, ...]) -> int:
-        """How many terms the sums have that a weight takes part in."""
+    def _wanted(self, tensor: Tensor, shape: tuple[int, ...], one: TensorMap) -> Wanted:
         if len(shape) < 2:
-            return 1
-        if isinstance(self._binding.owner(name)[0], nn.modules.conv._ConvNd):
-            return torch.Size(shape[1:]).numel()
-        return shape[-1]
+            return Wanted(tensor, shape, one.name, 1)
+        owner = self._binding.owner(one.name)[0]
+        terms = math.prod(shape[1:]) if isinstance(owner, nn.modules.conv._ConvNd) else shape[-1]
+        is_table = isinstance(owner, _TABLES) and all(axis.dim for axis in one.axes)
+        return Wanted(tensor, shape, one.name, terms, is_table)
 
 
 def _shuffled(kind: IntArray, generator: np.random.Generator) -> tuple[IntArray, IntArray, IntArray]:

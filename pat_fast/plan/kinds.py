@@ -24,11 +24,13 @@ def kinds_of_units(
         unit, group_of: of each channel ``[N]``.
         order, starts: channels unit by unit ``[N]``, and where units begin among them ``[U]``.
     """
-    # Random weights tell sets of (axis, count) apart, as a hash does: no Python loop over channels.
-    weights = np.random.default_rng(0).integers(2**63, size=len(axes), dtype=np.uint64)
-    signature = np.zeros(len(unit), dtype=np.uint64)
     held = np.flatnonzero(vectors.channels >= 0)
     channels, own = vectors.channels[held], np.repeat(np.arange(len(vectors.arrays)), vectors.lengths)[held]
+    if len(starts) == len(unit) and _by_whole_groups(channels, own, group_of):
+        return group_of.astype(np.int64)
+    # Random weights tell sets of (axis, count) apart, as a hash does: no Python loop over channels.
+    weights = stirred(np.arange(1, len(axes) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    signature = np.zeros(len(unit), dtype=np.uint64)
     again = np.zeros(len(vectors.arrays), dtype=np.bool_)  # vectors in which a channel may come twice
     again[own[1:][(channels[1:] <= channels[:-1]) & (own[1:] == own[:-1])]] = True
     once = np.zeros(len(vectors.arrays), dtype=np.uint64)
@@ -44,6 +46,14 @@ def kinds_of_units(
     of_unit = np.add.reduceat(stirred(signature[order] + stirred(place.astype(np.uint64))), starts)
     of_unit = stirred(of_unit + group_of[order[starts]].astype(np.uint64))
     return np.unique(of_unit, return_inverse=True)[1].astype(np.int64)
+
+
+def _by_whole_groups(channels: ChannelArray, own: IndexArray, group_of: ChannelArray) -> bool:
+    """Whether vectors (``own`` hold ``channels``) hold all channels of a group side by side and in order, or none."""
+    next_of_its_group = np.append(group_of[1:] == group_of[:-1], False)[channels]  # whether there is one
+    follows = np.append((channels[1:] == channels[:-1] + 1) & (own[1:] == own[:-1]), False)
+    first = np.append(True, group_of[1:] != group_of[:-1])[channels]
+    return bool((follows | ~next_of_its_group).all() and (np.append(False, follows[:-1]) | first).all())
 
 
 def stirred(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import PlanError
-from .backward import hooks_seen, is_pytorchs
+from .backward import is_pytorchs
 from .configs import follow_config
 from .hollow import Hollow, ValuesRead
 from .labels import IntArray, Solution, varying
@@ -82,10 +82,10 @@ def _check_model(model: nn.Module, still: Still) -> None:
             f"{name} is a {type(tensor).__name__} of {tensor.dtype}, which cannot be cut like a plain tensor; "
             "prune first, then quantize or shard"
         )
-    for name, module in still.modules:
-        kind: Any = type(module)
-        if _is_quantized(kind):
-            raise PlanError(f"{name} is a quantized {type(module).__name__}; prune first, then quantize")
+    if any(map(_is_quantized, still.kinds)):
+        kinds: list[tuple[str, Any]] = [(name, type(m)) for name, m in still.modules]
+        name, kind = next((name, kind) for name, kind in kinds if _is_quantized(kind))
+        raise PlanError(f"{name} is a quantized {kind.__name__}; prune first, then quantize")
 
 
 @cache
@@ -104,12 +104,11 @@ class _Attempt:
     ) -> None:
         self.tracer = Tracer(still, hollow)
         self.failure: Exception | None = None
-        self._hooks: list[bool] = []
         self._model, self._inputs, self._with_numbers, self._still = model, example_inputs, with_numbers, still
 
     def run(self, with_graph: bool, notes: list[str]) -> list[str]:
         """Trace; the names of the layers in the order of Torch-Pruning's roots, as far as it can graph the model."""
-        self._still.plain_backward = False
+        self._still.plain_backward = self._still.compares = False
         with self._still.running(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not with_graph:
@@ -117,7 +116,7 @@ class _Attempt:
                 return []
             try:
                 order, nodes = torch_prunings_order(self._still.modules, self._forward, LAYERS)
-                self._still.plain_backward = not self._hooks and is_pytorchs(nodes)
+                self._still.plain_backward = not self.tracer.numbers.hooked and is_pytorchs(nodes)
                 return order
             except Exception as error:
                 notes.append(f"Torch-Pruning cannot graph this model ({type(error).__name__}: {error})")
@@ -126,11 +125,11 @@ class _Attempt:
     def _forward(self, after: After | None = None) -> list[torch.Tensor]:
         tracer = self.tracer
         try:
-            with tracer.equivalents(), tracer.scopes(after), hooks_seen() as self._hooks, ExitStack() as stack:
+            with tracer.equivalents(), tracer.scopes(after), ExitStack() as stack:
                 if self._with_numbers:
                     stack.enter_context(tracer.numbers.planted(self._still.modules))
                     stack.enter_context(tracer.numbers)
-                if recurrent_layers(self._still.modules):
+                if recurrent_layers(self._still):
                     stack.enter_context(Packing())
                 stack.enter_context(tracer)
                 out = call(self._model, self._inputs)
@@ -140,6 +139,7 @@ class _Attempt:
         if tracer.hollow is not None and tracer.hollow.read:  # the forward went on all the same
             self.failure = ValuesRead()
             return []
+        self._still.compares = tracer.numbers.compares
         outputs = fixed_outputs(out)
         if not outputs:
             self.failure = TypeError(f"it returned a {type(out).__name__} in which no tensor was found")
@@ -172,6 +172,11 @@ def _number(
     roots = _roots(leaves, order, tracer.module_order)
     numbers = Numbering(solution, roots)
     channel = numbers.channels
+    counted = {c.symbol: c for c in (*tracer.widths, *counts)}.values()
+    numbers.look_up((
+        *(slots for leaf in leaves for slots in leaf.axes.values()), *(a for w in tracer.work for a in w.axes),
+        *(c.slots for c in counted),
+    ))  # fmt: skip
     tensors, mapped = [], set()
     for leaf in leaves:
         axes = [numbers.axis(dim, slots, _role(leaf, dim)) for dim, slots in sorted(leaf.axes.items())]
@@ -183,7 +188,6 @@ def _number(
     numbers.frozen += _unused_as_they_are(model, leaves, mapped, solution)
     other = sum(leaf.tensor.numel() for leaf in tracer.leaves.values() if leaf.is_parameter and leaf.name not in mapped)
     work = tuple(numbers.work(w) for w in tracer.work)
-    counted = {c.symbol: c for c in (*tracer.widths, *counts)}.values()
     widths = [Width(*_place(c.symbol), channel(c.slots), c.per) for c in counted if numbers.live(c.slots)]
     plan = Plan(
         n_channels=numbers.count,
@@ -301,7 +305,7 @@ def _choose_shares(tracer: Tracer) -> None:
 
 def _freeze_unknown_owners(model: nn.Module, still: Still, tracer: Tracer, leaves: list[Leaf]) -> None:
     """A weight that is multiplied inside a module of unknown kind stays: its attributes are not known."""
-    closed = [name for name, m in still.modules if _is_closed(m)]
+    closed = [name for name, m in still.of(nn.MultiheadAttention, nn.RNNBase) if _is_closed(m)]
     if not closed:
         return
     for leaf in leaves:
@@ -319,7 +323,7 @@ def _is_closed(module: nn.Module) -> bool:
 
 def _couple_recurrent(still: Still, tracer: Tracer, leaves: list[Leaf]) -> None:
     """The layers and directions of a recurrent module have one width."""
-    layers = recurrent_layers(still.modules)
+    layers = recurrent_layers(still)
     if layers:
         by_name = {name: leaf for leaf in leaves for name in leaf.names}
         for path, module in layers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,11 +35,11 @@ class Numbering:
         self._number = number[solution.channel]
         self._stand_in(classes)
         self._shared: dict[bytes, ChannelArray] = {}
-        self._live: dict[int, bool] = {}
         self._axes: dict[tuple[int, int, str], Axis | None] = {}
         self._alike: dict[tuple[int, int, str], Axis] = {}
         self._phantoms = len(solution.channel) > solution.count
-        self._known: dict[int, tuple[IntArray, ChannelArray]] = {}  # by the id of the slots, which are kept alive
+        # By the id of the slots, which are kept alive: their channels, and whether there are some.
+        self._known: dict[int, tuple[IntArray, ChannelArray, bool]] = {}
         self.unit = by_first_use(solution.unit[classes])
         self.n_units = int(self.unit.max()) + 1 if self.count else 0
         self._claims = claims
@@ -50,41 +51,52 @@ class Numbering:
         behind = slice(self.solution.count, None)
         self._number[behind] = of_unit[self.solution.unit[behind]]
 
+    def look_up(self, vectors: Iterable[IntArray]) -> None:
+        """Find the channels of ``vectors`` of slots in one go: of each alone it takes several times as long."""
+        every = list({id(slots): slots for slots in vectors}.values())
+        bounds = np.cumsum([0, *map(len, every)])
+        where = np.concatenate([np.zeros(0, np.int64), *every])
+        if self._phantoms:
+            where = np.where(where >= PHANTOM, where - PHANTOM + self.solution.count, where)
+        channels = self._number[where]
+        live = np.diff(np.searchsorted(np.flatnonzero(channels >= 0), bounds)) > 0
+        for slots, (start, stop), yes in zip(every, pairwise(bounds.tolist()), live.tolist(), strict=True):
+            found = channels[start:stop]
+            self._known[id(slots)] = slots, self._shared.setdefault(found.tobytes(), found), yes
+
+    def _of(self, slots: IntArray) -> tuple[IntArray, ChannelArray, bool]:
+        if id(slots) not in self._known:
+            self.look_up([slots])
+        return self._known[id(slots)]
+
     def channels(self, slots: IntArray) -> ChannelArray:
         """The channels of ``slots``; equal vectors are one object."""
-        known = self._known.get(id(slots))
-        if known is not None:
-            return known[1]
-        where = slots
-        if self._phantoms and slots.size and slots.max() >= PHANTOM:
-            where = np.where(slots >= PHANTOM, slots - PHANTOM + self.solution.count, slots)
-        found = self._number[where]
-        found = self._shared.setdefault(found.tobytes(), found)
-        self._known[id(slots)] = slots, found
-        return found
+        return self._of(slots)[1]
 
     def live(self, slots: IntArray) -> bool:
         """Whether some of ``slots`` are channels of the plan."""
-        found = self.channels(slots)
-        if id(found) not in self._live:
-            self._live[id(found)] = bool((found >= 0).any())
-        return self._live[id(found)]
+        return self._of(slots)[2]
 
     def axis(self, dim: int, slots: IntArray, role: str) -> Axis | None:
         """The axis of ``slots``, if they are live; axes that are alike are one object."""
         key = (id(slots), dim, role)
         if key not in self._axes:
-            channels = self.channels(slots)
+            _, channels, live = self._of(slots)
             alike = (id(channels), dim, role)
-            if self.live(slots) and alike not in self._alike:
+            if live and alike not in self._alike:
                 self._alike[alike] = Axis(dim, channels, role)
             self._axes[key] = self._alike.get(alike)
         return self._axes[key]
 
     def work(self, work: Work) -> WorkTerm:
         """A term of work; axes that hold no channel are multiplied into its scale."""
-        scale = work.scale * math.prod(len(a) for a in work.axes if not self.live(a))
-        return WorkTerm(scale, tuple(self.channels(a) for a in work.axes if self.live(a)))
+        scale, axes = work.scale, []
+        for _, channels, live in map(self._of, work.axes):
+            if live:
+                axes.append(channels)
+            else:
+                scale *= len(channels)
+        return WorkTerm(scale, tuple(axes))
 
     def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
         """Each root takes the free channels of its axis that no earlier root has taken."""
@@ -125,9 +137,13 @@ class Numbering:
 
     def _merge_coupled(self, claims: list[tuple[list[Leaf], IntArray]]) -> list[tuple[list[Leaf], IntArray]]:
         """Groups that share a unit are ranked together: they become one."""
-        if np.array_equal(self.solution.unit, self.solution.channel):
-            return claims
+        owner = np.repeat(np.arange(len(claims)), [len(c) for _, c in claims])
+        unit = self.solution.unit[np.concatenate([np.zeros(0, np.int64), *[c for _, c in claims]])]
         home = np.full(len(self.solution.unit), -1)  # the first group that was seen to have a unit
+        home[unit[::-1]] = owner[::-1]
+        if (home[unit] == owner).all():
+            return claims
+        home[:] = -1
         into = list(range(len(claims)))
 
         def first(i: int) -> int:
@@ -166,14 +182,16 @@ class Numbering:
                     if axis.role == "out":
                         layers[i].append(layer_of(tensor.name))
         found: list[Group] = []
+        roots: set[str] = set()
         is_noted = self.solution.noted.mask
         start = 0
         for i, (leaves, classes) in enumerate(self._claims):
             statistic = classes[is_noted[classes]]
             noted = self.solution.noted[int(statistic[0])] if statistic.size else None
             root = layer_of(leaves[0].name)
-            if any(g.root == root for g in found):  # a weight that is used transposed, too, makes channels twice
+            if root in roots:  # a weight that is used transposed, too, makes channels twice
                 root += " transposed"
+            roots.add(root)
             stop = start + len(classes)
             found.append(Group(root, start, stop, tuple(layers[i]), tuple(members[i]), noted))
             start = stop

@@ -10,7 +10,7 @@ of zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from .labels import IntArray, Slots
+from .running import Still
 from .trace import EQUIVALENTS, Leaf
 
 KINDS = (nn.RNN, nn.LSTM, nn.GRU)
@@ -36,9 +37,9 @@ def is_plain(module: nn.Module) -> bool:
     return type(module).forward in {kind.forward for kind in KINDS} and set(names) <= module._parameters.keys()
 
 
-def recurrent_layers(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.RNNBase]]:
-    """The recurrent layers among ``modules`` that can be followed, by name."""
-    return [(name, m) for name, m in modules if isinstance(m, nn.RNNBase) and is_plain(m)]
+def recurrent_layers(still: Still) -> list[tuple[str, nn.RNNBase]]:
+    """The recurrent layers of a model that can be followed, by name."""
+    return [(name, m) for name, m in still.of(nn.RNNBase) if isinstance(m, nn.RNNBase) and is_plain(m)]
 
 
 def gates(module: nn.RNNBase) -> int:

@@ -52,23 +52,32 @@ class Still:
     Attributes:
         every: its modules by all of their names.
         modules: its modules, each by its first name.
+        kinds: their classes.
         parameters, buffers: its tensors by all of their names.
         of_one_op: ids of its modules for which :func:`runs_one_op` holds.
         plain_backward: whether a forward was seen to leave the backward to PyTorch's own steps, without hooks.
+        compares: whether a forward was seen to hold sizes against one another.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._noted = False
         self.plain_backward = False
+        self.compares = False
         self.every = named_modules(model, once=False)
         first: dict[int, tuple[str, nn.Module]] = {}
         for name, module in self.every:
             first.setdefault(id(module), (name, module))
         self.modules = list(first.values())
+        self.kinds: set[Any] = {type(m) for _, m in self.modules}
         self.parameters = named_tensors(self.every, "_parameters")
         self.buffers = named_tensors(self.every, "_buffers")
         self.of_one_op = {id(m) for _, m in self.modules if runs_one_op(m)}
+
+    def of(self, *kinds: type[nn.Module]) -> list[tuple[str, nn.Module]]:
+        """Those of its modules that are of one of ``kinds``."""
+        wanted = {kind for kind in self.kinds if issubclass(kind, kinds)}
+        return [(name, m) for name, m in self.modules if type(m) in wanted] if wanted else []
 
     def _note(self) -> None:
         self._noted = True
@@ -88,6 +97,7 @@ class Still:
         if not self._noted:
             self._note()
         fast_path = torch.backends.mha.get_fastpath_enabled()
+        random = torch.default_generator.get_state(), [torch.cuda.get_rng_state(d) for d in self._devices]
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # one fused op for a whole layer would hide its structure
             if self._training:
@@ -95,10 +105,13 @@ class Still:
             for p in self._frozen:
                 p.requires_grad_(True)  # a frozen layer has channels like any other
             eager = torch.compiler.set_stance("force_eager")  # a compiled model runs as it was written
-            with torch.random.fork_rng(self._devices), torch.enable_grad(), eager:
+            with torch.enable_grad(), eager:
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
+            torch.default_generator.set_state(random[0])
+            for device, state in zip(self._devices, random[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
             self._restore()
 
     def _restore(self) -> None:

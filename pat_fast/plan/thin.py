@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -237,27 +237,49 @@ _SHORT: dict[Any, tuple[int, int, Callable[..., Tensor | None]]] = {  # where th
 }
 
 
+class Wanted(NamedTuple):
+    """A parameter or buffer for which there are to be values."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    name: str
+    terms: int  # in the sums that it takes part in
+    is_table: bool = False  # rows are read by their numbers and are no channels
+
+
 class Values:
-    """Random values that no mistake hides behind: no two alike, and of a scale that keeps activations in bounds."""
+    """Random values that no mistake hides behind: no two alike, and of a scale that keeps activations in bounds.
+
+    Of a large table, rows overlap in memory: the row after one begins an element later.
+    """
 
     def __init__(self, seed: int) -> None:
         self._pools = _pools(seed)
 
-    def of(self, wanted: Sequence[tuple[Tensor, Sequence[int], str, int]]) -> list[Tensor]:
-        """Values for each (parameter or buffer, shape, its name, terms in the sums that it takes part in)."""
+    def of(self, wanted: Sequence[Wanted]) -> list[Tensor]:
+        """The values, one tensor for each that is wanted."""
         found: list[Tensor] = [torch.empty(0)] * len(wanted)
         alike: dict[Any, list[int]] = {}
-        for i, (tensor, shape, name, _) in enumerate(wanted):
-            alike.setdefault((_kind(len(shape), name), tensor.device, tensor.dtype), []).append(i)
+        for i, one in enumerate(wanted):
+            if one.is_table and math.prod(one.shape) > POOL:
+                found[i] = self._table(one)
+            else:
+                kind = _kind(len(one.shape), one.name)
+                alike.setdefault((kind, one.tensor.device, one.tensor.dtype), []).append(i)
         for (kind, device, dtype), places in alike.items():
-            shapes = [tuple(wanted[i][1]) for i in places]
-            sizes = [math.prod(shape) for shape in shapes]
+            sizes = [math.prod(wanted[i].shape) for i in places]
             parts = self._take(kind, sum(sizes)).to(device, dtype).split(sizes)
             if kind == "weight":
-                torch._foreach_mul_(parts, [max(wanted[i][3], 1) ** -0.5 for i in places])
-            for i, part, shape in zip(places, parts, shapes, strict=True):
+                torch._foreach_mul_(parts, [max(wanted[i].terms, 1) ** -0.5 for i in places])
+            for i, part in zip(places, parts, strict=True):
+                shape = wanted[i].shape
                 found[i] = part if len(shape) == 1 else part.view(shape)
         return found
+
+    def _table(self, wanted: Wanted) -> Tensor:
+        rows, columns = wanted.shape
+        line = self._take("weight", rows + columns - 1) * max(wanted.terms, 1) ** -0.5
+        return line.to(wanted.tensor.device, wanted.tensor.dtype).as_strided((rows, columns), (1, 1))
 
     def _take(self, kind: str, count: int) -> Tensor:
         pool = self._pools[kind]

@@ -132,10 +132,13 @@ class Tracer(TorchDispatchMode):
 
     def forget(self) -> None:
         """Let go of all tensors: the tracer is in a reference cycle, and who holds a parameter may matter to others."""
+        for leaf in self.leaves.values():
+            leaf.mark = None  # which knows the leaf
         self.leaves.clear()
         self._marks = Noted()
         self._poisoned = Noted()
         self._modules = {}
+        self.hollow = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pat_fast import PlanError
-from pat_fast.plan.thin import POOL, Standing, Thin, Values, fill
+from pat_fast.plan.thin import POOL, Standing, Thin, Values, Wanted, fill
 
 ROWS, COLUMNS = torch.tensor([70, 3, 41]), torch.tensor([5, 0, 77, 30])
 
@@ -150,15 +150,18 @@ def test_channels_that_leave_their_block_of_a_group_norm_are_no_plan() -> None:
 def test_values_differ_from_one_another() -> None:
     like = torch.zeros(0)
     wanted = [
-        (like, (40, 5000), "a.weight", 5000),  # longer than the pool
-        (like, (50,), "a.weight", 50),
-        (like, (50,), "a.running_var", 50),
-        (like.double(), (3, 2, 2), "b.weight", 4),
+        Wanted(like, (40, 5000), "a.weight", 5000),  # longer than the pool
+        Wanted(like, (50,), "a.weight", 50),
+        Wanted(like, (50,), "a.running_var", 50),
+        Wanted(like.double(), (3, 2, 2), "b.weight", 4),
+        Wanted(like, (5000, 40), "c.weight", 40, is_table=True),
     ]
-    matrix, scale, variance, other = Values(0).of(wanted)
+    matrix, scale, variance, other, table = Values(0).of(wanted)
     assert matrix.numel() > POOL
     assert len(torch.unique(matrix, dim=0)) == 40
     assert matrix.std().item() == pytest.approx(5000**-0.5, rel=0.01)
     assert min(scale.min(), variance.min()) >= 0.5
     assert not torch.equal(scale, variance)
     assert (other.shape, other.dtype) == ((3, 2, 2), torch.float64)
+    assert torch.unique(table, dim=0).shape == torch.unique(table, dim=1).shape == table.shape == (5000, 40)
+    assert table.untyped_storage().nbytes() < 4 * 5100

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import pat_fast as pat
 from pat_fast.dry_run import dry_run
 from pat_fast.plan import Plan, TensorMap, build_plan
+from pat_fast.plan.running import Still
 from pat_fast.plan.verify import bisect, draw, verify
 from pat_fast.rehearsal import rehearse
 from tests.helpers import Case, small_inputs
@@ -164,6 +165,23 @@ def test_smaller_inputs_are_tried_first() -> None:
     SIDES.clear()
     assert rehearse(plan, model, x, x[..., :4, :4])
     assert SIDES == [4, 8, 8]
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_lie_about_a_large_table_is_caught(tied: bool, lie: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Its rows overlap in memory, and it is multiplied where it is tied to the head."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12000, 16), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16, bias=False))
+    model.append(nn.Linear(16, 12000, bias=False))
+    if tied:
+        model[4].weight = model[0].weight
+    x = torch.randint(0, 12000, (2, 5))
+    plan = build_plan(model, x)
+    assert rehearse(plan, model, x)
+    for i, j in spots(plan):
+        lying = change(plan, i, j, lie(plan.tensors[i].axes[j].channels))
+        assert not rehearse(lying, model, x), (plan.tensors[i].name, j)
 
 
 class WrittenOut(nn.Module):
@@ -339,6 +357,33 @@ class OnlyTogether(nn.Module):
         if a.shape[-1] == b.shape[-1] != 16:
             raise ValueError("two of one width")
         return self.c(torch.cat([a, b, self.d(x).reshape(2, 8)], -1))
+
+
+class OneWidth(nn.Module):
+    """Another path where two layers come to be of one width below 16."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fails = nn.Linear(3, 16), nn.Linear(3, 16), nn.Linear(32, 2), fails
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        if a.shape == b.shape and a.shape[-1] != 16:
+            if self.fails:
+                raise ValueError("two of one width")
+            a = 2 * a
+        return self.c(torch.cat([a, b], -1))
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_happens_at_equal_widths_alone_is_found(fails: bool) -> None:
+    model, x = OneWidth(fails), torch.randn(2, 3)
+    still = Still(model)
+    plan = build_plan(model, x, still)
+    assert (len(plan.groups), still.compares) == (2, True)
+    assert not rehearse(plan, model, x, still=still)
+    if fails:
+        assert [g.root for g in pat.build_plan(model, x).groups] == ["a"]
 
 
 def test_groups_that_fail_only_together_are_not_all_kept() -> None:
