@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pat_fast.backends import kept, native
 from pat_fast.backends.kept import Kept, Upload
-from pat_fast.ops.schema import accumulator
 
 IndexArray = NDArray[np.int64]
 
@@ -130,8 +129,9 @@ class _Call:
 
 def _room(like: Tensor, blocks: Blocks, slots: int, more: int = 0) -> Tensor:
     """Room for the slots of a reduction, which are 0 where it leaves no sum, and for ``more`` behind them."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     empty = torch.empty if blocks.named == slots else torch.zeros
-    return empty(slots + more, dtype=accumulator(like.dtype), device=like.device)
+    return empty(slots + more, dtype=dtype, device=like.device)
 
 
 def channel_reduce(
