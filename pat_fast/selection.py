@@ -153,9 +153,10 @@ def unit_scores(plan: Plan, scores: FloatArray) -> FloatArray:
 def protected_units(plan: Plan, scores: FloatArray, min_channels: int) -> BoolArray:
     """Units that must stay whatever their score: the best of every group, and of every axis: ``[U]``."""
     kept = np.zeros(plan.n_units, dtype=np.bool_)
-    for group in plan.groups:
+    alive = ~np.isneginf(scores)[plan.unit]  # of a masked model, too, what is gone does not count
+    for group, count in zip(plan.groups, plan.least_units_beside(alive).tolist(), strict=True):
         own: NDArray[np.int64] = np.unique(plan.unit[group.start : group.stop])
-        _keep_best(kept, own, scores, max(min_channels, plan.least_units(group)))
+        _keep_best(kept, own, scores, max(min_channels, count))
     for units, least in _narrow_axes(plan):
         _keep_best(kept, units, scores, least)
     return kept

@@ -169,6 +169,16 @@ def shrunk_shape(tensor: TensorMap, kept: Sequence[IndexArray]) -> tuple[int, ..
     return tuple(shape)
 
 
+def units_above(tensor: TensorMap, unit: ChannelArray, keep: BoolArray) -> int:
+    """How many units of its columns must stay for ``tensor`` to have more of them than rows, of which ``keep`` stay."""
+    by_dim = {axis.dim: axis.channels for axis in tensor.axes}
+    rows, columns = by_dim.get(0), by_dim[1]
+    left = tensor.shape[0] if rows is None else int(((rows < 0) | keep[rows]).sum())
+    live = columns[columns >= 0]
+    times = np.unique(unit[live], return_counts=True)[1]
+    return min(-(-(left + 1 - len(columns) + len(live)) // int(times.min())), len(times))
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Shapes of tensors and what their axes hold, a row for each tensor and for each axis, in order.

@@ -26,7 +26,7 @@ from .order import After, torch_prunings_order
 from .recurrent import Packing, couple_layers, is_plain, recurrent_layers
 from .running import Still, call
 from .trace import Leaf, Tracer, fixed_outputs
-from .types import ChannelArray, Frozen, Plan, TensorMap, Width
+from .types import PROJECTED, ChannelArray, Frozen, Plan, TensorMap, Width
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
@@ -165,7 +165,7 @@ def _number(
 ) -> Plan:
     leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
     _freeze_unknown_owners(model, still, tracer, leaves)
-    _couple_recurrent(still, tracer, leaves)
+    projected = _couple_recurrent(still, tracer, leaves)
     _choose_units(tracer)
     _freeze_third_axes(tracer, leaves)
     solution, counts = resolve(tracer.numbers, tracer.slots)
@@ -209,6 +209,8 @@ def _number(
         plan = replace(plan, widths=(*plan.widths, *(w for w in told if (w.module, w.attribute) not in known)))
     if tracer.multiples:
         plan = _in_multiples(plan, [(channel(slots.reshape(-1)), m) for slots, m in tracer.multiples])
+    if projected:
+        plan = _above_projections(plan, projected)
     alone = np.flatnonzero(plan.group_units == 1).tolist()
     return plan.freeze(alone, "its channels all go together: nothing of it can be removed")
 
@@ -233,6 +235,22 @@ def _in_multiples(plan: Plan, needed: list[tuple[ChannelArray, int]]) -> Plan:
     groups = tuple(replace(g, multiple=m) for g, m in zip(plan.groups, multiple, strict=True))
     plan = replace(plan, groups=groups)
     return plan.freeze(stuck, "a kernel reads it in steps of 16 bytes, which do not fit its units")
+
+
+def _above_projections(plan: Plan, weights: list[str]) -> Plan:
+    """Hidden units stay more than the ``weights`` project them to; left alone where other units are in their group."""
+    groups = list(plan.groups)
+    stuck = set()
+    for tensor in plan.tensors:
+        columns = next((a.channels for a in tensor.axes if a.dim == 1), None)
+        if tensor.name not in weights or columns is None:
+            continue
+        live = columns[columns >= 0]
+        for number in np.unique(plan.group_of[live]).tolist():
+            if plan.group_units[number] != len(np.unique(plan.unit[live])):
+                stuck.add(number)
+            groups[number] = replace(groups[number], above=(*groups[number].above, tensor.name))
+    return replace(plan, groups=tuple(groups)).freeze(stuck, PROJECTED)
 
 
 def _unused_as_they_are(model: nn.Module, leaves: list[Leaf], mapped: set[str], solution: Solution) -> list[Frozen]:
@@ -321,13 +339,14 @@ def _is_closed(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and not is_plain(module))
 
 
-def _couple_recurrent(still: Still, tracer: Tracer, leaves: list[Leaf]) -> None:
-    """The layers and directions of a recurrent module have one width."""
+def _couple_recurrent(still: Still, tracer: Tracer, leaves: list[Leaf]) -> list[str]:
+    """The layers and directions of a recurrent module have one width; the weights of their projections."""
     layers = recurrent_layers(still)
-    if layers:
-        by_name = {name: leaf for leaf in leaves for name in leaf.names}
-        for path, module in layers:
-            couple_layers(module, path, by_name, tracer.slots)
+    by_name = {name: leaf for leaf in leaves for name in leaf.names} if layers else {}
+    for path, module in layers:
+        couple_layers(module, path, by_name, tracer.slots)
+    weights = [f"{path}.weight_hr_l0".removeprefix(".") for path, module in layers if module.proj_size]
+    return [by_name[name].name for name in weights if name in by_name]
 
 
 def _why_kept(model: nn.Module, closed: list[str], leaf: Leaf, name: str) -> str | None:

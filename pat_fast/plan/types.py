@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PlanError
-from .flat import Holdings, Kept, Shapes, Vectors, groups_left, is_grouped, shrunk_shape
+from .flat import Holdings, Kept, Shapes, Vectors, groups_left, is_grouped, shrunk_shape, units_above
 from .hints import hint
 from .kinds import kinds_of_units
 
@@ -32,6 +32,8 @@ IntArray = IndexArray
 
 # Why a group stays that prunes have brought down to its least.
 LONE, LONE_UNIT = "one channel is left", "one unit is left"
+# Why hidden units stay that a projection has no fewer of.
+PROJECTED = "hidden_size must stay above proj_size: PyTorch takes equal sizes for no projection"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ class Group:
     members: tuple[tuple[str, int], ...]  # (tensor, dimension) pairs that hold them
     statistic: str | None = None  # a statistic over these channels: masking is then not the same as removing
     multiple: int = 1  # of which the number of channels must stay one: a kernel asks for it
+    above: tuple[str, ...] = ()  # weights of projections: the units are their columns, which stay more than their rows
 
     @property
     def channels(self) -> int:
@@ -203,10 +206,12 @@ class Plan:
                     "channels of a unit are kept or removed together"
                 )
         stay = self._units_left(keep)
-        for number in np.flatnonzero(stay < self.least_units_of_groups):
+        least = self.least_units_beside(keep)
+        for number in np.flatnonzero(stay < least):
+            why = f" ({PROJECTED})" if self.groups[number].above else ""
             raise PlanError(
                 f"group {self.groups[number].root}: keep leaves {stay[number]} of "
-                f"{(self.unit_home == number).sum()} units; at least {self.least_units_of_groups[number]} must stay"
+                f"{(self.unit_home == number).sum()} units; at least {least[number]} must stay{why}"
             )
         for group in self._in_multiples:
             left_over = int(keep[group.start : group.stop].sum())
@@ -275,12 +280,31 @@ class Plan:
         return group.multiple // math.gcd(group.multiple, size)
 
     def least_units(self, group: Group) -> int:
-        """How many units of ``group`` must stay: one, or as many as its kernels need a multiple of."""
+        """How many units of ``group`` must stay: one, a multiple its kernels need, more than are projected to."""
         return int(self.least_units_of_groups[self.group_of[group.start]])
 
     @cached_property
     def least_units_of_groups(self) -> IndexArray:
         """:meth:`least_units` of each group."""
+        return self.least_units_beside(self._all)
+
+    def least_units_beside(self, keep: BoolArray) -> IndexArray:
+        """:meth:`least_units` of each group where ``keep [N]`` is left of the projections."""
+        if not self._above:
+            return self._one_step
+        least = self._one_step.copy()
+        for number, tensor in self._above:
+            least[number] = max(least[number], units_above(tensor, self.unit, keep))
+        return least
+
+    @cached_property
+    def _above(self) -> list[tuple[int, TensorMap]]:
+        """The groups that are projected, and by what."""
+        return [(number, self.tensor(name)) for number, g in enumerate(self.groups) for name in g.above]
+
+    @cached_property
+    def _one_step(self) -> IndexArray:
+        """One unit of each group, or as many as its kernels need a multiple of."""
         units = self.group_units
         channels = np.array([g.channels for g in self.groups], dtype=np.int64)
         multiple = np.array([g.multiple for g in self.groups], dtype=np.int64)
@@ -332,7 +356,8 @@ class Plan:
         groups, stop = [], 0
         for g, count in zip(self.groups, counts, strict=True):
             if count:
-                groups.append(Group(g.root, stop, stop + count, g.layers, g.members, g.statistic, g.multiple))
+                rules = g.statistic, g.multiple, g.above
+                groups.append(Group(g.root, stop, stop + count, g.layers, g.members, *rules))
                 stop += count
         unit = by_first_use(self.unit[movable])
         free, lengths = vectors.free.tolist(), vectors.lengths.tolist()
@@ -474,6 +499,7 @@ class Plan:
             of += f", kept in multiples of {group.multiple}" if group.multiple > 1 else ""
             lines.append(f"  {group.root}: {group.channels} channels{of}, {len(group.members)} members")
             lines.extend(f"      {name} dim {dim}" for name, dim in group.members)
+            lines.extend([f"      at least {self.least_units(group)} units stay: {PROJECTED}"] if group.above else [])
             if group.statistic:
                 lines.append(f"      note: {group.statistic}")
         for frozen in self.frozen:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import pat_fast as pat
+from pat_fast.errors import PlanError
 from pat_fast.plan import Plan, bind
 from pat_fast.plan.lower import build_plan as lower
 from pat_fast.rehearsal import rehearse
@@ -118,7 +119,10 @@ def networks() -> list[Any]:
         cell = getattr(nn, f"{name}Cell")
         found.append(pytest.param(lambda k=kind, c=cell: Cells(k, c), id=cell.__name__))
     found.append(pytest.param(lambda: Net(nn.RNN, nonlinearity="relu"), id="RNN-relu"))
-    found.append(pytest.param(lambda: Net(nn.LSTM, proj_size=5, num_layers=2), id="LSTM-projected"))
+    for options in ({"proj_size": 5}, {"proj_size": 7, "num_layers": 2}):
+        for both in (False, True):
+            name = f"LSTM-{options}-{both}"
+            found.append(pytest.param(lambda o=options, b=both: Net(nn.LSTM, bidirectional=b, **o), id=name))
     found.append(pytest.param(Translator, id="encoder and decoder"))
     return found
 
@@ -134,7 +138,7 @@ def test_pruned_equals_masked_and_the_plan_foresees_it(make: Any) -> None:
     plan = lower(model, X)
     expected = {"rnn": 8, "enter": 10, "hidden": 12} if isinstance(model, Net) else {"decoder": 8}
     if getattr(getattr(model, "rnn", None), "proj_size", 0):
-        expected["rnn"] = 5  # the projection, whose root comes last
+        expected["rnn"] = model.rnn.proj_size  # whose root comes last
     assert widths(plan) == expected
     assert rehearse(plan, model, X)
     assert [g.root for g in pat.build_plan(model, X).groups] == [g.root for g in plan.groups]
@@ -204,6 +208,77 @@ def test_a_training_masked_and_pruned_goes_alike() -> None:
     assert losses == pytest.approx(expected, rel=1e-9)
     for (name, p), q in zip(pruned.named_parameters(), masked.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def without(plan: Plan, count: dict[str, int]) -> np.ndarray:
+    """Keep all but the first units of the groups of these roots."""
+    keep = np.ones(plan.n_channels, dtype=np.bool_)
+    for group in plan.groups:
+        keep[group.start : group.start + count.get(group.root, 0)] = False
+    return keep
+
+
+HIDDEN, PROJECTION = "rnn.weight_ih_l0", "rnn.weight_hr_l0"
+PROJECTED = [{"proj_size": 5}, {"proj_size": 5, "num_layers": 2, "bidirectional": True}]
+
+
+@pytest.mark.parametrize("options", PROJECTED)
+def test_hidden_units_stay_more_than_their_projection(options: Any) -> None:
+    """PyTorch takes equal sizes for no projection, and refuses fewer hidden units."""
+    for hidden, projection, possible in ((2, 0, True), (3, 0, False), (5, 2, False), (4, 2, True), (6, 4, True)):
+        model = Net(nn.LSTM, **options)
+        plan = pat.build_plan(model, X)
+        assert "at least 6 units stay: hidden_size must stay above proj_size: PyTorch takes" in plan.describe()
+        keep = without(plan, {HIDDEN: hidden, PROJECTION: projection})
+        masked = masked_copy(model, plan, keep)
+        if possible:
+            binding = prune(bind(plan, model), keep)
+            assert (model.rnn.hidden_size, model.rnn.proj_size) == (8 - hidden, 5 - projection)
+            assert canonical(binding.plan) == canonical(lower(model, X))
+            torch.testing.assert_close(model(X), masked(X), rtol=1e-12, atol=1e-12)
+        else:
+            expected = model(X)
+            with pytest.raises(PlanError, match=rf"at least {6 - projection} must stay \(hidden_size must stay above"):
+                prune(bind(plan, model), keep)
+            assert (model.rnn.hidden_size, model.rnn.proj_size) == (8, 5)
+            assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("options", PROJECTED)
+def test_a_pruner_keeps_more_hidden_units_than_their_projection(options: Any) -> None:
+    def sizes(mode: str) -> list[Any]:
+        model = Net(nn.LSTM, **options)
+        with torch.no_grad():  # the hidden units matter least
+            for name, p in model.rnn.named_parameters():
+                p *= 1e-3 if name.startswith(("weight_ih", "weight_hr")) else 1
+        pruner = pat.Pruner(model, 0.8, mode=mode, end_epoch=4, example_inputs=X, schedule="linear")
+        found = []
+        for _ in range(5):
+            found.append(sorted(pruner.step().changed))
+            assert model(X).isfinite().all()
+        pruner.finalize()
+        assert model(X).isfinite().all()
+        assert 8 > model.rnn.hidden_size > model.rnn.proj_size < 5
+        return [*found, (model.rnn.hidden_size, model.rnn.proj_size)]
+
+    assert sizes("prune") == sizes("mask")
+
+
+def test_a_projection_in_one_group_with_its_hidden_units_stays() -> None:
+    class Started(Net):
+        """From first states of one layer."""
+
+        def __init__(self) -> None:
+            super().__init__(nn.LSTM, proj_size=5)
+            self.start = nn.Linear(10, 13).double()
+
+        def run(self, x: Tensor) -> Tensor:
+            h, c = self.start(x[:, 0]).split([self.rnn.proj_size, self.rnn.hidden_size], -1)
+            return self.rnn(x, (h[None].contiguous(), c[None].contiguous()))[0]
+
+    plan = pat.build_plan(Started(), X)
+    assert widths(plan) == {"enter": 10, "hidden": 12}
+    assert any(f.layer == "start" and "hidden_size must stay above" in f.reason for f in plan.frozen)
 
 
 def test_a_pruned_one_is_saved_and_loaded(tmp_path: Any) -> None:
