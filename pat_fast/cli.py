@@ -396,7 +396,7 @@ def _show_plan(found: Plan) -> None:
     for group in found.groups:
         units = len(set(found.unit[group.start : group.stop].tolist()))
         of = "" if units == group.channels else f" in {units} units"
-        groups.add_row(group.root, f"{group.channels}{of}", "\n".join(_member_lines(group)))
+        groups.add_row(group.root, f"{group.channels}{of}", "\n".join(_member_lines(group) + found.remarks(group)))
     if found.groups:
         console.print(groups)
     from .plan.hints import hint
@@ -416,8 +416,7 @@ def _member_lines(group: Group) -> list[str]:
     for name, dimension in group.members:
         module, _, tensor = name.rpartition(".")
         by_module.setdefault(module, []).append(f"{tensor} {dimension}")
-    lines = [f"{module or 'the model'}: {', '.join(tensors)}" for module, tensors in by_module.items()]
-    return [*lines, f"note: {group.statistic}"] if group.statistic else lines
+    return [f"{module or 'the model'}: {', '.join(tensors)}" for module, tensors in by_module.items()]
 
 
 @contextmanager

@@ -223,6 +223,29 @@ def test_plan_shows_a_schedule(text: str, lines: list[str], monkeypatch: pytest.
         assert any(shown.startswith(line) for shown in result.stdout.splitlines())
 
 
+TAGGER = """from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(6, 8, proj_size=5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+"""
+
+
+def test_plan_says_how_many_hidden_units_a_projection_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tagger_net.py").write_text(TAGGER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    result = invoke("plan", "tagger_net:Net", "--input", "7,2,6")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.stdout.replace("│", " ").split())
+    assert "at least 6 units stay: hidden_size must stay above proj_size: PyTorch takes equal sizes" in shown
+
+
 def test_plan_refuses_a_bad_schedule() -> None:
     result = invoke("plan", "pat_fast.models:resnet20", "--input", "1,1,16,16", "--schedule", "cubik")
     assert result.exit_code == 2

@@ -487,6 +487,11 @@ class Plan:
         """A number for each unit that is the same for those that may change places (see :attr:`kinds`): ``[U]``."""
         return kinds_of_units(self.vectors, self.shapes.vector, self.unit, self.group_of, *self.by_unit)
 
+    def remarks(self, group: Group) -> list[str]:
+        """What else there is to say of ``group``."""
+        found = [f"at least {self.least_units(group)} units stay: {PROJECTED}"] if group.above else []
+        return [*found, f"note: {group.statistic}"] if group.statistic else found
+
     def describe(self) -> str:
         """A few lines for people: groups, members, what is frozen and why."""
         lines = [
@@ -499,9 +504,7 @@ class Plan:
             of += f", kept in multiples of {group.multiple}" if group.multiple > 1 else ""
             lines.append(f"  {group.root}: {group.channels} channels{of}, {len(group.members)} members")
             lines.extend(f"      {name} dim {dim}" for name, dim in group.members)
-            lines.extend([f"      at least {self.least_units(group)} units stay: {PROJECTED}"] if group.above else [])
-            if group.statistic:
-                lines.append(f"      note: {group.statistic}")
+            lines.extend(f"      {line}" for line in self.remarks(group))
         for frozen in self.frozen:
             lines.append(f"  frozen {frozen.layer}: {frozen.channels} channels: {frozen.reason}")
             lines.extend([f"      {text}"] if (text := hint(frozen.reason)) else [])
