@@ -208,27 +208,22 @@ def _slots_by_channel(runs: IndexArray, slots: int, sizes: IndexArray, channels:
     return [part.astype(np.int32) for part in (starts, slot[order], np.append(0, np.cumsum(sizes)), of)]
 
 
+def _summing(call: _Call, like: Tensor, tiles: Tensor, groups: Groups, p: float) -> tuple[tuple[Any, ...], Tensor]:
+    """What both calls below begin with: arguments of the kernels, and room for the sums of slots."""
+    blocks, start = _blocks_of(tiles, like)
+    dtype, func = native.DTYPES[like.dtype], native.function("pow", p)
+    arguments = call.pointers, call.target, start, blocks.of, dtype, func, p, groups.here()
+    return arguments, _room(like, blocks, groups.slots, blocks.workspace)
+
+
 def channel_totals(
     xs: Sequence[Tensor], tiles: Tensor, channels: int, groups: Groups, p: float, divided: bool
 ) -> Tensor:
     """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups."""
-    like, call = xs[0], _Call.of(xs)
-    blocks, start = _blocks_of(tiles, like)
-    slots = _room(like, blocks, groups.slots, blocks.workspace)
+    call = _Call.of(xs)
+    arguments, slots = _summing(call, xs[0], tiles, groups, p)
     totals = slots.new_empty(channels)
-    _CUDA.totals(
-        call.pointers,
-        call.target,
-        start,
-        blocks.of,
-        native.DTYPES[like.dtype],
-        native.function("pow", p),
-        p,
-        groups.here(),
-        divided,
-        totals.data_ptr(),
-        slots.data_ptr(),
-    )
+    _CUDA.totals(*arguments, divided, totals.data_ptr(), slots.data_ptr())
     return totals
 
 
@@ -244,28 +239,13 @@ def group_push(
     where: Tensor | None,
 ) -> None:
     """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs."""
-    like, to = xs[0], [0] * len(xs)
+    to = [0] * len(xs)
     for place, y in zip(places, ys, strict=True):
         to[place] = y.data_ptr()
-    call = _Call(like.device, len(xs), [*map(Tensor.data_ptr, xs), *to])
-    blocks, start = _blocks_of(tiles, like)
-    slots = _room(like, blocks, groups.slots, blocks.workspace)
-    values = slots.new_empty(groups.channels)
-    _CUDA.push(
-        call.pointers,
-        call.target,
-        start,
-        blocks.of,
-        native.DTYPES[like.dtype],
-        native.function("pow", p),
-        p,
-        groups.here(),
-        alpha,
-        strength,
-        0 if where is None else where.data_ptr(),
-        values.data_ptr(),
-        slots.data_ptr(),
-    )
+    call = _Call(xs[0].device, len(xs), [*map(Tensor.data_ptr, xs), *to])
+    arguments, slots = _summing(call, xs[0], tiles, groups, p)
+    values, chosen = slots.new_empty(groups.channels), 0 if where is None else where.data_ptr()
+    _CUDA.push(*arguments, alpha, strength, chosen, values.data_ptr(), slots.data_ptr())
 
 
 OPS = {
