@@ -91,6 +91,8 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)  # with the build, which its wheel on PyPI leaves out of its name
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

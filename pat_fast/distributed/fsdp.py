@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -242,7 +243,8 @@ class Shard:
         data, *rest = tensors
         parameter.grad = None
         meta = nn.Parameter(torch.empty(shape, dtype=data.dtype, device="meta"), requires_grad=parameter.requires_grad)
-        fsdp._init_sharded_param(meta, fsdp.device, None, fsdp.mesh_info)
+        told = (fsdp.mesh_info,) if "mesh_info" in signature(fsdp._init_sharded_param).parameters else ()  # not in 2.11
+        fsdp._init_sharded_param(meta, fsdp.device, None, *told)
         if fsdp.post_forward_mesh_info:
             fsdp._init_sharded_post_forward_param_metadata(meta)
         padded = data.new_zeros(fsdp.padded_sharded_param_size)
@@ -295,8 +297,8 @@ def shards_of(plan: Plan, model: nn.Module) -> dict[str, Shard]:
         fsdp = known.get(id(parameter))
         if fsdp is None or not known_version or any(not hasattr(fsdp, name) for name in NEEDED):
             raise SurgeryError(
-                f"{tensor_map.name}: expected a parameter that fully_shard (of PyTorch 2.13) has sharded, got a "
-                f"{type(parameter).__name__}; shard the whole model, or prune before sharding"
+                f"{tensor_map.name}: expected a parameter that fully_shard (of PyTorch 2.11 to 2.13) has sharded, got "
+                f"a {type(parameter).__name__}; shard the whole model, or prune before sharding"
             )
         if not isinstance(sharded, DTensor) or sharded.placements != (Placed(0),) or fsdp.offload_to_cpu:
             raise SurgeryError(

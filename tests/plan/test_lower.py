@@ -155,6 +155,15 @@ def pooled_channels(x: Tensor) -> Tensor:
     return nn.functional.max_pool1d(x.flatten(2).transpose(1, 2), 2).transpose(1, 2).unflatten(2, (8, 8))
 
 
+# PyTorch tags most of them as element-wise, in place some, and which depends on its version.
+ACTIVATIONS = [
+    nn.LeakyReLU(), nn.GELU(), nn.LogSigmoid(), nn.PReLU(),
+    *(kind(inplace=True) for kind in (
+        nn.CELU, nn.ELU, nn.Hardsigmoid, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU)),
+    nn.Threshold(0.1, 0.0, inplace=True),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("between", "after", "channels", "units"),
     [
@@ -181,6 +190,7 @@ def pooled_channels(x: Tensor) -> Tensor:
         (lambda x: torch.einsum("bchw->bhwc", x).permute(0, 3, 1, 2), 8, 8, 8),
         (lambda x: x[:, :, ::2, 1:], 8, 8, 8),
         (lambda x: x.add_(1).relu_(), 8, 8, 8),
+        *((activation, 8, 8, 8) for activation in ACTIVATIONS),
         (lambda x: x.roll(1, 2), 8, 8, 8),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -216,6 +216,15 @@ def test_memory_that_ends_at_any_allocation_of_a_prune(optimizer: str) -> None:
     goes_on(twin)
 
 
+@pytest.fixture
+def _keyboard() -> Iterator[None]:
+    """Python's own handler: it is not there in what a shell puts behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_keyboard")
 def test_an_interrupt_from_the_keyboard_comes_before_or_after_the_change() -> None:
     """A real signal: where it comes while the model changes, the prune is finished first."""
     calls = all_calls()

@@ -38,6 +38,12 @@ def storages() -> int:
     return sum(found.values())
 
 
+def kept_by_others() -> int:
+    """Bytes that earlier tests still hold."""
+    gc.collect()
+    return storages()
+
+
 def wide(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5))
 
@@ -93,6 +99,7 @@ def fails(*_: Any) -> None:
 @pytest.mark.parametrize("room", [0, 3 * 2**20])
 def test_a_prune_takes_no_more_than_the_model_and_its_largest_tensor(undone: bool, room: int) -> None:
     """Or a fixed room if that is more; weights, gradients and state are the model. So does a prune that is undone."""
+    others = kept_by_others()
     model = wide(512)
     optimizer = adamw(model)
     x = torch.randn(4, 8)
@@ -111,7 +118,7 @@ def test_a_prune_takes_no_more_than_the_model_and_its_largest_tensor(undone: boo
     assert before < peak.bytes <= before + max(largest, room) + tables
     gc.collect()
     after = storages()
-    assert abs(after - before) < tables if undone else after < before * 0.75
+    assert abs(after - before) < tables if undone else after - others < 0.75 * (before - others)
 
 
 @pytest.mark.parametrize("undone", [False, True])
@@ -140,6 +147,7 @@ def test_a_step_of_a_pruner_takes_no_more_than_the_model_and_its_largest_tensor(
     importance: str, make: Callable[[nn.Module], torch.optim.Optimizer], undone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of it, from the scores to the report; an average of the model is part of it."""
+    others = kept_by_others()
     model = wide(512)
     average = AveragedModel(model)
     optimizer = make(model)
@@ -159,7 +167,8 @@ def test_a_step_of_a_pruner_takes_no_more_than_the_model_and_its_largest_tensor(
         pruner.step()
     assert before < peak.bytes <= before + largest + 2**16
     gc.collect()
-    assert abs(storages() - before) < 2**16 if undone else storages() < 0.6 * before
+    after = storages()
+    assert abs(after - before) < 2**16 if undone else after - others < 0.6 * (before - others)
 
 
 LARGE = """

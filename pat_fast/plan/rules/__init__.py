@@ -27,11 +27,20 @@ def find(func: Any) -> Rule | None:
     """The rule for ``func``, or None."""
     name = func._schema.name
     found = RULES.get(name) or RULES.get(name.removesuffix("_"))
-    if found is None and torch.Tag.pointwise in func.tags:
+    if found is None and _is_elementwise(func):
         return elementwise
     if found is None and SPATIAL.match(name):
         return spatial
     return found
+
+
+def _is_elementwise(func: Any) -> bool:
+    """Whether PyTorch tags ``func`` as such, or what it does in place: of ``mish`` and ``mish_`` only one is tagged."""
+    if torch.Tag.pointwise in func.tags:
+        return True
+    packet = getattr(getattr(torch.ops, func.namespace), func._opname.removesuffix("_"), None)
+    apart = getattr(packet, func._overloadname, None)
+    return apart is not None and torch.Tag.pointwise in apart.tags
 
 
 __all__ = ["SHAPE_ONLY", "contracting", "find", "moving", "normalizing"]
