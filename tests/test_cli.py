@@ -190,15 +190,20 @@ class Net(nn.Module):
 """
 
 
+def shown_plan(name: str, code: str, sizes: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `pat-fast plan` prints of the `Net` in a file, without the lines of its tables."""
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "160")
+    result = invoke("plan", f"{name}:Net", "--input", sizes)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.stdout.replace("│", " ").split())
+
+
 def test_plan_says_where_the_model_holds_channels_and_what_would_free_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "stubborn_net.py").write_text(STUBBORN)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    result = invoke("plan", "stubborn_net:Net", "--input", "2,3,8,8")
-    assert result.exit_code == 0, result.output
-    shown = " ".join(result.stdout.replace("│", " ").split())
+    shown = shown_plan("stubborn_net", STUBBORN, "2,3,8,8", tmp_path, monkeypatch)
     for part in (
         "second 8 in 4 units second: weight 0, bias 0 third: weight 1",
         "fc 5 is an output of the model (aten::addmm in fc) what reads the model's outputs expects this size",
@@ -237,12 +242,7 @@ class Net(nn.Module):
 
 
 def test_plan_says_how_many_hidden_units_a_projection_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tagger_net.py").write_text(TAGGER)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    result = invoke("plan", "tagger_net:Net", "--input", "7,2,6")
-    assert result.exit_code == 0, result.output
-    shown = " ".join(result.stdout.replace("│", " ").split())
+    shown = shown_plan("tagger_net", TAGGER, "7,2,6", tmp_path, monkeypatch)
     assert "at least 6 units stay: hidden_size must stay above proj_size: PyTorch takes equal sizes" in shown
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from pat_fast.bench.run import device_of
+from pat_fast.errors import ConfigError
+
 from .cell import Cell, tell
 from .recipes import METHODS
 from .table import write
@@ -132,6 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="for every task")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu); on a GPU with --jobs 1")
     args = parser.parse_args(argv)
+    try:
+        device_of(args.device)
+    except ConfigError as error:
+        parser.error(str(error))
     cells = quick() if args.quick else full()
     if args.methods or args.seeds or args.ratios or args.epochs or args.tasks:
         cells = []

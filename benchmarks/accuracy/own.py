@@ -7,7 +7,7 @@ pruner that costs nothing: no other reaches more with this recipe.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -63,7 +63,13 @@ def measured_hooks(register: Callable[..., Any], meter: Meter) -> Callable[..., 
     return lambda optimizer, hook: register(optimizer, meter.around(hook))
 
 
-def main(tasks: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.own", description=__doc__)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(FULL)} (all)")
+    tasks = parser.parse_args(argv).tasks or list(FULL)
+    unknown = [task for task in tasks if task not in FULL]
+    if unknown:
+        parser.error(f"TASK: expected names out of {', '.join(FULL)}; got {', '.join(unknown)}")
     torch.set_num_threads(1)
     meter = Meter()
     # The pruner's part in every step are its hooks on the optimizer's.
@@ -80,7 +86,7 @@ def main(tasks: Sequence[str]) -> int:
             flush=True,
         )
 
-    for task in tasks or list(FULL):
+    for task in tasks:
         train(task, "pat", RATIOS[0], Meter())  # warms up
         for ratio in RATIOS:
             meter.seconds = 0.0
@@ -94,4 +100,4 @@ def main(tasks: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

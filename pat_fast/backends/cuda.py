@@ -91,11 +91,16 @@ def _blocks_of(tiles: Tensor, like: Tensor) -> tuple[Blocks, int]:
 
 def _named(tiles: Tensor) -> int:
     """How many slots are sums of something."""
-    sides = [(int(t[start]), int(t[size])) for t in tiles.numpy() for start, size in ((8, 2), (9, 3)) if t[2:5].all()]
-    marked = np.zeros(max((at + n for at, n in sides), default=0), np.bool_)
-    for at, n in sides:
-        marked[max(at, 0) : at + n if at >= 0 else 0] = True
-    return int(marked.sum())
+    rows = tiles.numpy()
+    rows = rows[rows[:, 2:5].all(1)]
+    starts, lengths = np.concatenate([rows[:, [8, 2]], rows[:, [9, 3]]]).T
+    return len(np.unique(_ranges(starts[starts >= 0], lengths[starts >= 0])))
+
+
+def _ranges(starts: IndexArray, lengths: IndexArray) -> IndexArray:
+    """``start, start + 1, ...`` of each start, one after the other."""
+    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return np.repeat(starts, lengths) + within
 
 
 def _moves_of(tiles: Tensor, out_tiles: Tensor, like: Tensor) -> tuple[Blocks, int]:
@@ -198,9 +203,7 @@ class Groups:
 
 def _slots_by_channel(runs: IndexArray, slots: int, sizes: IndexArray, channels: int) -> list[NDArray[np.int32]]:
     """Where each channel's slots begin, these slots, each group's first channel, each slot's channel."""
-    lengths = runs[:, 2]
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    slot, channel = (np.repeat(runs[:, i], lengths) + within for i in (0, 1))
+    slot, channel = (_ranges(runs[:, i], runs[:, 2]) for i in (0, 1))
     order = np.lexsort((slot, channel))
     starts = np.searchsorted(channel[order], np.arange(channels + 1))
     of = np.full(slots, -1)

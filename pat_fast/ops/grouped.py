@@ -134,9 +134,8 @@ def group_push(
     if not _are_like("ys", ys, ys_table, places, xs, table, grouping):
         return False
     if where is not None:
-        if not is_plain(where) or where.dtype != torch.bool or where.shape != (grouping.channels,):
-            return False
-        if where.device != grouping.device:
+        wanted = torch.bool, (grouping.channels,), grouping.device
+        if not is_plain(where) or (where.dtype, where.shape, where.device) != wanted:
             return False
         where = where.contiguous()
     _check_writable("ys", table)

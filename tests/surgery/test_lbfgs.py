@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,14 @@ import pat_fast as pat
 from pat_fast import torch_pruning as tp
 from pat_fast.plan import bind, build_plan
 from pat_fast.plan.bind import Binding
-from pat_fast.surgery import optimizer as layouts
 from pat_fast.surgery import prune
 from tests.helpers import Case, Small, random_keep, small_inputs
 from tests.training import Twin, check_vectors, masked_equals_pruned, same, train_one_epoch, vectors, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread_and_the_usual_layouts")
+
 Settings = dict[str, Any]
 X = small_inputs(dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_the_usual_layouts() -> Iterator[None]:
-    torch.set_num_threads(1)
-    usual = copy.copy(layouts._LAYOUTS)
-    yield
-    layouts._LAYOUTS.clear()
-    layouts._LAYOUTS.update(usual)
 
 
 def step(model: nn.Module, optimizer: LBFGS, number: int = 0) -> Tensor:

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 import pat_fast as pat
 from pat_fast.plan import bind, build_plan
 from pat_fast.plan.types import Kept
-from pat_fast.surgery import optimizer as layouts
 from pat_fast.surgery import prune
 from tests.helpers import Small, random_keep, small_inputs
 from tests.training import Twin, masked_equals_pruned, same, train_one_epoch, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_the_usual_layouts")
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 MAKE: dict[str, Make] = {
@@ -44,15 +45,6 @@ MAKE: dict[str, Make] = {
 }
 # These keep no state per parameter, or only for parameters of a kind; they have tests of their own (test_lbfgs.py).
 APART = {"LBFGS", "SparseAdam", "Muon"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_the_usual_layouts() -> Iterator[None]:
-    torch.set_num_threads(1)
-    usual = copy.copy(layouts._LAYOUTS)
-    yield
-    layouts._LAYOUTS.clear()
-    layouts._LAYOUTS.update(usual)
 
 
 def test_no_optimizer_of_torch_is_forgotten() -> None:
