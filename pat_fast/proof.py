@@ -15,6 +15,7 @@ from .dry_run import dry_run
 from .plan import Plan
 from .plan import build_plan as lower
 from .plan.running import Still, call, undisturbed
+from .plan.verify import ANOTHER
 from .plan.verify import verify as permutation_test
 from .rehearsal import failure, rehearse
 from .surgery.undo import uncollected
@@ -74,7 +75,7 @@ def _found_out(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
     found = permutation_test(plan, model, example_inputs)
     plan = plan.freeze(found.wrong, "its map does not hold: the output moves when its channels change places")
     for group, error in sorted(dry_run(plan, model, example_inputs, found.shapes).items(), reverse=True):
-        plan = plan.freeze([group], f"the model does not run when it is smaller ({error})")
+        plan = plan.freeze([group], _reason(error, ""))
     return _without_culprits(plan, model, example_inputs)
 
 
@@ -98,8 +99,12 @@ def _without_culprits(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan
 
     admit(list(every))
     for group, error in sorted(wrong.items(), reverse=True):
-        plan = plan.freeze([group], f"the model does not run when it is smaller together with others ({error})")
+        plan = plan.freeze([group], _reason(error, " together with others"))
     return plan
+
+
+def _reason(error: str, how: str) -> str:
+    return error if error == ANOTHER else f"the model does not run when it is smaller{how} ({error})"
 
 
 def smaller_inputs(example_inputs: Any) -> Any:

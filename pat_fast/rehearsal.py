@@ -27,7 +27,7 @@ from .plan.running import Still, call, calls_made_by
 from .plan.thin import LEAST, Standing, Thin, Values, Wanted, fill
 from .plan.trace import fixed_outputs
 from .plan.types import Axis, BoolArray, IntArray, Kept, Plan, TensorMap, is_grouped
-from .plan.verify import FINE, TOLERANCE, channel_order, distance
+from .plan.verify import ANOTHER, FINE, TOLERANCE, channel_order, distance
 from .surgery.modules import Change, apply_changes, attribute_changes
 
 _NORMS = ("layer norm over", "group norm over")  # notes of statistics that smaller norms take as they should
@@ -55,9 +55,10 @@ def rehearse(
 
 
 def failure(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) -> str | None:
-    """The error of a model that is smaller in all groups at once, or None.
+    """What is wrong with a model that is smaller in all groups at once, or None.
 
-    Of no error, too, a model that this cannot be asked of: it fails at its full size in the same way.
+    It fails; or, where no statistic explains it, it computes something else. Of nothing wrong, too, a model that this
+    cannot be asked of: it is no better at its full size.
     """
     try:
         test = Rehearsal(plan, model, [example_inputs], seed)
@@ -73,7 +74,9 @@ def failure(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) ->
             errors.append(None)
         except Exception as error:
             errors.append(in_a_line(error))
-    return (errors[0] or errors[1]) if errors[-1] is None else None
+    if errors[-1] is not None:
+        return None
+    return errors[0] or errors[1] or (ANOTHER if test.differs(few, every) else None)
 
 
 class Rehearsal:
@@ -120,6 +123,18 @@ class Rehearsal:
             return True
         alike = self.few(0, alike=True)
         return self._shown(alike, False) if by_norms else self._runs(alike, shapes, backward=False)
+
+    def differs(self, keep: BoolArray, every: BoolArray) -> bool:
+        """Whether a model of the channels ``keep``, and those of statistics, computes something else than the model.
+
+        Not if one of all channels does, too: then the cause is another. Nor of what is no number (0 / 0 of zeros).
+        """
+        statistic = np.array([g.statistic is not None for g in self.plan.groups], dtype=np.bool_)[self.plan.group_of]
+        try:
+            apart, _ = self._apart(keep | statistic, False)
+            return self._tolerance < apart < math.inf and self._apart(every, False)[0] <= self._tolerance
+        except Exception:
+            return False
 
     def _minds_equal_widths(self) -> bool:
         """Whether the model may do something else where widths that were different before come to be equal.
@@ -218,17 +233,25 @@ class Rehearsal:
 
     def _compare(self, keep: BoolArray, backward: bool) -> list[torch.Size] | None:
         """The shapes of the outputs if the smaller model, its channels shuffled, puts out what the model does."""
+        apart, shapes = self._apart(keep, backward)
+        return shapes if apart <= self._tolerance else None
+
+    @property
+    def _tolerance(self) -> float:
+        return FINE if self._exact else TOLERANCE
+
+    def _apart(self, keep: BoolArray, backward: bool) -> tuple[float, list[torch.Size]]:
+        """How far the outputs of the smaller model are from those of the model, and the shapes of these."""
         kept = Kept(keep, self.plan.vectors)
         large, small = self._tensors(kept, self._moves(keep))
         precision = nullcontext() if self._exact else InDouble()
         expected = self._expected(large, precision)
         with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision:
             out = fixed_outputs(call(self.model, self.inputs[0]))
-        if distance(expected, [t.detach() for t in out]) > (FINE if self._exact else TOLERANCE):
-            return None
-        if backward:
+        apart = distance(expected, [t.detach() for t in out])
+        if backward and apart <= self._tolerance:
             _backward(out, own)
-        return [t.shape for t in expected]
+        return apart, [t.shape for t in expected]
 
     def _expected(self, large: dict[int, Thin], precision: Any) -> list[Tensor]:
         """What the model puts out with the tensors of ``large`` standing in for its own."""

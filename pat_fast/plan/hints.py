@@ -11,7 +11,8 @@ _HINTS = {
     "is split into parts": "keep the sizes as integer attributes of the module (self.sizes) and split by these",
     "picked out by number": "an index written in the code stands for one channel; which one would change",
     "does not run when it is smaller": "make the size an attribute of the module, or take it from a shape",
-    "computes when smaller is not": "a number in the code depends on this size: take it from an attribute or a shape",
+    "computes without these channels": "a number in the code depends on this size: take that from an attribute or a "
+    "shape, without int()",
     "takes part in a value": "give the value (a scale, say) an attribute of its own, computed in __init__",
     "also sizes something": "give each of the two sizes an attribute of its own",
     "meets a tensor of fixed size": "make that tensor from the other's shape (x.new_zeros(x.shape)), or a parameter",

@@ -14,7 +14,7 @@ import pat_fast as pat
 from pat_fast.dry_run import dry_run
 from pat_fast.plan import Plan, TensorMap, build_plan
 from pat_fast.plan.running import Still
-from pat_fast.plan.verify import bisect, draw, verify
+from pat_fast.plan.verify import ANOTHER, bisect, draw, verify
 from pat_fast.rehearsal import rehearse
 from tests.helpers import Case, small_inputs
 
@@ -394,3 +394,25 @@ def test_groups_that_fail_only_together_are_not_all_kept() -> None:
         "the model does not run when it is smaller together with others (ValueError: two of one width)"
     )
     assert "[2, 8]" in frozen["d"]
+
+
+def test_a_width_made_a_plain_number_is_found_beside_norms_over_channels() -> None:
+    """The scale of this attention goes with its width, a little, and the dry run has random weights against it."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16)
+            self.q, self.k, self.v = (nn.Conv2d(16, width, 1) for width in (32, 32, 16))
+            self.out = nn.Conv2d(16, 3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(self.stem(x))
+            q, k, v = (layer(y).flatten(2) for layer in (self.q, self.k, self.v))
+            w = torch.bmm(q.mT, k) * int(q.shape[1]) ** -0.5
+            return self.out(y + torch.bmm(v, w.softmax(2).mT).view_as(y))
+
+    torch.manual_seed(0)
+    plan = pat.build_plan(Attention(), torch.randn(2, 3, 6, 6))
+    assert {f.layer: f.reason for f in plan.frozen if f.layer != "out"} == {"k": ANOTHER}
+    assert [g.root for g in plan.groups] == ["stem"]
