@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from .trace import Tracer
 
 
-# Of PyTorch's layers, whose sizes are known, those that first states are made for, in the sizes that they keep.
-_STATEFUL = (nn.RNNBase, nn.RNNCellBase)
+# Of PyTorch's layers, whose sizes are known, those that give sizes to others: first states are made for some in the
+# sizes that they keep, and one views by them.
+_KEEPING = (nn.RNNBase, nn.RNNCellBase, nn.Unflatten)
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ class NumberWatch(TorchFunctionMode):
         try:
             for path, module in modules:
                 space = module.__dict__
-                if not type(module).__module__.startswith("torch.nn") or isinstance(module, _STATEFUL):
+                if not type(module).__module__.startswith("torch.nn") or isinstance(module, _KEEPING):
                     self._plant(space, path, "", undo)
                 kinds: set[Any] = set(map(type, space.values()))
                 if not any(map(_is_config, kinds)):
@@ -398,6 +399,7 @@ class _Resolution:
         self._solution = solution
         self._slots = slots
         self._frozen = solution.frozen.mask
+        self._leaves = watch.tracer.leaves.values()
         shrinking = []
         for number, factor, dim in watch.uses:
             places = self._places(factor, dim)
@@ -445,8 +447,17 @@ class _Resolution:
             return f"its size is a multiple of {symbol}"
         expected = {unit: times // known.per for unit, times in self._free(known.slots).items()}
         if expected != {unit: times // per for unit, times in free.items()}:
+            if len(known.slots) == len(places) and self._made(known.slots) and self._made(places):
+                self.ties.append((known.slots, places))
+                return None
             return f"its size is {symbol}, which also sizes something that shrinks by itself"
         return None
+
+    def _made(self, slots: IntArray) -> bool:
+        """Whether all that may go of ``slots`` are channels that layers put out, which may shrink alike."""
+        made = [leaf.axes[d] for leaf in self._leaves if leaf.is_parameter for d in leaf.producers if d in leaf.axes]
+        roots = self._solution.unit[self._slots.index(np.concatenate(made))] if made else made
+        return bool(np.isin(list(self._free(slots)), roots).all())
 
     def _variable(self, symbols: tuple[Symbol | Extent, ...], size: int, units: int) -> Symbol | None:
         """The symbol of a product that changes when units go; the others are constants."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -155,6 +156,32 @@ def pooled_channels(x: Tensor) -> Tensor:
     return nn.functional.max_pool1d(x.flatten(2).transpose(1, 2), 2).transpose(1, 2).unflatten(2, (8, 8))
 
 
+GRID = torch.rand(4, 5, 5, 2, dtype=torch.float64) * 2 - 1
+GAIN = torch.randn(8, 5, dtype=torch.complex128)
+TOKENS = torch.randn(64, 64, 1, dtype=torch.float64)
+
+
+def turned_in_pairs(x: Tensor) -> Tensor:
+    """As rotary embeddings in complex numbers do it."""
+    pairs = torch.view_as_complex(x.unflatten(1, (-1, 2)).movedim(2, -1).contiguous())
+    return torch.view_as_real(pairs * 1j).movedim(-1, 2).flatten(1, 2)
+
+
+def mixed_places(x: Tensor) -> Tensor:
+    """A convolution over what are its channels, the places, that leaves ours alone."""
+    return F.conv1d(x.flatten(2).mT, TOKENS.to(x.dtype)).mT.unflatten(2, (8, 8))
+
+
+def written_places(x: Tensor) -> Tensor:
+    rows = torch.tensor([2, 0])
+    out = x.clone()
+    out[rows] += x[rows] * 2
+    out[torch.tensor([True, False, True, False])[: len(x)]] -= 1
+    out[out < 0.1] = 0
+    out[:, :, rows] = x[:, :, rows + 1]
+    return out
+
+
 # PyTorch tags most of them as element-wise, in place some, and which depends on its version.
 ACTIVATIONS = [
     nn.LeakyReLU(), nn.GELU(), nn.LogSigmoid(), nn.PReLU(),
@@ -192,6 +219,20 @@ ACTIVATIONS = [
         (lambda x: x.add_(1).relu_(), 8, 8, 8),
         *((activation, 8, 8, 8) for activation in ACTIVATIONS),
         (lambda x: x.roll(1, 2), 8, 8, 8),
+        (lambda x: x.cumsum(2).tril(), 8, 8, 8),
+        (lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5)), 8, 8, 8),
+        (lambda x: F.unfold(x, 2, stride=2).unflatten(2, (4, 4)), 32, 8, 8),
+        (lambda x: F.fold(F.unfold(x, 3, padding=1), (8, 8), 3, padding=1), 8, 8, 8),
+        (lambda x: F.grid_sample(x, GRID, align_corners=False), 8, 8, 8),
+        (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), 8, 8, 8),
+        (lambda x: F.channel_shuffle(x, 2), 8, 8, 4),
+        (lambda x: torch.fft.irfft2(torch.fft.rfft2(x) * GAIN), 8, 8, 8),
+        (turned_in_pairs, 8, 8, 4),
+        (mixed_places, 8, 8, 8),
+        (written_places, 8, 8, 8),
+        (lambda x: F.pad(x.unflatten(1, (-1, 4)), (0, 0, 0, 0, 1, 2))[:, :, 1:5].flatten(1, 2), 8, 8, 2),
+        (lambda x: x * torch.cdist(x.flatten(2).mT, x[:, :, 0].mT).mean((1, 2))[:, None, None, None], 8, 8, 8),
+        (lambda x: x + F.mse_loss(x, x.roll(1, 2), reduction="sum"), 8, 8, 8),
     ],
 )  # fmt: skip
 def test_what_lies_between_two_layers(between, after: int, channels: int, units: int) -> None:
@@ -220,7 +261,10 @@ def test_what_lies_between_two_layers(between, after: int, channels: int, units:
         (lambda x: x[:, 2].unsqueeze(1).expand(-1, 8, -1, -1), 8, "picked out by number"),
         (lambda x: x.roll(1, 1), 8, "rolled along the channels"),
         (pooled_channels, 4, "resampled"),
-        (lambda x: torch.fft.fft(x, dim=1).real, 8, "no rule for this op"),
+        (lambda x: torch.fft.fft(x, dim=1).real, 8, "transformed along the channels"),
+        (lambda x: x.cumsum(1), 8, "summed up along the channels"),
+        (lambda x: x.unfold(1, 2, 1).sum(4), 7, "gathered in windows"),
+        (lambda x: x.renorm(2, 2, 1.0), 8, "no rule for this op"),
         (lambda x: nn.functional.layer_norm(x.transpose(1, 3), (8,)).transpose(1, 3), 8, "normalized_shape=[8]"),
     ],
 )  # fmt: skip

@@ -130,7 +130,7 @@ def test_a_number_that_does_more_than_size_channels_holds_them(between, attribut
     assert any(f.layer == "first" and "its size is width" in f.reason for f in plan.frozen), plan.frozen
 
 
-def test_a_number_for_two_things_that_shrink_by_themselves_holds_both() -> None:
+def test_what_one_number_sizes_twice_shrinks_alike() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -142,8 +142,23 @@ def test_a_number_for_two_things_that_shrink_by_themselves_holds_both() -> None:
             return self.last(self.two(x).view(-1, self.width))
 
     plan = build_plan(Two(), torch.randn(5, 4))
-    assert any("also sizes something that shrinks by itself" in f.reason for f in plan.frozen), plan.frozen
-    halved(Two(), torch.randn(5, 4, dtype=torch.float64))
+    assert (plan.n_channels, plan.n_units) == (16, 8)
+    model = Two()
+    halved(model, torch.randn(5, 4, dtype=torch.float64))
+    assert model.one.out_features == model.two.out_features == model.width < 8
+
+
+def test_channels_that_a_layer_unflattens_go_with_all_of_their_places() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(5, 32), nn.Unflatten(1, (8, 2, 2)), nn.BatchNorm2d(8), nn.Upsample(scale_factor=2),
+        nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 3, 1),
+    )  # fmt: skip
+    plan = build_plan(model, torch.randn(5, 5))
+    assert {g.root: len(np.unique(plan.unit[g.start : g.stop])) for g in plan.groups} == {"0": 8, "4": 6}
+    halved(model, torch.randn(5, 5, dtype=torch.float64))
+    assert model[1].unflattened_size == (model[4].in_channels, 2, 2)
+    assert model[4].in_channels < 8
 
 
 def test_the_model_has_its_plain_numbers_back() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import contracting, moving, normalizing
+from . import contracting, indexing, moving, normalizing, windows
 from .pointwise import elementwise
 from .reducing import SPATIAL, spatial
 from .registry import RULES, Rule
@@ -43,4 +43,4 @@ def _is_elementwise(func: Any) -> bool:
     return apart is not None and torch.Tag.pointwise in apart.tags
 
 
-__all__ = ["SHAPE_ONLY", "contracting", "find", "moving", "normalizing"]
+__all__ = ["SHAPE_ONLY", "contracting", "find", "indexing", "moving", "normalizing", "windows"]

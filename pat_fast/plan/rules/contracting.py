@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..labels import Factors, IntArray, along, place, varying
 from ..trace import Leaf, Mark, Tracer, Work
-from .registry import outputs, rule
+from .registry import held, outputs, rule
 
 
 def _widen(mark: Mark, shape: Sequence[int], axes: Sequence[int | None]) -> tuple[Mark, list[int]]:
@@ -64,7 +64,7 @@ def _plain(tr: Tracer, a: Mark, b: Mark, a_shape: Sequence[int], b_shape: Sequen
     return tuple(place(slots, dim, 2) for dim, slots in labels.items() if slots is not None)
 
 
-@rule("mm", "addmm", "bmm", "baddbmm", "mv", "dot")
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")
 def matmul(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """(batch of) [M, K] times [K, N], with an optional term that is added."""
     name = func._schema.name
@@ -102,6 +102,14 @@ def grouped_matmul(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[st
     wide_rows, rows_shape = _widen(tr.mark(rows), rows.shape, [0, None, 1])
     wide, shape = _widen(Mark(tuple(factors), mark.leaf), weight.shape[1:], [None, 1, 0])
     tr.set(out, tr.contract(wide_rows, rows_shape, wide, shape, np.broadcast_shapes(tuple(rows_shape), tuple(shape))))
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """x [..., P, M] and y [..., R, M]: the differences [P, R] are summed up over M."""
+    x, y = args[:2]
+    lead: list[int | None] = list(range(x.ndim - 2))
+    tr.set(out, _product(tr, x, [*lead, x.ndim - 2, None, x.ndim - 1], y, [*lead, None, y.ndim - 2, y.ndim - 1]))
 
 
 @rule("linear")
@@ -148,7 +156,7 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """Any convolution, grouped, depthwise or transposed."""
     x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     c_in, c_out = x.shape[1], out.shape[1]
-    label = _conv_input(tr, x)
+    label, beside = _conv_input(tr, x, _still(x, out, weight, args[3], args[4]))
     row, col = (0, 1) if not transposed else (1, 0)
     leaf = tr.leaves.get(id(weight))
     if leaf is not None and not leaf.axes and groups == 1 and label is not None and c_out > 1:
@@ -174,6 +182,9 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         counted = [(outs, c_out), (ins if ins is not None else label, c_in)]
     if groups > 1:
         _count_sizes(tr, weight, groups, ins if ins is not None else label, outs, 1 in (per_in, per_out))
+    for factor in beside:
+        counted.append((factor.reshape(-1), factor.size))
+        scale /= factor.size
     axes = [place(slots, d, len(counted)) for d, (slots, _) in enumerate(counted) if slots is not None]
     tr.count_work(tuple(axes), [n for _, n in counted], scale)
     factors: Factors = () if outs is None else (place(outs, 1, out.ndim),)
@@ -181,18 +192,33 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         shape = [1, c_out] + [1] * (out.ndim - 2)
         named = tuple(f.reshape(shape) for f in tr.mark(bias).factors)
         factors = tr.merge([(shape, named), (shape, factors)], shape)
-    tr.set(out, factors)
+    tr.set(out, (*factors, *beside))
 
 
-def _conv_input(tr: Tracer, x: Tensor) -> IntArray | None:
-    label = None
+def _conv_input(tr: Tracer, x: Tensor, still: Sequence[int]) -> tuple[IntArray | None, list[IntArray]]:
+    """The labels of the channels that enter, and those of dimensions that a convolution leaves alone.
+
+    These are the batch and, of ``still``, places that meet only themselves; what it mixes otherwise keeps its size.
+    """
+    label, beside = None, []
     for factor in tr.mark(x).factors:
-        slots = along(factor, 1)
-        if slots is None:
-            tr.freeze((factor,), "is convolved along the channels")
-        else:
-            label = slots
-    return label
+        mixed = [d for d in varying(factor) if d > 1 and d not in still]
+        alone = [d for d in varying(factor) if d != 1 and factor.shape[1] > 1 and d not in mixed]
+        for left in held(tr, (factor,), [*mixed, *alone], "is convolved along the channels"):
+            slots = along(left, 1)
+            if slots is None:
+                beside.append(left)
+            else:
+                label = slots
+    return label, beside
+
+
+def _still(x: Tensor, out: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> list[int]:
+    """Dimensions along which a convolution computes every place from that place alone."""
+    return [
+        d for d in range(2, x.ndim)
+        if weight.shape[d] == 1 and stride[d - 2] == 1 and padding[d - 2] == 0 and x.shape[d] == out.shape[d]
+    ]  # fmt: skip
 
 
 def _conv_slots(

@@ -8,12 +8,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..labels import IntArray, Solution, along, place, varying
 from ..trace import Tracer
-from .registry import extents, nth, rule
+from .registry import nth, rule
 
 # What comes out is still a parameter, or a part of it: a layer's weight if it is multiplied.
 KEEPS_ORIGIN = ("permute", "transpose", "t", "squeeze", "unsqueeze", "select")
@@ -323,102 +322,22 @@ def pad(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             dim = x.ndim - 1 - i
             if factor.shape[dim] == 1 or not any(amounts[2 * i : 2 * i + 2]):
                 continue
+            left, right = amounts[2 * i : 2 * i + 2]
             slots = along(factor, dim)
-            if slots is None or min(amounts) < 0:
-                tr.freeze((factor,), "is padded or cropped along the channels")
+            if slots is None:  # inside of what goes as a whole, heads say: what is added goes with its neighbour
+                tr.pin(factor, dim, "")
+                factor = factor[(slice(None),) * dim + (slice(max(-left, 0), factor.shape[dim] - max(-right, 0)),)]
+                factor = np.pad(factor, [(max(left, 0), max(right, 0)) if d == dim else (0, 0) for d in range(x.ndim)],
+                                mode="edge")
+                continue
+            if min(left, right) < 0:
+                tr.freeze((factor,), "is cropped along the channels")
                 break
-            before, after = (tr.slots.fixed(n, f"padding ({tr.where()})") for n in amounts[2 * i : 2 * i + 2])
+            before, after = (tr.slots.fixed(n, f"padding ({tr.where()})") for n in (left, right))
             factor = place(np.concatenate([before, slots, after]), dim, x.ndim)
         else:
             factors.append(factor)
     tr.set(out, factors)
-
-
-@rule("gather", "take_along_dim")
-def gather(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Places along one dimension are looked up by number; along the others nothing moves."""
-    x, indices = args[0], args[2] if func._schema.name == "aten::gather" else args[1]
-    dim = nth(args[1] if func._schema.name == "aten::gather" else args[2], x)
-    shape = [1 if d == dim else n for d, n in enumerate(out.shape)]
-    operands = []
-    for tensor in (x, indices):
-        left = []
-        for factor in tr.mark(tensor).factors:
-            if dim in varying(factor):
-                tr.pin(factor, dim, "is looked up by number")
-                factor = factor.take([0], axis=dim)
-            left.append(factor)
-        sizes = [1 if d == dim else n for d, n in enumerate(extents(tensor))]
-        if all(n in (1, shape[d]) for d, n in enumerate(sizes)):
-            operands.append((sizes, tuple(left)))
-        else:
-            tr.freeze(left, "is looked up by number")
-    tr.set(out, tr.merge(operands, shape))
-
-
-@rule("index_add", "scatter_add", "index_copy", "scatter")
-def add_rows(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Rows (places along one dimension) go where an index says; along the other dimensions nothing moves."""
-    x, source = args[0], args[3]
-    dim = nth(args[1], x)
-    operands = []
-    for tensor in (x, source):
-        if not isinstance(tensor, Tensor):
-            continue
-        left = []
-        for factor in tr.mark(tensor).factors:
-            if dim in varying(factor):
-                tr.pin(factor, dim, "its places are written by number")
-                factor = factor.take([0], axis=dim)
-            left.append(factor)
-        operands.append(([1 if d == dim else n for d, n in enumerate(extents(tensor))], tuple(left)))
-    tr.set(out, tr.merge(operands, [1 if d == dim else n for d, n in enumerate(out.shape)]))
-
-
-@rule("index_select", "index", "embedding")
-def index(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Look-ups: the dimension looked up by number must stay, the others keep their labels."""
-    x, name = args[0], func._schema.name.removeprefix("aten::")
-    if name == "embedding":
-        looked_up, width = {0}, args[1].ndim
-    elif name == "index":
-        looked_up = {d for d, i in enumerate(args[1]) if i is not None}
-        width = max(i.ndim for i in args[1] if i is not None)
-        masks = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        if masks or looked_up != set(range(min(looked_up), max(looked_up) + 1)):
-            tr.barrier([x], "is indexed by a mask or along separate dimensions")
-            return
-    else:
-        looked_up, width = {nth(args[1], x)}, 1
-    dim = min(looked_up)
-    mark, factors = tr.mark(x), []
-    for factor in mark.factors:
-        if looked_up & set(varying(factor)):
-            tr.freeze((factor,), "is looked up by number")
-            continue
-        shape = [n for d, n in enumerate(factor.shape) if d not in looked_up]
-        shape[dim:dim] = [1] * width
-        factors.append(factor.reshape(shape))
-        if mark.leaf is not None and name == "embedding":  # any other table follows what it is added to
-            tr.use(mark.leaf, factor, consumed=False)
-    tr.set(out, factors, mark.leaf if name == "index" else None)
-
-
-@rule("pixel_shuffle", "pixel_unshuffle")
-def pixel_shuffle(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """r * r channels become one with a finer grid (or the reverse): they are one channel."""
-    x = args[0]
-    fine, coarse = (x, out) if x.shape[-3] > out.shape[-3] else (out, x)
-    r2 = fine.shape[-3] // coarse.shape[-3]
-    for factor in tr.mark(x).factors:
-        slots = along(factor, x.ndim - 3)
-        if slots is None or coarse.shape[-3] == 1:
-            tr.freeze((factor,), "pixels are shuffled")
-        elif fine is x:
-            tr.slots.unify(slots.reshape(-1, r2)[:, :1], slots.reshape(-1, r2))
-            tr.set(out, [place(slots[::r2].copy(), out.ndim - 3, out.ndim)])
-        else:
-            tr.set(out, [place(np.repeat(slots, r2), out.ndim - 3, out.ndim)])
 
 
 @rule("glu")

@@ -14,8 +14,8 @@ from .registry import extents, note, nth, outputs, rule
 @rule(
     "native_dropout", "_prelu_kernel", "copy", "where", "masked_fill", "lerp", "addcmul", "addcdiv",
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "bernoulli", "fill",
-    "uniform", "normal", "zero", "rrelu_with_noise", "_log_softmax", "_softmax", "cumsum", "cumprod",
-    "logcumsumexp", "_safe_softmax", "nan_to_num", "polar", "isin", "hardswish", "leaky_relu",
+    "uniform", "normal", "zero", "rrelu_with_noise", "_log_softmax", "_softmax", "_safe_softmax", "nan_to_num",
+    "complex", "_conj", "floor_divide", "polar", "isin", "hardswish", "leaky_relu",
     "log_sigmoid_forward",
 )  # fmt: skip
 def elementwise(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..labels import varying
 from ..trace import Tracer
 from .pointwise import elementwise
-from .registry import arguments, note, nth, outputs, rule
+from .registry import arguments, extents, held, note, nth, outputs, rule
 
 SPATIAL = re.compile(
     r"aten::_?(upsample_\w+?|max_pool|avg_pool|adaptive_avg_pool|adaptive_max_pool"
@@ -44,13 +44,8 @@ def spatial(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     match = SPATIAL.match(func._schema.name)
     assert match is not None
     x = args[0]
-    inner = set(range(x.ndim - int(match[2]), x.ndim))
-    factors = []
-    for factor in tr.mark(x).factors:
-        if inner & set(varying(factor)):
-            tr.freeze((factor,), "is resampled along the channels")
-        else:
-            factors.append(factor)
+    inner = range(x.ndim - int(match[2]), x.ndim)
+    factors = held(tr, tr.mark(x).factors, inner, "is resampled along the channels")
     for result in outputs(out):
         tr.set(result, factors)
 
@@ -66,3 +61,27 @@ def ordering(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     for result in outputs(out):
         if result.ndim == x.ndim:
             tr.set(result, [f for f in factors if dim not in varying(f)])
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
+def running(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """What comes before along one dimension is taken in."""
+    x = args[0]
+    factors = held(tr, tr.mark(x).factors, [nth(args[1], x)], "is summed up along the channels")
+    for result in outputs(out):
+        tr.set(result, factors)
+
+
+@rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+def loss(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Two tensors are held against each other place by place, and that is averaged."""
+    shape = args[0].shape
+    factors = tr.merge([(extents(t), tr.mark(t).factors) for t in args[:2]], shape)
+    note(tr, factors, func._schema.name.removeprefix("aten::"))
+    tr.set(out, factors if out.ndim else ())
+
+
+@rule("nll_loss_forward", "nll_loss2d_forward")
+def classes(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Scores of classes, one of which a number names."""
+    tr.freeze(tr.mark(args[0]).factors, "is the score of a class in a loss")

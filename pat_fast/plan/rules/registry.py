@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..labels import IntArray
+from ..labels import Factors, IntArray, varying
 from ..trace import Tracer, tensors
 
 Rule = Callable[[Tracer, Any, tuple[Any, ...], dict[str, Any], Any], None]
@@ -44,6 +44,19 @@ def extents(tensor: Tensor) -> list[int]:
 def note(tr: Tracer, factors: Sequence[IntArray], what: str) -> None:
     for factor in factors:
         tr.slots.note(factor, f"{what} over the channels ({tr.where()})")
+
+
+def held(tr: Tracer, factors: Sequence[IntArray], dims: Sequence[int], reason: str) -> Factors:
+    """Labels of what mixes the places along ``dims``, which must stay: from there on they are those of the first."""
+    left = []
+    for factor in factors:
+        for dim in dims:
+            if dim in varying(factor):
+                tr.pin(factor, dim, reason)
+                factor = factor.take([0], axis=dim)
+        if factor.size > 1:
+            left.append(factor)
+    return tuple(left)
 
 
 def arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
