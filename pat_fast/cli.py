@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import ConfigError, PatError
+from .errors import ConfigError, PatError, in_a_line
 
 if TYPE_CHECKING:
     import torch
@@ -369,7 +369,10 @@ def _example(text: str) -> torch.Tensor:
     dtype = getattr(torch, dtype_name or "float32", None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"--input: expected a torch type such as int64, got {dtype_name!r}")
-    return torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    try:
+        return torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"--input: expected a tensor that can be made, got {text!r}: {in_a_line(error)}") from None
 
 
 def _json_object(text: str, option: str) -> dict[str, Any]:

@@ -47,9 +47,10 @@ class ExportError(PatError, RuntimeError):
 
 
 def in_a_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
+    """The kind of an error and the first line of what it says, with the next where that one only announces it."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    said = " ".join(line.strip() for line in lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {said}"
 
 
 def check(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, in_a_line
 
 
 def find_callable(name: str, key: str) -> Callable[..., Any]:
@@ -32,10 +32,9 @@ def find_callable(name: str, key: str) -> Callable[..., Any]:
             found: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             raise ConfigError(f"{key}: expected a module {module_name!r}, got: {error}") from error
-        except Exception as error:
-            raise ConfigError(
-                f"{key}: expected the module {module_name!r} to import, got {type(error).__name__}: {error}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            said = in_a_line(error)
+            raise ConfigError(f"{key}: expected the module {module_name!r} to import, got {said}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             near = did_you_mean(part, [known for known in dir(found) if not known.startswith("_")])
@@ -58,9 +57,9 @@ def call_factory(name: str, args: Mapping[str, Any], key: str) -> Any:
             return factory(**args)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in args.items())
-        raise ConfigError(f"{key}: expected {name}({given}) to succeed, got {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{key}: expected {name}({given}) to succeed, got {in_a_line(error)}") from error
 
 
 def build_model(name: str, args: Mapping[str, Any], key: str = "model") -> nn.Module:

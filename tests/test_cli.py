@@ -125,6 +125,8 @@ def test_an_interrupt_ends_quietly_and_keeps_the_log(config: Path, tmp_path: Pat
         (["plan", "pat_fast.models:resnet20", "--args", "{"], "--args: expected a JSON object"),
         (["plan", "pat_fast.models:resnet20", "--args", "[]"], "--args: expected a JSON object, got '[]'"),
         (["plan", "pat_fast.models:resnet20", "--input", "1,3,16,16"], "expected input[1, 3, 16, 16]"),
+        (["plan", "pat_fast.models:resnet20", "--input", "1,99999999,99999999"], "expected a tensor that can be made"),
+        (["plan", "sys:exit", "--args", "{}"], "expected sys:exit() to succeed, got SystemExit"),
         (["plan", "transformers:vitt"], "expected a model type of Transformers, got 'vitt'"),
         (["bench", "resnet51"], "did you mean 'resnet50'"),
         (["bench", "tiny", "--ops", "channel_reduce,compact"], "--ops: expected names out of"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pat_fast.backends import ANY, DEVICES, override, runner
+from pat_fast.errors import BackendError
 from pat_fast.ops.schema import LIB, OPS
 
 _WRITES = ("channel_axpy_", "channel_scale_", "channel_compact")
@@ -22,11 +25,22 @@ def register() -> None:
     Raises:
         BackendError: ``PAT_FAST_BACKEND`` names a backend that cannot run here.
     """
-    override()
+    try:
+        override()
+    except BackendError as error:
+        if not _by_command():
+            raise
+        print(f"error: {error}", file=sys.stderr)  # before the command could catch it: the package is being imported
+        sys.exit(2)
     for device in DEVICES:
         key = "CompositeExplicitAutograd" if device == ANY else device.upper()
         for op in OPS:
             LIB.impl(op, implementation(op, device), key)
+
+
+def _by_command() -> bool:
+    """Whether this process is a ``pat-fast``, however it was started."""
+    return Path(sys.argv[0] if sys.argv else "").stem == "pat-fast" or "pat_fast.cli" in sys.orig_argv
 
 
 @cache

@@ -57,6 +57,15 @@ def test_an_unknown_override_is_refused_with_a_suggestion() -> None:
     assert "did you mean 'cpu'" in found.stderr
 
 
+def test_the_command_says_in_one_line_that_an_override_is_unknown() -> None:
+    environment = os.environ | {backends.ENV: "cpuu"}
+    line = [sys.executable, "-m", "pat_fast.cli", "env"]
+    found = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: expected PAT_FAST_BACKEND to be one of")
+    assert found.stderr.count("\n") == 1
+
+
 def test_an_override_that_cannot_run_fails_loudly() -> None:
     found = run(WITHOUT_EXTENSION + SHOW, "cpu")
     assert found.returncode != 0
