@@ -74,14 +74,14 @@ class Script:
             if not same:
                 raise Mismatch(f"{name} differs after the step ({tuple(got[name].shape)}, {tuple(value.shape)})")
 
-    def moved(self) -> int:
+    def moved(self) -> dict[str, int]:
         """Bytes that any implementation of a step must move."""
         pruned = copy.deepcopy(self.model)
         self.pruner(dropin, pruned).step()
         shrunk = [t for _, t in self.shrunk(pruned)]
         if not shrunk:
             raise Mismatch("nothing was pruned")
-        return sum(2 * t.numel() * t.element_size() for t in shrunk)
+        return {"copy": sum(2 * t.numel() * t.element_size() for t in shrunk)}
 
     def shrunk(self, pruned: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What a prune has made smaller: the tensors before and after."""

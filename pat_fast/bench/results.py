@@ -30,6 +30,7 @@ class Row:
         traffic: the kind of bandwidth that ``share`` is a share of.
         problem: why there are no numbers at all.
         spread: distance of the quartiles, as a share of the median.
+        plain_ms: PyTorch's own time for as many bytes in one buffer, in turns with the call (:meth:`Bandwidth.plain`).
         graph_ms: the same call replayed from a CUDA graph; ``graph_share`` likewise.
         tp_ms: Torch-Pruning's time for the same; None if there is nothing to compare with.
         ratio: ``tp_ms / ms``, only after the results were found equal.
@@ -51,6 +52,7 @@ class Row:
     gbps: float | None = None
     peak_gbps: float | None = None
     share: float | None = None
+    plain_ms: float | None = None
     graph_ms: float | None = None
     graph_share: float | None = None
     tp_ms: float | None = None
@@ -70,13 +72,19 @@ class Row:
     def is_noisy(self) -> bool:
         return max(self.spread or 0.0, self.tp_spread or 0.0) > NOISY
 
-    def timed(self, sample: Sample, moved: int, graph: Sample | None = None) -> Row:
+    @property
+    def most(self) -> float | None:
+        """The ratio of an implementation that takes no longer than PyTorch's plain pass over as many bytes."""
+        return self.tp_ms / self.plain_ms if self.tp_ms and self.plain_ms else None
+
+    def timed(self, sample: Sample, moved: int, plain: Sample | None = None, graph: Sample | None = None) -> Row:
         """The row with the times of a call that moves ``moved`` bytes."""
         return replace(
             self,
             ms=sample.ms,
             spread=sample.spread,
             gbps=moved / sample.ms / 1e6,
+            plain_ms=plain.ms if plain else None,
             graph_ms=graph.ms if graph else None,
         )
 
@@ -160,8 +168,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _most(row: Row) -> str:
+    return f"{row.most:.1f}x" if row.most else ""
+
+
 def _mark(spread: float | None) -> str:
     return "!" if spread is not None and spread > NOISY else ""
+
+
+def _plain_cells(row: Row) -> tuple[str, str]:
+    if row.ms is None or row.plain_ms is None:
+        return ("", "")
+    return (f"{row.plain_ms:.3f}" if row.plain_ms < 10 else f"{row.plain_ms:.1f}", f"{row.plain_ms / row.ms:.0%}")
 
 
 def _graph_cells(row: Row) -> tuple[str, str]:
@@ -175,9 +193,15 @@ def table(rows: Iterable[Row]) -> str:
     rows = list(rows)
     lines = [HEADER, *(_cells(row) for row in rows)]
     left = LEFT
+    more: list[list[tuple[str, ...]]] = []
     if any(row.graph_ms for row in rows):
-        graph = [("graph ms", "share"), *(_graph_cells(row) for row in rows)]
-        lines = [(*line[:8], *more, *line[8:]) for line, more in zip(lines, graph, strict=True)]
+        more.append([("graph ms", "share"), *(_graph_cells(row) for row in rows)])
+    if any(row.plain_ms for row in rows):
+        more.append([("plain ms", "share"), *(_plain_cells(row) for row in rows)])
+    if any(row.most for row in rows):
+        lines = [(*line, cell) for line, cell in zip(lines, ["most", *(_most(row) for row in rows)], strict=True)]
+    for columns in reversed(more):
+        lines = [(*line[:8], *cells, *line[8:]) for line, cells in zip(lines, columns, strict=True)]
     # A problem is a sentence: it may run over the columns that it leaves empty.
     widths = [max(len(c[i]) for c in lines if c[5] or i < 4) for i in range(len(lines[0]))]
     out = []

@@ -15,7 +15,7 @@ from ..backends import Backend
 from ..errors import ConfigError, check, did_you_mean
 from . import machine as machines
 from .bandwidth import Bandwidth
-from .clock import Clock
+from .clock import Clock, Prepare
 from .kernels import COPIES, MOST, VARIANTS, Kernels
 from .models import Model, find, usual
 from .results import Mismatch, Result, Row
@@ -201,15 +201,26 @@ class Bench:
         case.check(row.op, backend.ops())
         call = case.call(row.op, backend.ops())
         self.bandwidth.probe()
+        row = replace(row, traffic=call.traffic)
+        if self.clock.is_cuda and call.rival is None:
+            sample = self.clock.sample(call.run)
+            # The reference is the oracle; as a baseline, its eager time is enough.
+            graph = self.clock.replayed(call.run) if dispatch.ANY not in backend.devices else None
+            return self._told(row.timed(sample, call.moved, graph=graph))
+        sides = self._beside_plain({call.traffic: call.moved}, {"ours": ready(call.run)})
         if call.rival is not None:
             rival, run = call.rival
-            found = self.clock.compare({"": ready(call.run), rival: ready(run)})
-            extra = {f"{rival} ms": found[rival].ms, f"times {rival}": found[rival].ms / found[""].ms}
-            return self._told(replace(row, traffic=call.traffic, extra=extra).timed(found[""], call.moved))
-        sample = self.clock.sample(call.run)
-        # The reference is the oracle; as a baseline, its eager time is enough.
-        graph = self.clock.replayed(call.run) if dispatch.ANY not in backend.devices else None
-        return self._told(replace(row, traffic=call.traffic).timed(sample, call.moved, graph))
+            sides[rival] = ready(run)
+        found = self.clock.compare(sides)
+        if call.rival is not None:
+            ms = found[rival].ms
+            row = replace(row, extra={f"{rival} ms": ms, f"times {rival}": ms / found["ours"].ms})
+        return self._told(row.timed(found["ours"], call.moved, found.get("plain")))
+
+    def _beside_plain(self, moved: Mapping[str, int], sides: dict[str, Prepare]) -> dict[str, Prepare]:
+        """``sides`` to compare, and a plain pass over the bytes that are moved, where there is one."""
+        plain = self.bandwidth.plain(moved)
+        return sides if plain is None else {**sides, "plain": ready(plain)}
 
     def _steps(self, model: Model, like: Row) -> Iterator[Row]:
         wanted = [op for op in self.settings.ops if op not in VARIANTS]
@@ -267,8 +278,8 @@ class Bench:
         moved = step.moved()
         self.bandwidth.probe()
         sides = {"ours": step.ours} if row.no_ratio else {"theirs": step.theirs, "ours": step.ours}
-        found = self.clock.compare(sides, self.rounds(step))
-        row = row.timed(found["ours"], moved)
+        found = self.clock.compare(self._beside_plain(moved, sides), self.rounds(step))
+        row = row.timed(found["ours"], sum(moved.values()), found.get("plain"))
         return self._told(row.against(found["theirs"]) if "theirs" in found else row)
 
     def rounds(self, step: Step) -> int:
@@ -278,7 +289,9 @@ class Bench:
     def _training(self, row: Row, subject: Subject) -> Row:
         """The regulariser alone, and what it adds to a training step: a GPU may still be busy with the step."""
         own = STEPS["regularize"](subject)
-        row = replace(row, traffic=own.traffic).timed(self.clock.compare({"": own.ours})[""], own.moved())
+        row = replace(row, traffic=own.traffic).timed(
+            self.clock.compare({"": own.ours})[""], sum(own.moved().values())
+        )
         step_ms, with_ms, batch = training_step_ms(subject, self.clock, self.settings.batch)
         assert row.ms is not None
         extra = {"step_ms": step_ms, "batch": float(batch), "share_of_step": row.ms / step_ms}

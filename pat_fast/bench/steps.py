@@ -43,7 +43,7 @@ class Step:
     Attributes:
         traffic: which bandwidth bounds it: "read", "copy" or "axpy".
         ours: prepares a run of pat_fast.
-        moved: bytes that any implementation of what pat_fast does must move.
+        moved: bytes that any implementation of what pat_fast does must move, by kind of traffic.
         theirs: prepares a run of Torch-Pruning.
         check: compares results; raises :class:`Mismatch`.
         groups: what is compared, e.g. "35/36": groups that both know, of Torch-Pruning's.
@@ -54,7 +54,7 @@ class Step:
     op: str
     traffic: str
     ours: Prepare
-    moved: Callable[[], int]
+    moved: Callable[[], dict[str, int]]
     theirs: Prepare
     check: Callable[[], None]
     groups: str = ""
@@ -113,7 +113,9 @@ def importance(subject: Subject) -> Step:
             SCORE_RTOL[scores.dtype],
         )
 
-    moved = partial(read_bytes, subject.binding, "scored", is_scored)
+    def moved() -> dict[str, int]:
+        return {"read": read_bytes(subject.binding, "scored", is_scored)}
+
     return Step("importance", "read", ready(ours), moved, ready(theirs), check, *matched(subject))
 
 
@@ -152,9 +154,9 @@ def regularize(subject: Subject) -> Step:
             raise Mismatch("no parameter in common")
         compare(((name, got[name], expected[name]) for name in compared), GRAD_RTOL, atol=1e-12)
 
-    def moved() -> int:
-        scored = read_bytes(subject.binding, "scored", is_scored)
-        return scored + 3 * read_bytes(subject.binding, "regularized", is_regularized)
+    def moved() -> dict[str, int]:
+        pushed = read_bytes(subject.binding, "regularized", is_regularized)
+        return {"read": read_bytes(subject.binding, "scored", is_scored), "axpy": 3 * pushed}
 
     return Step("regularize", "axpy", ready(ours), moved, ready(theirs), check, *matched(subject))
 
@@ -216,7 +218,7 @@ def step(subject: Subject) -> Step:
         pairs = zip(*outputs, strict=True)
         compare((("the output after the step", a, b) for a, b in pairs), 1e-3, atol=1e-5)
 
-    def moved() -> int:
+    def moved() -> dict[str, int]:
         model = subject.fresh()
         before = {name: t.shape for name, t in model.state_dict().items()}
         ours(model)()
@@ -224,7 +226,7 @@ def step(subject: Subject) -> Step:
         if not shrunk:
             raise Mismatch("nothing was pruned")
         scored = read_bytes(subject.binding, "scored", is_scored)
-        return scored + sum(2 * t.numel() * t.element_size() for t in shrunk)
+        return {"read": scored, "copy": sum(2 * t.numel() * t.element_size() for t in shrunk)}
 
     def prepare(run: Callable[[nn.Module], Timed]) -> Timed:
         return run(subject.fresh())

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import check
 from ..ops import channel_reduce
-from ..ops.grouped import channel_totals
-from ..plan.bind import Binding
+from ..ops.grouped import Grouping, channel_totals
+from ..plan.bind import Binding, Tiles
 from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
 
@@ -40,13 +40,14 @@ class GroupNorm:
         check("p", p, lambda v: 0 < v < math.inf, "a positive number (1 or 2, say)")
         self.p = float(p)
 
-    @torch.no_grad()
     def score(self, binding: Binding) -> Tensor:
         """Scores ``[N]``: float32, or float64 where the model is."""
-        # The number of members cancels out. A group of zeros: all equally unimportant.
         found = self._at_once(binding, divided=True)
-        if found is not None:
-            return found
+        return self._divided(binding) if found is None else found
+
+    @torch.no_grad()
+    def _divided(self, binding: Binding) -> Tensor:
+        # The number of members cancels out. A group of zeros: all equally unimportant.
         total = self.total(binding)
         mean = binding.over_groups(total.double(), "mean").to(total.dtype)
         return total.div_(binding.spread(mean.clamp_min_(torch.finfo(total.dtype).tiny)))
@@ -70,8 +71,9 @@ class GroupNorm:
 
     def _at_once(self, binding: Binding, divided: bool) -> Tensor | None:
         """The total, or the score, in one call; None where there is none for it."""
-        tiles = binding.tiles("scored", is_scored)
-        grouping = binding.grouping("scored")
-        if grouping is None:
-            return None
-        return channel_totals(tiles[0].tensors, tiles[0].table, grouping, self.p, divided)
+
+        def call(tiles: Tiles, grouping: Grouping, _: bool) -> Tensor | None:
+            return channel_totals(tiles.tensors, tiles.table, grouping, self.p, divided)
+
+        found: Tensor | None = binding.at_once("scored", is_scored, call)
+        return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import ConfigError, SurgeryError
-from ..plan.bind import Binding, Own, Tiles, bind
+from ..plan.bind import Binding, Own, Tiles, Wanted, bind
 from ..plan.types import Plan, TensorMap
 from ..surgery import prepare, prune
 
@@ -203,9 +203,9 @@ class ShardedBinding(Binding):
     def has_moved(self) -> bool:
         return False  # FSDP puts others in the places of parameters at every forward
 
-    def tiles(self, key: str, wanted: Callable[[TensorMap, nn.Module, str], bool]) -> tuple[Tiles, ...]:
+    def tiles(self, key: str, wanted: Wanted, look: bool = True) -> tuple[Tiles, ...]:
         self._follow()
-        return super().tiles(key, wanted)
+        return super().tiles(key, wanted, look)
 
     def like(self, name: str, tensor: Tensor) -> Tiles:
         local: Any = tensor

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..errors import OpError, PlanError
 from ..ops.grouped import Grouping
 from ..ops.known import PLAIN, Known, is_reliable, is_watched
 from ..ops.tiles import NONE, WIDTH, TileTable
@@ -28,6 +28,7 @@ from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
 Extent = tuple[int, int]  # size and stride of a dimension
 Sides = tuple[Extent, list[ChannelArray | None]]  # of the tiles of each group: their extent, and the channels of each
 Row = tuple[int, ...]  # of a tile table
+Wanted = Callable[[TensorMap, nn.Module, str], bool]  # of a tensor, the module that holds it, its name there
 
 
 def collapse(extents: Sequence[Extent], order: Sequence[int] | None = None) -> list[Extent]:
@@ -327,13 +328,14 @@ class Binding:
         """All modules that hold tensor ``name``, and its name in each."""
         return [self.owner(n) for n in self.aliases(name)]
 
-    def tiles(self, key: str, wanted: Callable[[TensorMap, nn.Module, str], bool]) -> tuple[Tiles, ...]:
+    def tiles(self, key: str, wanted: Wanted, look: bool = True) -> tuple[Tiles, ...]:
         """Tile tables over the tensors for which ``wanted(map, owner, local name)`` holds.
 
-        Kept under ``key``; made anew when a tensor's memory layout has changed since.
+        Kept under ``key``; made anew when a tensor's memory layout has changed since. Without a ``look`` that is left
+        to find out for the op that they are for.
         """
         cached = self._cache.get(key)
-        if cached is not None and all(tiles.fit(tiles.tensors) for tiles in cached):
+        if cached is not None and (not look or all(tiles.fit(tiles.tensors) for tiles in cached)):
             return cached
         buckets: dict[tuple[torch.device, torch.dtype], list[TensorMap]] = {}
         for tensor_map in self.plan.tensors:
@@ -401,6 +403,22 @@ class Binding:
         table = TileTable(rows, tensors, slots=at)
         slot_channel = torch.from_numpy(channel).to(tensors[0].device)
         return Tiles(tuple(m.name for m in maps), tuple(tensors), table, slot_channel, not without.any())
+
+    def at_once(self, key: str, wanted: Wanted, call: Callable[[Tiles, Grouping, bool], Any]) -> Any:
+        """``call(tiles, grouping, looked)`` on :meth:`tiles`, if they are one table that has a grouping; else None.
+
+        It looks at the tensors itself. Where it finds that they do not fit, it is made again with tables that do.
+        """
+        for look in (False, True):
+            tiles, grouping = self.tiles(key, wanted, look), self.grouping(key)
+            if grouping is None:
+                break
+            try:
+                return call(tiles[0], grouping, look)
+            except OpError:
+                if look:
+                    raise
+        return None
 
     def grouping(self, key: str) -> Grouping | None:
         """Channels and groups of the tiles made under ``key``, for what does a whole step in one call.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..criteria import is_scored
 from ..ops import channel_axpy_, channel_scale_
-from ..ops.grouped import group_push
+from ..ops.grouped import Grouping, group_push
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
-from ..plan.bind import Binding, Tiles
+from ..plan.bind import Binding, Tiles, Wanted
 from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
 
@@ -42,7 +42,6 @@ class Regularizer(Protocol):
         ...
 
 
-Wanted = Callable[[TensorMap, nn.Module, str], bool]
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 REGULARIZED = (nn.modules.conv._ConvNd, nn.Linear, *RECURRENT, *NORMS)
 
@@ -86,7 +85,6 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
                     _add(binding, one, [own], gamma)
 
 
-@torch.no_grad()
 def push_norms(
     binding: Binding, p: float, alpha: float, strength: float, where: Tensor | None, only: Collection[int] | None
 ) -> bool:
@@ -94,27 +92,28 @@ def push_norms(
 
     False: there is no such call for this model; nothing was done.
     """
-    scored, pushed = binding.tiles("scored", is_scored), binding.tiles("regularized", is_regularized)
-    grouping = binding.grouping("scored")
-    if grouping is None or len(pushed) != 1:
-        return False
-    places = _places(binding, scored[0], pushed[0])
-    if places is None:
-        return False
-    found: list[Any] = [t.grad for t in pushed[0].tensors]
-    if only is not None:
-        found = [g if id(t) in only else None for g, t in zip(found, pushed[0].tensors, strict=True)]
-    chosen = [i for i, g in enumerate(found) if g is not None]
-    table: TileTable | None = None
-    if len(chosen) == len(found):
-        table = (scored if len(places) == len(scored[0].tensors) else pushed)[0].table
-    elif not chosen:
-        return True
-    else:
-        places = tuple(places[i] for i in chosen)
-    found = [g for g in _fitting(pushed[0], found) if g is not None]
-    tensors, own = scored[0].tensors, scored[0].table
-    return group_push(found, table, places, tensors, own, grouping, p, alpha, strength, where)
+
+    def call(scored: Tiles, grouping: Grouping, looked: bool) -> bool:
+        found = binding.tiles("regularized", is_regularized, looked)
+        places = _places(binding, scored, found[0]) if len(found) == 1 else None
+        if places is None:
+            return False
+        pushed = found[0]
+        grads: list[Any] = [t.grad for t in pushed.tensors]
+        if only is not None:
+            grads = [g if id(t) in only else None for g, t in zip(grads, pushed.tensors, strict=True)]
+        if looked:  # they may be what did not fit
+            grads = _fitting(pushed, grads)
+        table: TileTable | None = (scored if len(places) == len(scored.tensors) else pushed).table
+        present = [g for g in grads if g is not None]
+        if not present:
+            return True
+        if len(present) < len(grads):
+            table, places = None, tuple(i for i, g in zip(places, grads, strict=True) if g is not None)
+        tensors, own = scored.tensors, scored.table
+        return group_push(present, table, places, tensors, own, grouping, p, alpha, strength, where)
+
+    return bool(binding.at_once("scored", is_scored, call))
 
 
 def _places(binding: Binding, scored: Tiles, pushed: Tiles) -> tuple[int, ...] | None:

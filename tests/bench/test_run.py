@@ -335,6 +335,27 @@ def test_the_table(result: Result) -> None:
     assert "1.000    75%" in text
 
 
+def test_the_table_says_what_a_plain_pass_would_take(result: Result) -> None:
+    rows = [replace(row, plain_ms=None if row.ms is None else 1.2) for row in result.rows]
+    lines = render(replace(result, rows=tuple(rows))).splitlines()
+    row = next(line for line in lines if "importance" in line)
+    assert row.split()[-5:] == ["1.200", "80%", "30.0", "20.0x!", "25.0x"]
+    assert next(line for line in lines if "channel_reduce" in line).split()[-2:] == ["1.200", "80%"]
+
+
+def test_a_plain_pass_moves_as_many_bytes() -> None:
+    bandwidth = Bandwidth(Clock(torch.device("cpu"), 1, 1), 1)
+    each = bandwidth._x.nbytes
+    bandwidth._x.fill_(1.0)
+    bandwidth._y.fill_(0.0)
+    run = bandwidth.plain({"read": each, "axpy": 3 * (2 * each + 4)})
+    assert run is not None
+    run()
+    expected = torch.full_like(bandwidth._y, 2e-6)
+    expected[0] = 3e-6
+    assert torch.allclose(bandwidth._y, expected, rtol=1e-5)
+
+
 def test_json_holds_everything(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path / "result.json")
     found = json.loads((tmp_path / "result.json").read_text())

@@ -96,6 +96,16 @@ def test_dtypes_and_memory_formats(dtype: torch.dtype) -> None:
     torch.testing.assert_close(GroupNorm(1).score(bind(plan, last)), scores, rtol=1e-5, atol=0)
 
 
+def test_a_binding_follows_weights_that_are_laid_out_otherwise() -> None:
+    model = Small()
+    binding = bind(build_plan(model, small_inputs()), model)
+    scores = [GroupNorm().score(binding) for _ in range(3)]
+    model.to(memory_format=torch.channels_last)
+    assert not model.inner.weight.is_contiguous()
+    for _ in range(3):
+        torch.testing.assert_close(GroupNorm().score(binding), scores[0], rtol=1e-5, atol=0)
+
+
 def test_a_group_of_zeros_scores_zero_and_not_nan() -> None:
     model = Small()
     with torch.no_grad():

@@ -178,6 +178,19 @@ def test_gradients_in_another_memory_format(dtype: torch.dtype) -> None:
     assert model.inner.weight.grad.dtype == dtype
 
 
+def test_weights_that_are_laid_out_otherwise_since() -> None:
+    model, binding = small_binding()
+    zero_grads(model)
+    GroupNormRegularizer(STRENGTH).apply(binding)
+    expected = grads(model)
+    model.to(memory_format=torch.channels_last)
+    zero_grads(model)
+    GroupNormRegularizer(STRENGTH).apply(binding)
+    assert not model.inner.weight.is_contiguous()
+    for name, grad in grads(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-12)
+
+
 def test_masked_channels_do_not_set_the_scale() -> None:
     _, binding = small_binding()
     full = GroupNormRegularizer().gamma(binding)
