@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -117,7 +118,12 @@ def named_options(
     return name, options
 
 
+SCRIPTED = "is scripted or traced by torch.jit, so its layers cannot be cut; prune the model as written, then script it"
+
+
 def check_model(model: object) -> None:
     """Raise :class:`ConfigError` unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(f"the model {SCRIPTED}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .dry_run import dry_run
+from .errors import check_model
 from .plan import Plan
 from .plan import build_plan as lower
 from .plan.running import Still, call, undisturbed
@@ -44,6 +45,7 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     Raises:
         PlanError: the forward fails on these inputs.
     """
+    check_model(model)
     start = time.perf_counter()
     # A trace holds on to what it makes, and little of that is in cycles: collecting finds nothing and takes a while.
     with uncollected():

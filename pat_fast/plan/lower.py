@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import PlanError
+from ..errors import SCRIPTED, PlanError
 from .backward import is_pytorchs
 from .configs import follow_config
 from .hollow import Hollow, ValuesRead
@@ -44,6 +44,8 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
     """
     still = still or Still(model)
     _check_model(model, still)
+    if not _batch(example_inputs):
+        raise PlanError(f"the example inputs ({_shapes(example_inputs)}) hold no example; pass at least one")
     failure: Exception | None = None
     # A forward whose values decide what it does is run with all of its arithmetic. Torch-Pruning's hooks, and the
     # numbers that ours plants, are not for every model: then without.
@@ -53,6 +55,7 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
         try:
             order = attempt.run(with_graph, notes)
             if attempt.failure is None:
+                notes += attempt.notes
                 return _number(model, still, attempt.tracer, order, _batch(example_inputs), tuple(notes))
         finally:
             attempt.tracer.forget()
@@ -70,6 +73,11 @@ def _check_model(model: nn.Module, still: Still) -> None:
             f"the model is wrapped in {type(model).__name__}; build the plan of the model inside (its .module), and "
             "wrap it after pruning"
         )
+    for name, module in still.of(torch.jit.ScriptModule):
+        if any(True for _ in module.parameters()):
+            raise PlanError(f"{name or 'the model'} {SCRIPTED}")
+    if isinstance(model, torch.fx.GraphModule) and not _has_modes(model):
+        raise PlanError("the model comes from torch.export, which writes sizes down; prune it first, then export it")
     plain = {torch.Tensor, nn.Parameter, nn.Buffer}
     for name, tensor in (*still.parameters, *still.buffers):
         if type(tensor) in plain and not tensor.is_meta and not tensor.is_quantized:
@@ -88,6 +96,11 @@ def _check_model(model: nn.Module, still: Still) -> None:
         raise PlanError(f"{name} is a quantized {kind.__name__}; prune first, then quantize")
 
 
+def _has_modes(model: nn.Module) -> bool:
+    """Whether ``model`` can be put into eval mode, as what torch.export made cannot."""
+    return getattr(model.eval, "__func__", None) is nn.Module.eval
+
+
 @cache
 def _is_quantized(kind: Any) -> bool:
     return "quantized" in kind.__module__.split(".")
@@ -104,6 +117,7 @@ class _Attempt:
     ) -> None:
         self.tracer = Tracer(still, hollow)
         self.failure: Exception | None = None
+        self.notes: list[str] = []
         self._model, self._inputs, self._with_numbers, self._still = model, example_inputs, with_numbers, still
 
     def run(self, with_graph: bool, notes: list[str]) -> list[str]:
@@ -133,6 +147,7 @@ class _Attempt:
                     stack.enter_context(Packing())
                 stack.enter_context(tracer)
                 out = call(self._model, self._inputs)
+                self._trace_what_only_training_runs()
         except Exception as error:
             self.failure = error
             return []
@@ -140,12 +155,40 @@ class _Attempt:
             self.failure = ValuesRead()
             return []
         self._still.compares = tracer.numbers.compares
+        if unused := tracer.unused():
+            self.notes.append(_unused_note(unused))
         outputs = fixed_outputs(out)
         if not outputs:
             self.failure = TypeError(f"it returned a {type(out).__name__} in which no tensor was found")
         for tensor in outputs:
             tracer.give_out(tensor)
         return [t for t in outputs if t.grad_fn is not None]
+
+    def _trace_what_only_training_runs(self) -> None:
+        """Auxiliary heads: where weights were not met, the forward of training is traced as well; it counts no work."""
+        tracer, training = self.tracer, self._still.in_training
+        if not training or not tracer.unused():
+            return
+        done = len(tracer.work)
+        for module in training:
+            module.training = True
+        try:
+            for tensor in fixed_outputs(call(self._model, self._inputs)):
+                tracer.give_out(tensor)
+        except Exception:  # of one example no batch norm takes statistics, say: then these weights stay unknown
+            return
+        finally:
+            del tracer.work[done:]
+            for module in training:
+                module.training = False
+
+
+def _unused_note(names: list[str]) -> str:
+    shown = ", ".join(name or "the model" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        f"not used by this forward, so a forward that uses them will fail once what feeds them is smaller: {shown} "
+        "(name what feeds them in ignored_layers=, or give example inputs with which they are used)"
+    )
 
 
 def _shapes(inputs: Any) -> str:
@@ -156,7 +199,7 @@ def _shapes(inputs: Any) -> str:
 def _batch(inputs: Any) -> int:
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, torch.Tensor) and leaf.ndim > 0:
-            return max(leaf.shape[0], 1)
+            return leaf.shape[0]
     return 1
 
 

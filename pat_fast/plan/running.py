@@ -57,6 +57,7 @@ class Still:
         of_one_op: ids of its modules for which :func:`runs_one_op` holds.
         plain_backward: whether a forward was seen to leave the backward to PyTorch's own steps, without hooks.
         compares: whether a forward was seen to hold sizes against one another.
+        in_training: its modules that are in training mode when nothing runs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,6 +65,7 @@ class Still:
         self._noted = False
         self.plain_backward = False
         self.compares = False
+        self.in_training: list[nn.Module] = []
         self.every = named_modules(model, once=False)
         first: dict[int, tuple[str, nn.Module]] = {}
         for name, module in self.every:
@@ -82,7 +84,7 @@ class Still:
     def _note(self) -> None:
         self._noted = True
         modules = [m for _, m in self.modules]
-        self._training = any(m.training for m in modules)
+        self.in_training = [m for m in modules if m.training]
         self._attributes = _Snapshot(modules)
         with torch.no_grad():
             self._contents = [(b, b._version, b.clone()) for b in {id(b): b for _, b in self.buffers}.values()]
@@ -100,7 +102,7 @@ class Still:
         random = torch.default_generator.get_state(), [torch.cuda.get_rng_state(d) for d in self._devices]
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # one fused op for a whole layer would hide its structure
-            if self._training:
+            if self.in_training:
                 self._model.eval()
             for p in self._frozen:
                 p.requires_grad_(True)  # a frozen layer has channels like any other

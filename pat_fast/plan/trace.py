@@ -243,6 +243,11 @@ class Tracer(TorchDispatchMode):
         leaf.mark = Mark((leaf.axes[0],), leaf)
         return True
 
+    def unused(self) -> list[str]:
+        """Modules with a weight that no op has met so far."""
+        unmet = [leaf for leaf in self.leaves.values() if leaf.is_parameter and not leaf.axes and leaf.mark is None]
+        return list(dict.fromkeys(leaf.name.rpartition(".")[0] for leaf in unmet if leaf.tensor.ndim > 1))
+
     def leaf_factors(self, leaf: Leaf) -> Factors:
         """Factors of a parameter seen as an ordinary tensor."""
         ndim = leaf.tensor.ndim

@@ -251,17 +251,31 @@ def refused() -> dict[str, tuple[Any, str]]:
         "meta": (meta, "0.weight is on the meta device.*load"),
         "quantized": (half, "quantized Linear; prune first"),
         "parallel": (nn.DataParallel(nn.Sequential(*layers())), "DataParallel; build the plan of the model inside"),
+        "scripted": (nn.Sequential(torch.jit.script(nn.Linear(4, 8)), nn.Linear(8, 3)), "0 is scripted or traced"),
+        "exported": (torch.export.export(nn.Sequential(*layers()), (X,)).module(), "comes from torch.export"),
     }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["lazy", "meta", "quantized", "parallel"])
+@pytest.mark.parametrize("name", ["lazy", "meta", "quantized", "parallel", "scripted", "exported"])
 def test_what_cannot_be_cut_is_refused_by_name(name: str) -> None:
     model, message = refused()[name]
     before = {key: (value, dict(vars(value))) for key, value in model.named_modules()}
     with pytest.raises(pat.PlanError, match=message):
         pat.build_plan(model, X)
     assert all(vars(module) == (attributes) for module, attributes in before.values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_no_model_and_no_example_is_refused() -> None:
+    with pytest.raises(pat.ConfigError, match=r"expected a torch\.nn\.Module, got NoneType"):
+        pat.build_plan(None, X)
+    scripted = torch.jit.script(nn.Sequential(*layers()))
+    for use in (pat.Pruner, lambda model: pat.build_plan(model, X)):
+        with pytest.raises(pat.ConfigError, match="the model is scripted or traced"):
+            use(scripted)
+    with pytest.raises(pat.PlanError, match=r"\(\(0, 4\)\) hold no example"):
+        pat.build_plan(nn.Sequential(*layers()), X[:0])
 
 
 def test_a_model_in_distributed_data_parallel_is_refused_by_name() -> None:

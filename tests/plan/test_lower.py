@@ -131,6 +131,36 @@ def test_buffers_that_change_in_eval_are_restored() -> None:
     assert model.calls == 0
 
 
+class WithAuxiliary(nn.Module):
+    """A head that only training uses, and one that is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.auxiliary = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5))
+        self.head, self.other = nn.Linear(8, 5), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(self.stem(x)).relu()
+        out = self.head(x.mean((2, 3)))
+        return (out, self.auxiliary(x)) if self.training else out
+
+
+def test_what_only_training_runs_is_pruned_along_and_what_nothing_runs_is_noted() -> None:
+    model, x = WithAuxiliary(), small_inputs()
+    macs = build_plan(model.eval(), x).macs()
+    plan = build_plan(model.train(), x)
+    assert [g.root for g in plan.groups] == ["stem", "auxiliary.0"]
+    assert {f.layer for f in plan.frozen} == {"head", "auxiliary.3"}
+    assert plan.macs() == macs  # of inference
+    assert any("not used by this forward" in note and note.count(": other (") for note in plan.notes), plan.notes
+    assert model.training
+    assert not model.norm.num_batches_tracked
+    prune(bind(plan, model), random_keep(plan, 0, 0.5))
+    assert model.stem.out_channels == model.auxiliary[0].in_channels < 8
+    sum(out.sum() for out in model(x)).backward()
+
+
 def test_failing_forward_says_which_inputs() -> None:
     with pytest.raises(PlanError, match=r"fails on the example inputs \(\(4, 5, 8, 8\)\)"):
         build_plan(Small(), torch.randn(4, 5, 8, 8))
