@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -120,10 +121,19 @@ def smaller_inputs(example_inputs: Any) -> Any:
         return smaller
 
     try:
-        smaller = tree_map(crop, example_inputs)
+        smaller = _map(crop, example_inputs)
     except Exception:  # a tensor of a kind that cannot be cut: it is taken as it is
         return None
     return smaller if cropped else None
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """As ``tree_map``, which takes a while to find out what plain tuples and dicts are."""
+    if type(value) in (tuple, list):
+        return type(value)([_map(change, v) for v in value])
+    if type(value) is dict:
+        return {key: _map(change, v) for key, v in value.items()}
+    return change(value) if isinstance(value, Tensor) else tree_map(change, value)
 
 
 def _taken(model: nn.Module, example_inputs: Any, smaller: Any) -> Any:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PlanError, in_a_line
-from .plan.bind import Binding
 from .plan.double import InDouble
+from .plan.named import Named
 from .plan.running import Still, call, calls_made_by
 from .plan.thin import LEAST, Standing, Thin, Values, Wanted, fill
 from .plan.trace import fixed_outputs
@@ -87,18 +87,19 @@ class Rehearsal:
         self.inputs = inputs
         self._still = still = still or Still(model)
         self._modules = still.modules
-        self._binding = Binding(plan, model, still=still)
+        self._named = Named(plan, model, still)
         self._generator = np.random.default_rng(seed)
         self._values = Values(seed)
         kinds = {p.dtype for _, p in still.parameters}
         self._exact = all(kind in _FLOATS or not kind.is_floating_point for kind in kinds)
-        self._held: list[tuple[Any, bool, str, Tensor]] = [
-            (space, is_parameter, name, tensor)
+        self._held: list[tuple[Any, str, Tensor, int]] = [
+            (space, name, tensor, id(tensor))
             for _, module in self._modules
-            for space, is_parameter in ((module._parameters, True), (module._buffers, False))
+            for space in (module._parameters, module._buffers)
             for name, tensor in space.items()
             if tensor is not None
         ]
+        self._parameters = {id(p) for _, p in still.parameters}
         self._lone = 0  # the most kinds of one unit that a group has
         self._draws = 1
 
@@ -257,7 +258,7 @@ class Rehearsal:
         """What the model puts out with the tensors of ``large`` standing in for its own."""
         filled = {k: thin for k, thin in large.items() if math.prod(thin.shape) < LEAST}
         fill(list(filled.values()))
-        swapped: dict[int, Tensor] = {k: _parameter(thin.full(), False) for k, thin in filled.items()}
+        swapped: dict[int, Tensor] = {k: self._put_in(k, thin.full(), False) for k, thin in filled.items()}
         by_id = {**large, **{id(tensor): filled[k] for k, tensor in swapped.items()}}
         standing = Standing(by_id)
         others = large.keys() - filled.keys()
@@ -277,7 +278,7 @@ class Rehearsal:
     def _runs(self, keep: BoolArray, shapes: list[torch.Size] | None, backward: bool = True) -> bool:
         """Whether a model of the channels ``keep`` alone runs, forward and backward, to outputs of ``shapes``."""
         kept = Kept(keep, self.plan.vectors)
-        small = {id(t): _blank(t, kept.of(m)[1]) for m in self.plan.tensors for t in (self._binding.tensors[m.name],)}
+        small = {id(t): _blank(t, kept.of(m)[1]) for m in self.plan.tensors for t in (self._named.tensors[m.name],)}
         with self._smaller(kept, small) as own:
             out = fixed_outputs(call(self.model, self.inputs[0]))
         if shapes is not None and [t.shape for t in out] != shapes:
@@ -297,10 +298,11 @@ class Rehearsal:
     def _smaller(self, kept: Kept, small: dict[int, Tensor]) -> Iterator[list[Tensor]]:
         """The model with tensors of ``small`` in the places of its own (known by their ids); those with gradients."""
         undo: list[Change] = []
+        made = {own: self._put_in(own, tensor, tensor.is_floating_point()) for own, tensor in small.items()}
         with self._still.running():
             try:
-                apply_changes(attribute_changes(self._binding, kept, self.model), undo)
-                with self._exchanged(small) as made:
+                apply_changes(attribute_changes(self._named, kept, self.model), undo)
+                with self._exchanged(made):
                     for _, module in self._still.of(nn.RNNBase):  # these keep their tensors in a list, too
                         flat: Any = module._flat_weights
                         flat[:] = [made.get(id(t), t) for t in flat]
@@ -308,24 +310,23 @@ class Rehearsal:
             finally:
                 apply_changes(list(reversed(undo)), [])
 
+    def _put_in(self, own: int, tensor: Tensor, requires_grad: bool) -> Tensor:
+        """``tensor`` as what is to stand in the place of that of the id ``own``: a parameter, or a buffer."""
+        if own not in self._parameters:
+            return tensor
+        return Tensor._make_subclass(nn.Parameter, tensor, requires_grad)  # without the questions of nn.Parameter
+
     @contextmanager
-    def _exchanged(self, new: Mapping[int, Tensor]) -> Iterator[dict[int, Tensor]]:
-        """Tensors of ``new`` in the places of the model's own; what they were made, by the same ids."""
-        made: dict[int, Tensor] = {}
+    def _exchanged(self, new: Mapping[int, Tensor]) -> Iterator[None]:
+        """Tensors of ``new`` in the places of the model's own, which have these ids."""
         try:
-            for space, is_parameter, name, own in self._held:
-                key = id(own)
-                if key not in made:
-                    tensor = new.get(key)
-                    if tensor is None:
-                        continue
-                    plain = is_parameter and type(tensor) is not nn.Parameter
-                    made[key] = _parameter(tensor, tensor.is_floating_point()) if plain else tensor
-                space[name] = made[key]
-            yield made
+            for space, name, _, own in self._held:
+                if own in new:
+                    space[name] = new[own]
+            yield
         finally:
-            for space, _, name, own in self._held:
-                space[name] = own
+            for space, name, tensor, _ in self._held:
+                space[name] = tensor
 
     def _tensors(self, kept: Kept, moves: IntArray) -> tuple[dict[int, Thin], dict[int, Tensor]]:
         """What stands in for the model's tensors in the two forwards, by their ids."""
@@ -335,7 +336,7 @@ class Rehearsal:
         wanted: list[Wanted] = []
         stand: list[tuple[tuple[int, ...], dict[int, Tensor], Tensor | None, float]] = []
         for one, shape in zip(self.plan.tensors, shapes, strict=True):
-            tensor = self._binding.tensors[one.name]
+            tensor = self._named.tensors[one.name]
             where, columns = places.of(one, tensor.device)
             if not tensor.is_floating_point() or (not one.is_parameter and tensor.ndim > 1):
                 new = tensor.detach()  # a table: its own values, which are no weights
@@ -361,7 +362,7 @@ class Rehearsal:
     def _wanted(self, tensor: Tensor, shape: tuple[int, ...], one: TensorMap) -> Wanted:
         if len(shape) < 2:
             return Wanted(tensor, shape, one.name, 1)
-        owner = self._binding.owner(one.name)[0]
+        owner = self._named.owner(one.name)[0]
         terms = math.prod(shape[1:]) if isinstance(owner, nn.modules.conv._ConvNd) else shape[-1]
         is_table = isinstance(owner, _TABLES) and all(axis.dim for axis in one.axes)
         return Wanted(tensor, shape, one.name, terms, is_table)
@@ -377,11 +378,6 @@ def _shuffled(kind: IntArray, generator: np.random.Generator) -> tuple[IntArray,
     rank = np.empty(len(kind), dtype=np.int64)
     rank[order] = np.arange(len(kind)) - first[kind[order]]
     return order, rank, first
-
-
-def _parameter(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """``nn.Parameter(tensor, requires_grad)`` of a plain tensor, without its questions."""
-    return Tensor._make_subclass(nn.Parameter, tensor, requires_grad)
 
 
 def _blank(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -414,8 +410,31 @@ class _Places:
     def __init__(self, kept: Kept, moves: IntArray) -> None:
         self._kept, self._moves = kept, moves
         self._orders: dict[int, IntArray] = {}
-        self._found: dict[int, tuple[IntArray, Tensor | None]] = {}
+        self._found = self._of_ascending()
         self._plain: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # of tensors without blocks, many of them alike
+
+    def _of_ascending(self) -> dict[int, tuple[IntArray, Tensor | None]]:
+        """What :meth:`_axis` finds, at once for all vectors whose indices have ascending channels, each its own."""
+        vectors, kept, moves = self._kept.vectors, self._kept, self._moves
+        assert vectors is not None
+        starts, channels = vectors.starts, vectors.channels
+        number = np.repeat(np.arange(len(vectors.arrays)), vectors.lengths)
+        plain = np.ones(len(vectors.arrays), dtype=np.bool_)
+        plain[number[1:][(channels[1:] <= channels[:-1]) & (number[1:] == number[:-1])]] = False
+        plain[number[channels < 0]] = False
+        of = number[kept.positions]
+        ranked = number * len(moves) + np.where(plain[number], channels, 0)
+        target = np.searchsorted(ranked, of * len(moves) + moves[channels[kept.positions]])
+        target = np.minimum(target, starts[of + 1] - 1)  # a plan that lies leads out of the vector
+        plain[number[np.bincount(target, minlength=len(number)) > 1]] = False  # two in one place
+        moved = np.bincount(of[target != kept.positions], minlength=len(plain)) + vectors.lengths - kept.counts > 0
+        places = target - starts[of]
+        parts = torch.from_numpy(places).split(kept.counts.tolist())
+        bounds = kept.bounds.tolist()
+        return {
+            id(vectors.arrays[i]): (places[bounds[i] : bounds[i + 1]], parts[i] if moved[i] else None)
+            for i in np.flatnonzero(plain).tolist()
+        }
 
     def of(self, tensor: TensorMap, device: torch.device) -> tuple[dict[int, Tensor], Tensor | None]:
         """By dimension, and for dimension 1 of a grouped convolution by block."""

@@ -22,6 +22,7 @@ from ..ops.grouped import Grouping
 from ..ops.known import PLAIN, Known, is_reliable, is_watched
 from ..ops.tiles import NONE, WIDTH, TileTable
 from .held import Parts, Places, Seen
+from .named import Named
 from .running import Still
 from .types import Axis, ChannelArray, Plan, TensorMap, is_grouped
 
@@ -185,16 +186,10 @@ class Own(NamedTuple):
     tensor: Tensor
 
 
-class Binding:
-    """The tensors of ``model`` that ``plan`` names.
+class Binding(Named):
+    """The tensors of ``model`` that ``plan`` names, what they were when they were bound, and tiles over them.
 
-    Args:
-        plan: what is to be bound.
-        model: where its tensors are looked for.
-        after: a binding to the same model before a prune: its modules and names stay, and are not looked for again.
-        still: what is known of the model as it is.
-    Raises:
-        PlanError: the model has no such tensor, or one of another shape (it was changed since).
+    ``after`` is a binding to the same model before a prune; see :class:`Named` for the rest.
     """
 
     def __init__(
@@ -204,35 +199,13 @@ class Binding:
         after: Binding | None = None,
         still: Still | None = None,
     ) -> None:
-        self.plan = plan
-        self.model = model
-        if after is None:
-            still = still or Still(model)
-            self.modules: dict[str, Any] = dict(still.every)
-            named = dict((*still.parameters, *still.buffers))
-            self._names: dict[int, list[str]] = {}
-            for name, tensor in named.items():
-                self._names.setdefault(id(tensor), []).append(name)
-            self._parts = Parts.of(self.modules.values())
-        else:
-            named = after.tensors
-            self.modules, self._names, self._parts = after.modules, after._names, after._parts
-        self.tensors: dict[str, Tensor] = {}
+        super().__init__(plan, model, still, after)
+        self._parts: Parts = Parts.of(self.modules.values()) if after is None else after._parts
         self._shapes = [m.shape for m in plan.tensors]
-        for tensor_map in plan.tensors:
-            found = named.get(tensor_map.name)
-            if found is None or found.shape != tensor_map.shape:
-                got = "no such tensor" if found is None else f"shape {tuple(found.shape)}"
-                raise PlanError(
-                    f"{tensor_map.name}: the plan expects shape {tensor_map.shape}, the model has {got}; "
-                    "build a new plan after changing the model"
-                )
-            self.tensors[tensor_map.name] = found
         self._seen = Seen.of(self.tensors.values())
         self._known: Known | None = None  # set once the tensors are recognised to be as they were seen
         whole = after is not None and len(after.tensors) == len(self.tensors)
         self.places: Places = after.places if after is not None and whole else self._places()
-        self.derived: dict[str, Any] = {}  # what other parts have worked out for this binding, by their keys
         self.device = next((t.device for t in self.tensors.values()), torch.device("cpu"))
         self.group_of = torch.from_numpy(plan.group_of.astype(np.int64)).to(self.device)
         self.group_size = torch.tensor([g.channels for g in plan.groups], dtype=torch.int64, device=self.device)
@@ -310,23 +283,6 @@ class Binding:
                 "modules or tensors of the model were replaced: the model was changed since the plan was bound; build "
                 "a new plan, or pruner"
             )
-
-    def module(self, path: str) -> nn.Module:
-        """The module of this name in the model."""
-        return self.modules[path]
-
-    def owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module that holds tensor ``name``, and the tensor's name in it."""
-        path, _, local = name.rpartition(".")
-        return self.modules[path], local
-
-    def aliases(self, name: str) -> list[str]:
-        """All names of tensor ``name``: more than one when it is tied."""
-        return self._names[id(self.tensors[name])]
-
-    def owners(self, name: str) -> list[tuple[nn.Module, str]]:
-        """All modules that hold tensor ``name``, and its name in each."""
-        return [self.owner(n) for n in self.aliases(name)]
 
     def tiles(self, key: str, wanted: Wanted, look: bool = True) -> tuple[Tiles, ...]:
         """Tile tables over the tensors for which ``wanted(map, owner, local name)`` holds.

@@ -133,9 +133,10 @@ def _reads_values(func: Any) -> bool:
 
 def _alike(*tensors: Tensor) -> bool:
     first = tensors[0]
-    return first.is_floating_point() and all(
-        t.dtype == first.dtype and t.device == first.device and t.layout is torch.strided for t in tensors
-    )
+    dtype, device = first.dtype, first.device
+    if not dtype.is_floating_point:
+        return False
+    return not [t for t in tensors if t.dtype is not dtype or t.layout is not torch.strided or t.device != device]
 
 
 Product = tuple[tuple[int, ...], int]  # the shape of a product, and its multiply-accumulates
@@ -167,25 +168,26 @@ def _convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> Product | None:
-    dims = weight.ndim - 2
-    lists = (stride, padding, dilation)
-    enters = weight.shape[0] if transposed else weight.shape[1] * groups
-    leaves = weight.shape[1] * groups if transposed else weight.shape[0]
-    if x.ndim != weight.ndim or x.shape[1] != enters or weight.shape[0] % groups:
+    of_x, of_weight = x.shape, weight.shape
+    enters, leaves = of_weight[1] * groups, of_weight[0]
+    if transposed:
+        enters, leaves = leaves, enters
+    if len(of_x) != len(of_weight) or of_x[1] != enters or of_weight[0] % groups:
         return None
-    given = [x, weight] if bias is None else [x, weight, bias]
-    if any(len(given_list) != dims for given_list in lists) or not _alike(*given):
+    if not len(stride) == len(padding) == len(dilation) == len(of_weight) - 2:
+        return None
+    if not _alike(x, weight, *(() if bias is None else (bias,))):
         return None
     if not (x.is_contiguous() and weight.is_contiguous()):
         return None  # the memory format of the result is for PyTorch to choose
-    sizes = zip(x.shape[2:], weight.shape[2:], *lists, strict=True)
+    sizes = zip(of_x[2:], of_weight[2:], stride, padding, dilation, strict=True)
     if transposed:
-        left = tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes)
-        left = tuple(n + more for n, more in zip(left, output_padding, strict=True))
+        left = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in sizes]
+        left = [n + more for n, more in zip(left, output_padding, strict=True)]
     else:
-        left = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-    work = x.shape[0] * math.prod(x.shape[2:] if transposed else left) * weight.numel()
-    return ((x.shape[0], leaves, *left), work) if min(left, default=0) > 0 else None
+        left = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    work = of_x[0] * math.prod(of_x[2:] if transposed else left) * weight.numel()
+    return ((of_x[0], leaves, *left), work) if min(left, default=0) > 0 else None
 
 
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -226,7 +228,10 @@ def _pair_in_place(zeros: Zeros, a: Tensor, b: Any) -> Tensor | None:
 
 
 def _batch_norm(zeros: Zeros, x: Tensor, w: Any, b: Any, mean: Any, variance: Any, training: bool, *_: Any) -> Any:
-    return None if training else (zeros(x, x.shape), x.new_empty(0), x.new_empty(0))
+    if training:
+        return None
+    nothing = x.new_empty(0)
+    return zeros(x, x.shape), nothing, nothing
 
 
 def _layer_norm(zeros: Zeros, x: Tensor, size: Sequence[int], *_: Any) -> Any:

@@ -44,9 +44,17 @@ def _varying(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(d for d, n in enumerate(shape) if n > 1)
 
 
+def flat(factor: IntArray) -> IntArray:
+    """``factor.reshape(-1)``, as the very vector that it is a view of, if it is all of it in that order."""
+    whole = factor.base
+    if type(whole) is np.ndarray and whole.ndim == 1 and whole.size == factor.size and factor.flags.c_contiguous:
+        return whole
+    return factor.reshape(-1)
+
+
 def along(factor: IntArray, dim: int) -> IntArray | None:
     """The slots along ``dim`` as a vector, or None if ``factor`` is not a function of ``dim`` alone."""
-    return factor.reshape(-1) if varying(factor) == (dim,) else None
+    return flat(factor) if varying(factor) == (dim,) else None
 
 
 def place(slots: IntArray, dim: int, ndim: int) -> IntArray:
@@ -71,19 +79,18 @@ def components(n: int, pairs: IntArray, start: IntArray | None = None) -> IntArr
         return root
     a, b = pairs
     while True:
-        low = np.minimum(root[a], root[b])
-        # Hook both ends, and both old roots, to the smaller root; then shorten every path.
-        new = root.copy()
-        for ends in (root[a], root[b]):
-            np.minimum.at(new, ends, low)
-        while True:
-            jumped = new[new]
-            if np.array_equal(jumped, new):
-                break
-            new = jumped
-        if np.array_equal(new, root):
+        one, two = root[a], root[b]
+        apart = one != two
+        if not apart.any():
             return root
-        root = new
+        # Hook the larger of two roots to the smaller, then shorten every path; what is together stays so.
+        a, b, one, two = a[apart], b[apart], one[apart], two[apart]
+        np.minimum.at(root, np.maximum(one, two), np.minimum(one, two))
+        while True:
+            jumped = root[root]
+            if (jumped == root).all():
+                break
+            root = jumped
 
 
 @dataclass
@@ -229,8 +236,6 @@ def _end_to_end(pairs: Sequence[tuple[IntArray, IntArray]]) -> IntArray:
 
 
 def _pairs(a: IntArray, b: IntArray) -> IntArray:
-    if a.shape != b.shape:
-        a, b = np.broadcast_arrays(a, b)
-    pairs = np.empty((2, a.size), dtype=np.int64)
-    pairs[0], pairs[1] = a.reshape(-1), b.reshape(-1)
-    return pairs
+    pairs = np.empty((2, *np.broadcast(a, b).shape), dtype=np.int64)
+    pairs[0], pairs[1] = a, b
+    return pairs.reshape(2, -1)

@@ -9,10 +9,11 @@ that no single attribute can follow; dimensions that the code gives the size of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -302,20 +303,19 @@ class NumberWatch(TorchFunctionMode):
         return found
 
     @contextmanager
-    def planted(self, modules: Iterable[tuple[str, nn.Module]]) -> Iterator[None]:
+    def planted(self, modules: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
         """Replace the integers that ``modules`` keep, for as long as the forward runs."""
         undo: list[Planted] = []
         seen: set[int] = set()
         try:
+            kinds: set[Any] = set(map(type, chain.from_iterable(vars(m).values() for _, m in modules)))
+            configs = set(filter(_is_config, kinds))
             for path, module in modules:
                 space = module.__dict__
                 if not type(module).__module__.startswith("torch.nn") or isinstance(module, _KEEPING):
                     self._plant(space, path, "", undo)
-                kinds: set[Any] = set(map(type, space.values()))
-                if not any(map(_is_config, kinds)):
-                    continue
-                for name, value in space.items():
-                    if type(value).__name__.endswith("Config") and hasattr(value, "__dict__") and id(value) not in seen:
+                for name, value in space.items() if configs else ():
+                    if type(value) in configs and hasattr(value, "__dict__") and id(value) not in seen:
                         seen.add(id(value))
                         self._plant(value.__dict__, path, f"{name}.", undo)
             yield

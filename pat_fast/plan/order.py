@@ -28,14 +28,14 @@ def torch_prunings_order(
     module_of: dict[Any, nn.Module] = {}
 
     def record(module: nn.Module, out: Any) -> None:
-        if module not in known:
+        if type(module) not in known:
             return
         out = out[0] if isinstance(out, tuple) and not isinstance(out, _PACKED) else out
         with torch._C.DisableTorchFunction():  # to ask for a node is no part of the forward
             module_of[(out.data if isinstance(out, _PACKED) else out).grad_fn] = module
 
     names = {module: name for name, module in modules}
-    known = {m for m in names if isinstance(m, _known())}
+    known = {kind for kind in set(map(type, names)) if issubclass(kind, _known())}
     outputs = forward(record)
     entered: dict[nn.Module, None] = {}
     visited: set[Any] = set()

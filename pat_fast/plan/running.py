@@ -11,7 +11,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .walk import named_modules, named_tensors
@@ -86,8 +86,7 @@ class Still:
         modules = [m for _, m in self.modules]
         self.in_training = [m for m in modules if m.training]
         self._attributes = _Snapshot(modules)
-        with torch.no_grad():
-            self._contents = [(b, b._version, b.clone()) for b in {id(b): b for _, b in self.buffers}.values()]
+        self._contents = _Contents(list({id(b): b for _, b in self.buffers}.values()))
         parameters = {id(p): p for _, p in self.parameters}.values()
         self._flags = [(p, p.requires_grad) for p in parameters]
         self._frozen = [p for p, flag in self._flags if not flag and p.is_floating_point()]
@@ -121,10 +120,7 @@ class Still:
         for p, flag in self._flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-        with torch.no_grad():
-            for b, version, before in self._contents:
-                if b._version != version:
-                    b.copy_(before)
+        self._contents.restore()
 
 
 @contextmanager
@@ -167,6 +163,39 @@ def runs_one_op(module: nn.Module) -> bool:
 @cache
 def _is_of_one_op(kind: Any) -> bool:
     return kind.__module__ in _OF_ONE_OP and kind is not nn.LocalResponseNorm  # which views by shapes that it reads
+
+
+class _Contents:
+    """What tensors hold, copied kind by kind: a copy of each takes several times as long."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._versions = [t._version for t in tensors]
+        self._together: list[tuple[list[Tensor], Tensor]] = []  # tensors, and what they hold end to end
+        alike: dict[Any, list[Tensor]] = {}
+        for t in tensors:
+            plain = type(t) is Tensor and t.layout is torch.strided
+            alike.setdefault((t.dtype, t.device) if plain else id(t), []).append(t)
+        with torch.no_grad():
+            for same in alike.values():
+                held = torch.cat([t.reshape(-1) for t in same]) if len(same) > 1 else same[0].clone()
+                self._together.append((same, held))
+
+    def restore(self) -> None:
+        """Put it back, if one of them was written to."""
+        if [t._version for t in self._tensors] == self._versions:
+            return
+        before: dict[int, Tensor] = {}
+        for same, held in self._together:
+            if len(same) == 1:
+                before[id(same[0])] = held
+                continue
+            parts = held.split([t.numel() for t in same])
+            before.update((id(t), part.view(t.shape)) for t, part in zip(same, parts, strict=True))
+        with torch.no_grad():
+            for t, version in zip(self._tensors, self._versions, strict=True):
+                if t._version != version:
+                    t.copy_(before[id(t)])
 
 
 class _Snapshot:

@@ -55,13 +55,13 @@ class Thin:
             return places[0] if places else np.arange(shape[0])
         if self.columns is not None:
             places[1] = np.repeat(self.columns.numpy(force=True), shape[0] // len(self.columns), axis=0)
-        found: IntArray = np.zeros((1,) * len(shape), dtype=np.int64)
+        found: IntArray = np.zeros(1, dtype=np.int64)
         stride = 1
         for dim in range(len(shape))[::-1]:
-            own = places.get(dim, np.arange(shape[dim]))
-            lead = shape[:1] if own.ndim > 1 else ()
-            found = found + stride * own.reshape(*lead, *[1] * (dim - len(lead)), -1, *[1] * (len(shape) - dim - 1))
-            stride *= self.shape[dim]
+            if dim in places or shape[dim] > 1:
+                own = places.get(dim, np.arange(shape[dim]))
+                found = ((own * stride)[..., None] + found).reshape(*own.shape[:-1], -1)
+                stride *= self.shape[dim]
         return found.reshape(-1)
 
     def _scattered(self) -> Tensor:
@@ -83,9 +83,9 @@ class Thin:
 def fill(thin: Sequence[Thin]) -> None:
     """Make the large tensors of ``thin``, all at once."""
     alike: dict[Any, list[Thin]] = {}
-    for one in thin:
-        alike.setdefault((one.small.device, one.small.dtype, one.fill), []).append(one)
-    for (_, _, value), ones in alike.items():
+    for one in sorted(thin, key=lambda one: one.fill):
+        alike.setdefault((one.small.device, one.small.dtype), []).append(one)
+    for ones in alike.values():
         sizes = [math.prod(one.shape) for one in ones]
         starts = np.cumsum([0, *sizes])
         together: dict[Any, list[int]] = {}  # the tensors of a norm stand in the same places
@@ -93,9 +93,13 @@ def fill(thin: Sequence[Thin]) -> None:
             key = one if one.columns is not None else (one.shape, *((d, id(p)) for d, p in one.places.items()))
             together.setdefault(key, []).append(i)
         where = [(ones[same[0]].positions() + starts[same][:, None]).reshape(-1) for same in together.values()]
-        values = [ones[i].small.reshape(-1) for same in together.values() for i in same]
-        flat = values[0].new_full((int(starts[-1]),), value)
-        flat.index_copy_(0, torch.from_numpy(np.concatenate(where)).to(flat.device), torch.cat(values))
+        smalls = [ones[i].small for same in together.values() for i in same]
+        flat = smalls[0].new_zeros(int(starts[-1]))
+        for value in {one.fill for one in ones} - {0.0}:
+            own = [i for i, one in enumerate(ones) if one.fill == value]
+            flat[starts[own[0]] : starts[own[-1] + 1]] = value
+        values = torch.cat([small if small.ndim == 1 else small.reshape(-1) for small in smalls])
+        flat.index_copy_(0, torch.from_numpy(np.concatenate(where)).to(flat.device), values)
         for one, part in zip(ones, flat.split(sizes), strict=True):
             one._full = part if len(one.shape) == 1 else part.view(one.shape)
 
@@ -216,10 +220,10 @@ def _check_blocks(thin: Thin, groups: int) -> None:
 
 def _in_blocks(thin: Thin, blocks: int) -> bool:
     """Whether each of equal ``blocks`` of the first dimension has as many places as the others, and its own."""
-    places = thin.places.get(0)
-    if places is None:
+    if 0 not in thin.places:
         return True
-    own = torch.arange(len(places), device=places.device) * blocks // len(places)
+    places = thin.places[0].numpy(force=True)
+    own = np.arange(len(places)) * blocks // len(places)
     return len(places) % blocks == 0 and bool((places * blocks // thin.shape[0] == own).all())
 
 

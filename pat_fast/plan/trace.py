@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .hollow import Hollow
-from .labels import Factors, IntArray, Slots, is_phantom, place, varying
+from .labels import Factors, IntArray, Slots, flat, is_phantom, place, varying
 from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
 from .running import Still, calls_made_by
@@ -42,11 +42,16 @@ def tensors(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     if isinstance(value, (tuple, list)):
         for item in value:
+            if type(item) in _NO_TENSORS:
+                continue
             if isinstance(item, Tensor):
                 found.append(item)
             elif isinstance(item, (tuple, list)) and item and type(item[0]) is not int:
                 found += tensors(item)
     return found
+
+
+_NO_TENSORS = {bool, int, float, type(None)}
 
 
 @cache
@@ -63,7 +68,7 @@ def _known(func: Any) -> tuple[str, Any, bool]:
     return name, _rules().find(func), name in _rules().SHAPE_ONLY
 
 
-@dataclass
+@dataclass(slots=True)
 class Leaf:
     """A parameter or buffer that the forward used, and the slots of its axes."""
 
@@ -120,6 +125,7 @@ class Tracer(TorchDispatchMode):
         self._poisoned: Noted[tuple[Factors, str]] = Noted()
         self._modules = dict(still.modules)
         self._of_one_op = still.of_one_op
+        self._replaced = still.of(*EQUIVALENTS)
         self._path: list[str] = []
         self._op = ""
         for named, is_parameter in ((still.parameters, True), (still.buffers, False)):
@@ -138,6 +144,7 @@ class Tracer(TorchDispatchMode):
         self._marks = Noted()
         self._poisoned = Noted()
         self._modules = {}
+        self._replaced = []
         self.hollow = None
 
     @classmethod
@@ -203,7 +210,7 @@ class Tracer(TorchDispatchMode):
 
     def width(self, slots: IntArray, attribute: str, index: int | None = None) -> None:
         """Note that the running module keeps the number of ``slots`` as an attribute."""
-        self.widths.append(Count(Symbol(self._path[-1], attribute, slots.size, index), slots.reshape(-1), 1))
+        self.widths.append(Count(Symbol(self._path[-1], attribute, slots.size, index), flat(slots), 1))
 
     def add_factor(self, tensor: Tensor, dim: int) -> None:
         """Label ``dim`` of a new tensor, whose size was given: it follows what it meets."""
@@ -239,7 +246,7 @@ class Tracer(TorchDispatchMode):
             return False
         if leaf.tensor.shape[0] != factor.size or not self.slots.proper(factor):
             return False
-        leaf.axes[0] = factor if factor.ndim == 1 else factor.reshape(-1)
+        leaf.axes[0] = factor if factor.ndim == 1 else flat(factor)
         leaf.mark = Mark((leaf.axes[0],), leaf)
         return True
 
@@ -388,7 +395,7 @@ class Tracer(TorchDispatchMode):
         """Record an op of ``scale * prod(shape)`` multiply-accumulates, labelled by ``factors``."""
         labelled = {d for f in factors for d in varying(f)}
         scale *= math.prod(n for d, n in enumerate(shape) if d not in labelled)
-        self.work.append(Work(scale, tuple(f.reshape(-1) for f in factors)))
+        self.work.append(Work(scale, tuple(map(flat, factors))))
 
     def use(self, leaf: Leaf, slots: IntArray, consumed: bool) -> None:
         """Note that an op sums over the axis of ``leaf`` that owns ``slots``, or puts it out."""
@@ -406,11 +413,10 @@ class Tracer(TorchDispatchMode):
         """Run modules of registered kinds by what was registered as equivalent to their forward."""
         changed = []
         try:
-            for module in self._modules.values() if EQUIVALENTS else ():
-                forward = next((EQUIVALENTS[k] for k in type(module).__mro__ if k in EQUIVALENTS), None)
-                if forward is not None:
-                    changed.append((module, vars(module).get("forward")))
-                    vars(module)["forward"] = partial(forward, module)
+            for _, module in self._replaced:
+                forward = next(EQUIVALENTS[k] for k in type(module).__mro__ if k in EQUIVALENTS)
+                changed.append((module, vars(module).get("forward")))
+                vars(module)["forward"] = partial(forward, module)
             yield
         finally:
             for module, before in changed:
@@ -428,7 +434,7 @@ class Tracer(TorchDispatchMode):
         """
         names = {id(module): name for name, module in self._modules.items()}
         path, order = self._path, self.module_order
-        plain = {i for i in self._of_one_op if "forward" not in vars(self._modules[names[i]])}
+        plain = self._of_one_op.difference(id(module) for _, module in self._replaced)
 
         def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             name = names[id(module)]

@@ -271,6 +271,8 @@ class Plan:
         """Units that each group has channels of ``[G]``."""
         if self.n_units == self.n_channels:
             return np.array([g.channels for g in self.groups], dtype=np.int64)
+        if (self.unit_home[self.unit] == self.group_of).all():  # no unit is of two groups
+            return np.bincount(self.unit_home, minlength=len(self.groups))
         pairs = np.unique(self.group_of.astype(np.int64) * self.n_units + self.unit)
         return np.bincount(pairs // self.n_units, minlength=len(self.groups))
 

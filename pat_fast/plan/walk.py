@@ -34,6 +34,7 @@ def named_tensors(
     """The parameters or buffers of ``modules``, with all of their names."""
     found = []
     for name, module in modules:
-        prefix = name + "." if name else ""
-        found += [(prefix + local, t) for local, t in getattr(module, kind).items() if t is not None]
+        if held := getattr(module, kind):
+            prefix = name + "." if name else ""
+            found += [(prefix + local, t) for local, t in held.items() if t is not None]
     return found

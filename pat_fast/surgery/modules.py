@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..plan import recurrent
-from ..plan.bind import Binding
+from ..plan.named import Named
 from ..plan.types import IndexArray, Kept, Width
 
 Change = tuple[Any, str, Any]  # module (or an object that it keeps), attribute, new value
@@ -51,10 +51,11 @@ class SizeRule:
 
 
 def _conv_sources(module: Any, local: str) -> dict[str, Source]:
-    if local != "weight":
-        return {}
-    entering, leaving = ("out_channels", "in_channels") if module.transposed else ("in_channels", "out_channels")
-    return {entering: Source(1, grouped=True), leaving: Source(0), "groups": Source(None, grouped=True)}
+    return {} if local != "weight" else _TRANSPOSED if module.transposed else _CONV
+
+
+_CONV = {"in_channels": Source(1, grouped=True), "out_channels": Source(0), "groups": Source(None, grouped=True)}
+_TRANSPOSED = {"out_channels": Source(1, grouped=True), "in_channels": Source(0), "groups": Source(None, grouped=True)}
 
 
 def _conv_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
@@ -85,8 +86,12 @@ def _nothing(module: Any, local: str) -> dict[str, Source]:
 def _dimensions(**of: tuple[str, int]) -> Callable[[Any, str], dict[str, Source]]:
     """Attributes that are each the size of a dimension of a tensor."""
 
+    by_tensor: dict[str, dict[str, Source]] = {}
+    for attribute, (name, dim) in of.items():
+        by_tensor.setdefault(name, {})[attribute] = Source(dim)
+
     def sources(module: Any, local: str) -> dict[str, Source]:
-        return {attribute: Source(dim) for attribute, (name, dim) in of.items() if name == local}
+        return by_tensor.get(local, {})
 
     return sources
 
@@ -171,7 +176,7 @@ def sizes(module: nn.Module) -> dict[str, Any]:
     return {} if rule is None else {name: getattr(module, name) for name in rule.attributes}
 
 
-def attribute_changes(binding: Binding, kept: Kept, model: nn.Module) -> list[Change]:
+def attribute_changes(binding: Named, kept: Kept, model: nn.Module) -> list[Change]:
     """What the modules of ``model`` (or a copy) must say of themselves when ``kept`` of the channels are left."""
     plan = binding.plan
     if kept.vectors is not plan.vectors:
@@ -217,7 +222,7 @@ class Ruled:
     @classmethod
     def of(
         cls,
-        binding: Binding,
+        binding: Named,
         tensors: list[tuple[int, str, str, Source]],
         unruled: list[tuple[nn.Module, str]],
         rules: dict[type[nn.Module], SizeRule],
@@ -253,7 +258,7 @@ class Ruled:
         return np.concatenate([size * np.where(grouped, groups[number], 1) // per, counts[vector] // share])
 
 
-def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
+def tabulate(binding: Named, before: Named | None = None) -> Ruled:
     """Where the modules of ``binding`` keep sizes; it follows from what is known of the binding ``before`` a prune."""
     found: Ruled | None = binding.derived.get("ruled")
     if found is not None and found.rules != SIZES:
@@ -264,7 +269,7 @@ def tabulate(binding: Binding, before: Binding | None = None) -> Ruled:
     return found
 
 
-def _tabulate(binding: Binding) -> Ruled:
+def _tabulate(binding: Named) -> Ruled:
     tensors: list[tuple[int, str, str, Source]] = []
     unruled: list[tuple[nn.Module, str]] = []
     rules: dict[type[nn.Module], SizeRule | None] = {}
@@ -275,10 +280,11 @@ def _tabulate(binding: Binding) -> Ruled:
             if type(module) not in rules:
                 rules[type(module)] = rule_of(module)
             rule = rules[type(module)]
-            if rule is not None and rule.sources is _conv_sources and module.groups > tensor.groups == 1:
+            if rule is None or rule.sources is _nothing:
+                continue
+            if rule.sources is _conv_sources and module.groups > tensor.groups == 1:
                 continue  # the weight of a grouped convolution is computed from this one: the plan's widths tell
-            if rule is not None:
-                tensors += [(number, path, name, source) for name, source in rule.sources(module, local).items()]
+            tensors += [(number, path, name, source) for name, source in rule.sources(module, local).items()]
     for width in binding.plan.widths:
         rule = rule_of(binding.modules[width.module])
         if rule is None or width.attribute not in rule.attributes:
@@ -286,7 +292,7 @@ def _tabulate(binding: Binding) -> Ruled:
     return Ruled.of(binding, tensors, unruled, dict(SIZES))
 
 
-def _follow(before: Ruled, binding: Binding) -> Ruled:
+def _follow(before: Ruled, binding: Named) -> Ruled:
     rows = binding.plan.shapes.rows
     number = dict(zip(rows.tolist(), range(len(rows)), strict=True))
     tensors = [(number[i], *rest) for i, *rest in before.tensors if i in number]
@@ -295,6 +301,8 @@ def _follow(before: Ruled, binding: Binding) -> Ruled:
 
 def as_published(name: str) -> str:
     """The weight that a parametrization, or a weight norm's hook, makes of tensor ``name``, if that has its shape."""
+    if not name.endswith(("original", "original1", "weight_v")):
+        return name
     path, _, local = name.rpartition(".")
     if local in ("original", "original1"):
         return f".{path}".replace(".parametrizations.", ".", 1)[1:]

@@ -6,7 +6,7 @@ import networkx
 import numpy as np
 import pytest
 
-from pat_fast.plan.labels import Slots, components
+from pat_fast.plan.labels import Slots, components, flat
 from pat_fast.plan.rules.moving import reshape
 
 
@@ -28,6 +28,16 @@ def test_a_long_chain_ends() -> None:
     n = 50_000
     chain = np.random.default_rng(0).permutation(n)
     assert (components(n, np.stack([chain[:-1], chain[1:]])) == 0).all()
+
+
+def test_a_factor_that_is_a_whole_vector_is_known_by_it() -> None:
+    slots = np.arange(6)
+    for same in (slots.reshape(1, 6, 1), slots.reshape(2, 3), slots[:], slots.reshape(2, 3).T.T):
+        assert flat(same) is slots
+    spread = np.broadcast_to(slots[:1], (1, 6))
+    others = (slots, slots[::-1], slots.reshape(2, 3).T, slots[:5], np.arange(7)[1:], spread)
+    for other in others:
+        np.testing.assert_array_equal(flat(other), other.reshape(-1))
 
 
 def test_channels_units_and_frozen_reasons() -> None:

@@ -76,3 +76,23 @@ def test_a_model_runs_twice_from_what_it_was() -> None:
             assert (model.sum.item(), model.training) == (1, False)
         assert (model.seen, model.sum.item(), model.training) == (0, 0, True)
         assert (model.kept, model.empty, hasattr(model, "new")) == ({"seen": 0}, [], False)
+
+
+def test_buffers_that_were_written_to_hold_what_they_held_whatever_kind_they_are() -> None:
+    model = nn.Module()
+    given = {
+        "vector": torch.randn(3), "turned": torch.randn(2, 3).T, "number": torch.tensor(2.5), "same": torch.randn(2, 2),
+        "count": torch.tensor(4), "counts": torch.arange(3), "mask": torch.tensor([True, False]),
+        "sparse": torch.eye(3).to_sparse(),
+    }  # fmt: skip
+    for name, value in given.items():
+        model.register_buffer(name, value.clone())
+    buffers = dict(model.named_buffers())
+    still = Still(model)
+    with still.running():
+        for name in given.keys() - {"same", "sparse"}:
+            buffers[name].zero_()
+    assert model.same._version == 0  # it was not written to
+    for name, value in given.items():
+        assert getattr(model, name) is buffers[name]
+        assert torch.equal(buffers[name].to_dense(), value.to_dense()), name

@@ -14,8 +14,9 @@ import pat_fast as pat
 from pat_fast.dry_run import dry_run
 from pat_fast.plan import Plan, TensorMap, build_plan
 from pat_fast.plan.running import Still
-from pat_fast.plan.verify import ANOTHER, bisect, draw, verify
-from pat_fast.rehearsal import rehearse
+from pat_fast.plan.types import Kept
+from pat_fast.plan.verify import ANOTHER, bisect, channel_order, draw, verify
+from pat_fast.rehearsal import Rehearsal, _Places, rehearse
 from tests.helpers import Case, small_inputs
 
 
@@ -131,6 +132,24 @@ def test_lone_channels_are_told_apart() -> None:
     number = next(i for i, t in enumerate(honest.tensors) if t.name == "2.weight")
     for wrong in ([0, 1, 2, 3, 4, 4, 6], [0, 0, 1, 1, 4, 5, 6], [-1, 1, 2, 3, 4, 5, 6], [0, 1, 0, 3, 0, 5, 6]):
         assert not rehearse(change(honest, number, 0, np.array(wrong)), model, x), wrong
+
+
+def test_places_that_are_found_at_once_are_those_found_one_by_one(case: Case) -> None:
+    plan = build_plan(case.model, case.inputs)
+    test = Rehearsal(plan, case.model, [case.inputs], 0)
+    keep = test.few(0)
+    kept, moves = Kept(keep, plan.vectors), test._moves(keep)
+    places, seen = _Places(kept, moves), 0
+    for _, axis in plan.axes():
+        vector = channel_order(axis, moves, {})[kept(axis.channels)]
+        seen += id(axis.channels) in places._found
+        found, index = places._axis(axis.channels, axis)
+        np.testing.assert_array_equal(found, vector)
+        if index is None:
+            np.testing.assert_array_equal(vector, np.arange(len(axis.channels)))
+        else:
+            np.testing.assert_array_equal(index.numpy(), vector)
+    assert seen or not plan.groups
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

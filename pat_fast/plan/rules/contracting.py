@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..labels import Factors, IntArray, along, place, varying
+from ..labels import Factors, IntArray, along, flat, place, varying
 from ..trace import Leaf, Mark, Tracer, Work
 from .registry import held, outputs, rule
 
@@ -47,7 +47,7 @@ def _plain(tr: Tracer, a: Mark, b: Mark, a_shape: Sequence[int], b_shape: Sequen
         by_dim = {varying(f): f for f in mark.factors if tr.slots.proper(f)}
         if len(by_dim) < len(mark.factors) or not by_dim.keys() <= {(0,), (1,)}:
             return None
-        found.append({dims[0]: f.reshape(-1) for dims, f in by_dim.items()})
+        found.append({dims[0]: flat(f) for dims, f in by_dim.items()})
     rows, columns = found
     if (1 in rows) != (0 in columns) or (1 not in rows and a_shape[1] > 1):
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..labels import Factors, along, varying
+from ..labels import Factors, along, flat, varying
 from ..trace import Tracer
 from .registry import note, nth, outputs, rule
 
@@ -27,7 +27,7 @@ def batch_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     mark = tr.mark(x)
     own = [t for t in args[1:5] if isinstance(t, Tensor)]
     if len(mark.factors) == 1 and varying(mark.factors[0]) == (1,):
-        vector = mark.factors[0].reshape(-1)
+        vector = flat(mark.factors[0])
         own = [t for t in own if not tr.adopt(t, vector)]
     factors = tr.merge([(x.shape, mark.factors), *_per_channel(x, own, tr)], x.shape) if own else mark.factors
     note(tr, [f for f in factors if varying(f) != (1,)], "batch norm")  # of a weight, say, that is standardised

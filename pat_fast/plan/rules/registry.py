@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -61,5 +62,9 @@ def held(tr: Tracer, factors: Sequence[IntArray], dims: Sequence[int], reason: s
 
 def arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The op's arguments by name; None for those not given."""
-    names = [a.name for a in func._schema.arguments]
-    return {name: args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)}
+    return {name: args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(_names(func))}
+
+
+@cache
+def _names(func: Any) -> list[str]:
+    return [a.name for a in func._schema.arguments]
