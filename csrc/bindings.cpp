@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <exception>
+
 #include "cpu/engine.h"
 #include "cpu/groups.h"
 
@@ -44,12 +46,28 @@ void scale(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uint
                      threads);
 }
 
+// `python` is called meanwhile, unless it is None; what it raises is raised when all is copied.
 void compact(const py::list& outs, const py::list& xs, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles,
-             int64_t element_bytes, uintptr_t index, int threads) {
+             int64_t element_bytes, uintptr_t index, int threads, const py::object& python) {
   const pat::Addresses out = addresses(outs), x = addresses(xs);
-  const py::gil_scoped_release unlocked;
-  pat::channel_compact(out, x, pointer<pat::Tile>(tiles), pointer<pat::Tile>(out_tiles), n_tiles, element_bytes,
-                       pointer<int32_t>(index), threads);
+  std::exception_ptr raised;
+  pat::Meanwhile meanwhile;
+  if (!python.is_none()) {
+    meanwhile = [&] {
+      const py::gil_scoped_acquire locked;
+      try {
+        python();
+      } catch (...) {
+        raised = std::current_exception();
+      }
+    };
+  }
+  {
+    const py::gil_scoped_release unlocked;
+    pat::channel_compact(out, x, pointer<pat::Tile>(tiles), pointer<pat::Tile>(out_tiles), n_tiles, element_bytes,
+                         pointer<int32_t>(index), threads, meanwhile);
+  }
+  if (raised) std::rethrow_exception(raised);
 }
 
 // Runs as rows of three, and the sizes of groups; both stay with the caller.

@@ -143,7 +143,8 @@ void move_rows(const Move& m, int64_t r0, int64_t r1) {
 }  // namespace
 
 void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* tiles, const Tile* out_tiles,
-                     int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads) {
+                     int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads,
+                     const Meanwhile& meanwhile) {
   std::vector<Move> moves;
   Masks masks;
   Plan plan;
@@ -164,13 +165,14 @@ void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* til
     }
   }
   plan.close();
-  for_segments(plan, threads, [&](const Segment& s, int) {
+  const auto move = [&](const Segment& s, int) {
     const Move& m = moves[s.tile];
     if (element_bytes == 1) move_rows<uint8_t>(m, s.r0, s.r1);
     else if (element_bytes == 2) move_rows<uint16_t>(m, s.r0, s.r1);
     else if (element_bytes == 4) move_rows<uint32_t>(m, s.r0, s.r1);
     else move_rows<uint64_t>(m, s.r0, s.r1);
-  });
+  };
+  for_segments(plan, threads, move, meanwhile);
 }
 
 }  // namespace pat

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,10 @@ struct Tile {
 
 using Addresses = std::vector<void*>;
 
+// What the calling thread does before it helps the others with a call's work, which they begin meanwhile. It runs
+// exactly once, before that work where there are no others, and throws nothing.
+using Meanwhile = std::function<void()>;
+
 // out: [slots] in the accumulator type of `dtype`; overwritten. `ys` is empty for functions of x alone.
 void channel_reduce(const Addresses& xs, const Addresses& ys, const Tile* tiles, int64_t n_tiles, DType dtype,
                     Func func, double p, void* out, int64_t slots, int threads);
@@ -24,7 +29,8 @@ void channel_axpy(const Addresses& ys, const Addresses& xs, const Tile* tiles, i
 void channel_scale(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, const void* scale,
                    int threads);
 void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* tiles, const Tile* out_tiles,
-                     int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads);
+                     int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads,
+                     const Meanwhile& meanwhile = {});
 
 std::vector<std::string> isas();        // that this machine can run, best last
 const std::string& isa();               // in use

@@ -5,7 +5,7 @@ Arguments are those of the op schemas; they were checked by the public wrappers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,9 +79,14 @@ def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
 
 
 def channel_compact(
-    outs: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, out_tiles: Tensor, index: Tensor
+    outs: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    tiles: Tensor,
+    out_tiles: Tensor,
+    index: Tensor,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Copy the rows and columns that ``index`` keeps."""
+    """Copy the rows and columns that ``index`` keeps; ``meanwhile`` is called while other threads copy already."""
     if xs:
         _C.compact(
             _addresses(outs),
@@ -92,6 +97,7 @@ def channel_compact(
             xs[0].element_size(),
             index.data_ptr(),
             torch.get_num_threads(),
+            meanwhile,
         )
 
 
@@ -160,5 +166,8 @@ OPS = {
     "channel_compact": channel_compact,
 }
 _ONCE = {"grouping": grouping, "channel_totals": channel_totals, "group_push": group_push}
-SHORTCUTS = _ONCE if hasattr(_C, "push") else {}
-"""Several ops in one call; see :mod:`pat_fast.ops.grouped`. An extension that was built before these does without."""
+SHORTCUTS = {"channel_compact": channel_compact, **(_ONCE if hasattr(_C, "push") else {})}
+"""Several ops in one call; see :mod:`pat_fast.ops.grouped`. An extension that was built before these does without.
+
+And a copy with something to do meanwhile.
+"""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import runner
+from ..backends import shortcut
 from ..errors import SurgeryError
 from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
@@ -32,6 +32,8 @@ STEP = 16 * 2**20
 """Bytes that are cut at once if there is room for them and the largest tensor is no larger. What comes next finds its
 memory where these were; more than 32 MiB at once the C library would ask of the system, page by page."""
 SOME = 2**20  # elements that are put back at once
+MUCH = 2**20  # bytes from which on the small tensors are cut while others are copied
+SHARE = 0.9  # of the bytes, which those others have
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that hold what is moved, by size
 
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
@@ -141,8 +143,11 @@ class Copy:
         self._odd_gone: list[Pair] = []
         self._tables: tuple[IndexArray, IndexArray, Tensor] | None = None
 
-    def run(self, lets_go: bool) -> None:
-        """Copy what stays of the tensors, and what goes of them if they are to be let go of."""
+    def run(self, lets_go: bool, meanwhile: Callable[[], None] | None = None) -> None:
+        """Copy what stays of the tensors, and what goes of them if they are to be let go of.
+
+        ``meanwhile`` is called on the way, if it can be while other threads copy.
+        """
         xs: list[Any] = [self._moves.olds[place] for place in self._places]
         strides = [self._moves.strides[place] for place in self._places]
         if any(map(Tensor.is_neg, xs)) or (xs[0].is_complex() and any(map(Tensor.is_conj, xs))):
@@ -159,9 +164,14 @@ class Copy:
         self._tables = before, after, index
         # The tables were made from the plan and from tensors that were held against it just now: the public
         # wrapper's checks of each tensor would say the same again. Nor has anyone seen the new tensors yet.
-        plain = xs[0].device.type == "cpu" and not is_watched()
-        compact = runner("channel_compact", "cpu") if plain else torch.ops.pat_fast.channel_compact.default
-        compact(self._outs, xs, torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device))
+        tables = torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device)
+        compact = shortcut("channel_compact", "cpu") if xs[0].device.type == "cpu" and not is_watched() else None
+        if compact is not None:
+            compact(self._outs, xs, *tables, meanwhile)
+            return
+        torch.ops.pat_fast.channel_compact.default(self._outs, xs, *tables)
+        if meanwhile is not None:
+            meanwhile()
 
     def _lay_out(self, xs: list[Tensor], strides: list[tuple[int, ...]]) -> None:
         """Make the new tensors, and note which have one tile, and the tiles of the others."""
@@ -189,6 +199,11 @@ class Copy:
         for place, new in zip(self._places, self._outs, strict=False):
             moves.put(place, new)
             moves.olds[place] = None
+
+    def let_go(self) -> None:
+        """Let go of the old tensors."""
+        for place in self._places:
+            self._moves.olds[place] = None
 
     def back(self) -> None:
         """Make the tensors that were let go of again, of what stayed of them and what went."""
@@ -263,28 +278,73 @@ class Batch:
         gathering: says what stays of them.
         moves: the tensors.
         places: which of them.
+        left: bytes that stay of each of all tensors.
         lets_go: whether the old tensors are let go of; they are made again if need be.
     """
 
-    def __init__(self, gathering: Gathering, moves: Moves, places: Sequence[int], lets_go: bool) -> None:
-        self._gathering, self._moves, self._places, self._lets_go = gathering, moves, places, lets_go
+    def __init__(
+        self, gathering: Gathering, moves: Moves, places: Sequence[int], left: IndexArray, lets_go: bool
+    ) -> None:
+        self._gathering, self._moves, self._places, self._left = gathering, moves, places, left
+        self._lets_go = lets_go
         self._copies: list[Copy] = []
+        self._small: list[Copy] = []  # of these, what is copied beside the largest
 
-    def cut(self) -> None:
-        """Make the new tensors, then put them in the places of the old ones."""
-        moves = self._moves
-        kinds: dict[Kind, list[int]] = {}
+    def cut(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Make the new tensors, then put them in the places of the old ones.
+
+        Old ones that stay are replaced, and ``meanwhile`` is called, while other threads copy the largest.
+        """
+        moves, lets_go = self._moves, self._lets_go
+        others, self._small, large = ([Copy(self._gathering, moves, some) for some in part] for part in self._parts())
+        self._copies = [*others, *self._small, *large]
+
+        def put() -> None:
+            for copy in self._copies:
+                copy.put(lets_go)
+
+        def beside() -> None:
+            for copy in self._small:
+                copy.run(lets_go)
+            for place in self._places if moves.made else ():
+                if place in moves.made:
+                    moves.put(place, moves.made[place]())
+            if not lets_go:
+                put()
+            if meanwhile is not None:
+                meanwhile()
+
+        for copy in others:
+            copy.run(lets_go)
+        if large:
+            large[0].run(lets_go, beside)
+        else:
+            beside()
+        if lets_go:
+            put()
+
+    def _parts(self) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Places of what is copied together, of one device and dtype; of the kind with the most, small and large ones.
+
+        A GPU copies beside the CPU anyway.
+        """
+        moves, kinds = self._moves, dict[Kind, list[int]]()
         gathered = [place for place in self._places if place not in moves.made] if moves.made else self._places
         for kind, places in groupby(gathered, moves.kinds.__getitem__):
             kinds.setdefault(kind, []).extend(places)
-        self._copies = [Copy(self._gathering, moves, places) for places in kinds.values()]
-        for copy in self._copies:
-            copy.run(self._lets_go)
-        for place in self._places if moves.made else ():
-            if place in moves.made:
-                moves.put(place, moves.made[place]())
-        for copy in self._copies:
-            copy.put(self._lets_go)
+        *others, most = sorted(kinds.values(), key=len) or [[]]
+        left = self._left[most]
+        if not most or self._lets_go or left.sum() < MUCH or moves.kinds[most[0]][0].type != "cpu":
+            return others, [], [most] if most else []
+        order = np.argsort(-left, kind="stable")
+        count = int(np.searchsorted(np.cumsum(left[order]), SHARE * left.sum())) + 1
+        large, small = (np.array(most)[np.sort(part)].tolist() for part in (order[:count], order[count:]))
+        return others, [small] if small else [], [large]
+
+    def let_go(self) -> None:
+        """Let go of the old tensors of what has been copied beside the largest; it cannot go back then."""
+        for copy in self._small:
+            copy.let_go()
 
     def back(self) -> None:
         """Put the old tensors in their places, however many of them have been replaced."""
@@ -316,7 +376,7 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
     before = [] if left.sum() <= room else [old.nbytes for old in olds]
     largest = max(before, default=0)
     if left.sum() <= max(room, largest):
-        return [Batch(gathering, moves, everything, lets_go=False)]
+        return [Batch(gathering, moves, everything, left, lets_go=False)]
     # Of what frees nothing the old tensor may as well stay.
     extra = np.where([moves.frees(place) for place in everything], left, 0)
     smallest_first = np.argsort(extra, kind="stable")
@@ -331,6 +391,6 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
                 size = before[place]
             found[-1].append(place)
     return [
-        *(Batch(gathering, moves, some, lets_go=True) for some in found),
-        Batch(gathering, moves, sorted(stay), lets_go=False),
+        *(Batch(gathering, moves, some, left, lets_go=True) for some in found),
+        Batch(gathering, moves, sorted(stay), left, lets_go=False),
     ]

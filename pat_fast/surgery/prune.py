@@ -71,19 +71,22 @@ class Held:
         tensors: parameters and buffers.
         data: what they hold.
         grads: their gradients.
+        alone: whether autograd surely has no gradient accumulator of theirs.
         seen: their strides, devices and dtypes.
     """
 
     tensors: list[Tensor]
     data: list[Tensor]
     grads: list[Tensor | None]
+    alone: list[bool]
     seen: Seen
 
     @classmethod
     def of(cls, binding: Binding) -> Held:
         """Look at all that a prune may cut."""
         tensors = list(binding.tensors.values())
-        return cls(tensors, [t.data for t in tensors], [t.grad for t in tensors], binding.look())
+        alone = [*map(is_alone, tensors)]
+        return cls(tensors, [t.data for t in tensors], [t.grad for t in tensors], alone, binding.look())
 
 
 def prune(
@@ -148,15 +151,14 @@ def prune_checked(
         bound.check()
     every = [held or Held.of(binding), *map(Held.of, bindings[1:])]
     moves, cut = _moves(binding.plan, every, sizes, kept, optimizers)
-    changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)] + counts(optimizers)
+    counted = counts(optimizers)
     undo: list[Undo] = []
     try:
         gathering = Gathering(binding.plan, layout_of(binding, every[0].seen.strides), kept, sizes, moves.joints)
         parts = batches(gathering, moves, room)
         with uninterrupted():
-            _cut(moves, cut, parts, undo)
-            smaller = _follow(changes, bindings, kept, undo)
-            forget_compiled()
+            _cut(moves, cut, parts, undo, partial(_follow, counted, bindings, kept, undo), final=then is None)
+            smaller = Smaller(binding, kept)
             if then is not None:
                 then(smaller)
             # An interrupt that has waited is raised at the end of this block: the prune is done. What it needed may not
@@ -169,10 +171,15 @@ def prune_checked(
     return smaller
 
 
-def _cut(moves: Moves, cut: list[Cut], parts: list[Batch], undo: list[Undo]) -> None:
-    """Cut the tensors; what takes each step back is appended to ``undo`` first."""
-    tensors = [tensor for some in cut for tensor in some.tensors]
-    moves.nodes = accumulators([t for t in tensors if not is_alone(t)])
+def _cut(
+    moves: Moves, cut: list[Cut], parts: list[Batch], undo: list[Undo], follow: Callable[[], None], final: bool
+) -> None:
+    """Cut the tensors, and ``follow``; what takes each step back is appended to ``undo`` first.
+
+    If that is ``final``, there is nothing left that could fail, and no way back.
+    """
+    alone = [(tensor, yes) for some in cut for tensor, yes in zip(some.tensors, some.alone, strict=True)]
+    moves.nodes = accumulators([tensor for tensor, yes in alone if not yes])
     with_grad = [(some, i) for some in cut for i, grad in enumerate(some.grads) if grad is not None]
 
     def attach() -> None:
@@ -182,21 +189,29 @@ def _cut(moves: Moves, cut: list[Cut], parts: list[Batch], undo: list[Undo]) -> 
     undo.append(attach)
     for some, i in with_grad:
         some.tensors[i].grad = None
+
+    def finish() -> None:
+        attach()
+        follow()
+        if final:
+            undo.clear()
+            parts[-1].let_go()
+
     for part in parts:
         undo.append(part.back)
-        part.cut()
-    attach()
+        part.cut(finish if part is parts[-1] else None)
 
 
-def _follow(changes: list[Change], bindings: list[Binding], kept: Kept, undo: list[Undo]) -> Smaller:
+def _follow(counted: list[Change], bindings: list[Binding], kept: Kept, undo: list[Undo]) -> None:
     """Set the attributes and write down what was done; what takes each step back is appended to ``undo`` first."""
+    changes = [change for b in bindings for change in attribute_changes(b, kept, b.model)] + counted
     attributes: list[Change] = []
     undo.append(lambda: apply_changes(list(reversed(attributes)), []))
     apply_changes(changes, attributes)
     undo += [restorer(b) for b in bindings]
     for bound in bindings:
         note_prune(bound, kept)
-    return Smaller(bindings[0], kept)
+    forget_compiled()
 
 
 def prepare(binding: Binding) -> None:
@@ -223,10 +238,12 @@ class Cut:
 
     Attributes:
         grads: their gradients, which are not with them while both are of different shapes.
+        alone: see :class:`Held`.
     """
 
     tensors: list[Tensor]
     grads: list[Tensor | None]
+    alone: list[bool]
 
 
 def _moves(
@@ -244,10 +261,11 @@ def _moves(
     seen: set[int] = set()
     for held in every:
         numbers = [number for number in ordered if id(held.tensors[number]) not in seen]  # a copy may share some
-        tensors, grads = ([of[number] for number in numbers] for of in (held.tensors, held.grads))
+        of_each = held.tensors, held.grads, held.alone
+        tensors, grads, alone = ([of[number] for number in numbers] for of in of_each)
         data, strides, kinds = ([of[number] for number in numbers] for of in (held.data, *held.seen))
         seen.update(map(id, tensors))
-        cut.append(Cut(tensors, grads))
+        cut.append(Cut(tensors, grads, alone))
         moves.add(numbers, data, strides, kinds, tensors, [None] * len(tensors))
         _add_grads(moves, plan, numbers, grads)
         for number, tensor in sorted(zip(numbers, tensors, strict=True), key=lambda of: of[0]) if optimizers else ():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,39 @@ def test_compact_writes_nothing_behind_a_row(dtype: torch.dtype, kernel: int, is
         cpu.channel_compact([out], [x], before, after, torch.cat([rows, kept]).int())
         assert torch.equal(out, x[rows][:, kept])
         assert (flat[2 * n * kernel :] == 7).all()
+
+
+def halved(x: torch.Tensor, meanwhile: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Every other row and every other column of a matrix."""
+    r, c = x.shape
+    out = x.new_empty(0) if out is None else out
+    out.resize_((r + 1) // 2, (c + 1) // 2).fill_(torch.nan)
+    tiles = torch.tensor([[0, 0, r, c, 1, c, 1, 1, -1, -1]])
+    out_tiles = torch.tensor([[0, 0, *out.shape, 1, out.shape[1], 1, 1, 0, out.shape[0]]])
+    index = torch.cat([torch.arange(0, n, 2, dtype=torch.int32) for n in (r, c)])
+    cpu.channel_compact([out], [x], tiles, out_tiles, index, meanwhile)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1500, 700)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_what_is_to_be_done_meanwhile_is_done_once(shape: tuple[int, int], threads: int) -> None:
+    """On the caller's thread; it may use the kernels, and what it raises comes out when all is copied."""
+    torch.set_num_threads(threads)
+    x = torch.randn(shape)
+    seen: list[Any] = []
+    assert torch.equal(halved(x, lambda: seen.extend((threading.get_ident(), halved(x, None), x @ x.t()))), x[::2, ::2])
+    ident, inner, _ = seen
+    assert ident == threading.get_ident()
+    assert torch.equal(inner, x[::2, ::2])
+    out = torch.empty(0)
+
+    def fails() -> None:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        halved(x, fails, out)
+    assert torch.equal(out, x[::2, ::2])
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -35,7 +35,8 @@ FILES = [f"{PACKAGE}/{part}" for part in PARTS]
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["one batch", "many batches"])
 def _room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without room beside the model, or with, as the drop-in has it."""
+    """Without room beside the model, or with, as the drop-in has it; small tensors are cut while others are copied."""
+    monkeypatch.setattr(journal, "MUCH", 0)
     if not request.param:
         monkeypatch.setattr(
             sys.modules[prune.__module__], "batches", lambda *given: journal.batches(*given[:2], journal.ROOM)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +36,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[journal.Batch]:
     cut: list[journal.Batch] = []
     real = journal.Batch.cut
 
-    def noting(batch: journal.Batch) -> None:
+    def noting(batch: journal.Batch, *given: Any) -> None:
         cut.append(batch)
-        real(batch)
+        real(batch, *given)
 
     monkeypatch.setattr(journal.Batch, "cut", noting)
     return cut
@@ -141,10 +143,10 @@ def test_any_batch_may_fail(
     before = copied(everything(model, [optimizer]))
     real, calls = journal.Copy.run, 0
 
-    def failing(copy: journal.Copy, lets_go: bool) -> None:
+    def failing(copy: journal.Copy, lets_go: bool, *given: Any) -> None:
         nonlocal calls
         calls += 1
-        real(copy, lets_go)
+        real(copy, lets_go, *given)
         if calls == at:
             raise error("no")
 
@@ -153,6 +155,30 @@ def test_any_batch_may_fail(
         prune(binding, random_keep(binding.plan, 0, ratio=0.5), [optimizer])
     assert len(batches) >= at
     check_same(everything(model, [optimizer]), before)
+
+
+def test_small_tensors_are_let_go_of_while_others_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nothing comes after the prune that may fail; what fails before is undone."""
+    monkeypatch.setattr(journal, "MUCH", 0)
+    real, gone = journal.Batch.let_go, []
+
+    def noting(batch: journal.Batch) -> None:
+        olds = [weakref.ref(old) for old in batch._moves.olds if old is not None]
+        real(batch)
+        gone.append(sum(old() is None for old in olds))
+
+    monkeypatch.setattr(journal.Batch, "let_go", noting)
+    model, optimizer, binding = some_training()
+    before = copied(everything(model, [optimizer]))
+    kept = binding.plan.check_keep(random_keep(binding.plan, 0, ratio=0.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[prune.__module__], "note_prune", fails)
+        with pytest.raises(SurgeryError, match="was undone"):
+            prune_checked(binding, kept, [optimizer], room=journal.ROOM)
+    check_same(everything(model, [optimizer]), before)
+    assert not gone
+    prune_checked(binding, kept, [optimizer], room=journal.ROOM)
+    assert gone[0] > 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
