@@ -7,7 +7,7 @@ plan at once. Where Torch-Pruning's result is wrong, these give the right one: s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,8 +130,14 @@ class RandomImportance(Importance):
 
     def score(self, binding: Binding, order: Order | None = None) -> Tensor:
         """``[N]`` float32 on ``binding.device``."""
-        drawn = [torch.zeros(0), *(torch.rand(group.channels) for group in binding.plan.groups)]
-        return torch.cat(drawn).to(binding.device)
+        return self.drawn(binding, range(len(binding.plan.groups))).to(binding.device)
+
+    def drawn(self, binding: Binding, numbers: Iterable[int]) -> Tensor:
+        """Scores ``[N]`` of the groups ``numbers``, drawn one after another; NaN for the others."""
+        found = torch.full((binding.plan.n_channels,), torch.nan)
+        for group in (binding.plan.groups[number] for number in numbers):
+            found[group.start : group.stop] = torch.rand(group.channels)
+        return found
 
 
 class GroupTaylorImportance(GroupMagnitudeImportance):

@@ -310,3 +310,21 @@ def test_a_class_that_overrides_the_scores_of_groups_is_asked_for_groups() -> No
     pruner.step()
     assert pruner.importance.order == "not asked"
     assert pruner.pruning_history()
+
+
+@pytest.mark.parametrize("kind", ["local", "global"])
+def test_chance_chooses_alike_from_the_same_seed(kind: str) -> None:
+    """Groups of layers that are ignored take no numbers from the generator."""
+    kept = []
+    for library in (original, tp):
+        model, inputs = small("resnet18")
+        last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+        pruner = library.pruner.MagnitudePruner(
+            model, inputs, importance=library.importance.RandomImportance(), pruning_ratio=0.5, iterative_steps=2,
+            global_pruning=kind == "global", ignored_layers=last,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        for _ in range(2):
+            pruner.step()
+        kept.append(dict(model.named_parameters()))
+    assert all(torch.equal(kept[0][name], parameter) for name, parameter in kept[1].items())

@@ -303,3 +303,16 @@ def test_swin_attention_goes_with_its_table_of_positions() -> None:
         assert model(**inputs).logits.shape == (2, 5)
     assert left["theirs"] == ([24] * 3 + [48] * 3, [4, 4])
     assert left["ours"] == ([12] * 3 + [24] * 3, [2, 2])
+
+
+def test_a_history_that_was_asked_for_does_not_grow() -> None:
+    lengths = {}
+    for name, library in (("theirs", original), ("ours", tp)):
+        pruner = make(library, Net(), iterative_steps=2)
+        pruner.step()
+        history = pruner.pruning_history()
+        before = len(history)
+        pruner.step()
+        lengths[name] = len(history) - before
+    assert lengths["theirs"] > 0
+    assert lengths["ours"] == 0

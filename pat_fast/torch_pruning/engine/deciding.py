@@ -13,6 +13,7 @@ from torch_pruning.pruner.algorithms.base_pruner import BasePruner as MetaPruner
 
 from ...plan import Plan
 from .._groups import member_order
+from ..importance import RandomImportance
 from . import layerwise
 from .graph import LiveGraph
 from .planned import Planned, Standing, unit_means
@@ -94,6 +95,9 @@ class Deciding:
     def _scores(self) -> Scores:
         """Importance of every channel of the plan ``[N]``; NaN where there is none."""
         binding = self.engine.binding
+        if self._estimates_by_itself() and type(self.importance) is RandomImportance:
+            open_ = (n for n in range(len(binding.plan.groups)) if self._is_open(n))
+            return self.importance.drawn(binding, open_).numpy()  # as Torch-Pruning, which draws none for the others
         if self._estimates_by_itself() and scores_plans(self.importance):
             if depends_on_order(self.importance):
                 groups = (self.DG.maker.whole(n) for n in range(len(binding.plan.groups)) if self._is_open(n))
