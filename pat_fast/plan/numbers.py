@@ -191,6 +191,7 @@ _SIZED = {
     "view": 1, "reshape": 1, "expand": 1, "new_zeros": 1, "new_ones": 1, "new_empty": 1, "new_full": 1, "zeros": 0,
     "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0,
 }  # fmt: skip
+_PARTLY = {"unflatten", "rms_norm"}  # that are given sizes of some of the dimensions
 _NO_NUMBERS = {Tensor, nn.Parameter, type(None), int, bool, float, str, torch.dtype, torch.device}
 _FRESH = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full", "rand", "randn"}
 
@@ -227,10 +228,10 @@ class NumberWatch(TorchFunctionMode):
         self._current, self._taken = numbers, []
         try:
             out = func(*args, **kwargs)
-            if name in _SIZED or name == "unflatten":
+            if name in _SIZED or name in _PARTLY:
                 self._sized(name, args, kwargs, out)
             for number in numbers:
-                if name not in _SIZED and name != "unflatten" and not any(number is t for t in self._taken):
+                if name not in _SIZED and name not in _PARTLY and not any(number is t for t in self._taken):
                     self._otherwise(number, f"is an argument of {name}")
         finally:
             self._current, self._taken = before
@@ -268,6 +269,9 @@ class NumberWatch(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             sizes = args[2] if len(args) > 2 else kwargs["sizes"]
             offset = dim % args[0].ndim if isinstance(dim, int) else 0
+        elif name == "rms_norm":
+            sizes = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+            offset = out.ndim - len(sizes)
         else:
             rest = args[_SIZED[name] :]
             sizes = rest if rest and isinstance(rest[0], int) else next(iter([*rest, *kwargs.values()]), ())

@@ -212,6 +212,17 @@ class Tracer(TorchDispatchMode):
         """Note that the running module keeps the number of ``slots`` as an attribute."""
         self.widths.append(Count(Symbol(self._path[-1], attribute, slots.size, index), flat(slots), 1))
 
+    def _root_mean_square(self, module: nn.RMSNorm, x: Tensor) -> None:
+        """Its op comes apart into others before it is seen (on a CPU), none of which is told the size."""
+        for factor in self.mark(x).factors if self.labelled(x) else ():
+            inner = [d for d in varying(factor) if d >= x.ndim - len(module.normalized_shape)]
+            if inner and varying(factor) == (inner[-1],):
+                self.slots.note(factor, f"layer norm over the channels (rms_norm in {self._path[-1]})")
+                self.width(factor, "normalized_shape", inner[-1] - x.ndim)
+            elif inner:
+                self._op = "rms_norm"
+                self.freeze((factor,), "its width is written in the code")
+
     def add_factor(self, tensor: Tensor, dim: int) -> None:
         """Label ``dim`` of a new tensor, whose size was given: it follows what it meets."""
         if tensor.shape[dim] > 1:
@@ -440,6 +451,8 @@ class Tracer(TorchDispatchMode):
             name = names[id(module)]
             path.append(name)
             order.append(name)
+            if isinstance(module, nn.RMSNorm) and args:
+                self._root_mean_square(module, args[0])
             try:
                 if id(module) in plain and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
                     with torch._C.DisableTorchFunction():

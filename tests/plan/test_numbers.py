@@ -15,6 +15,7 @@ from pat_fast import build_plan
 from pat_fast.plan import Plan, bind
 from pat_fast.plan.running import Still
 from pat_fast.plan.trace import Tracer
+from pat_fast.rehearsal import rehearse
 from pat_fast.surgery import prune
 from tests.helpers import canonical, masked_copy, random_keep
 
@@ -93,12 +94,13 @@ def test_a_fused_attention_block_with_grouped_queries_loses_whole_heads() -> Non
         (lambda m, x: x.view(-1, m.width), 8, {"width": 8}, {"width"}),
         (lambda m, x: x.reshape(x.shape[0], m.sizes[0]), 8, {"sizes": (8,)}, {"sizes"}),
         (lambda m, x: F.layer_norm(x, (m.width,)), 8, {"width": 8}, {"width"}),
+        (lambda m, x: F.rms_norm(x, (m.width,)), 8, {"width": 8}, {"width"}),
         (lambda m, x: x[:, : m.half] * x[:, m.half :], 4, {"half": 4}, {"half"}),
         (lambda m, x: torch.cat(x.split(m.half, dim=1), 1), 8, {"half": 4}, {"half"}),
         (lambda m, x: x + torch.zeros(m.width), 8, {"width": 8}, {"width"}),
         (lambda m, x: x.view(-1, m.config.heads * m.dim), 8, {"config": None, "dim": 2}, {"config.heads"}),
     ],
-    ids=["view", "tuple", "layer_norm", "slice", "split", "zeros", "config"],
+    ids=["view", "tuple", "layer_norm", "rms_norm", "slice", "split", "zeros", "config"],
 )  # fmt: skip
 def test_an_attribute_that_sizes_channels_follows_them(between, after, attributes, left) -> None:
     torch.manual_seed(0)
@@ -146,6 +148,19 @@ def test_what_one_number_sizes_twice_shrinks_alike() -> None:
     model = Two()
     halved(model, torch.randn(5, 4, dtype=torch.float64))
     assert model.one.out_features == model.two.out_features == model.width < 8
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_rms_norm_of_pytorchs_follows_its_channels(affine: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.RMSNorm(8, eps=1e-6, elementwise_affine=affine)
+    model = nn.Sequential(nn.Linear(5, 8), norm, nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    plan = build_plan(model, torch.randn(5, 5))
+    assert [(g.root, bool(g.statistic)) for g in plan.groups] == [("2", False), ("0", True)]
+    assert rehearse(plan, model, torch.randn(5, 5))
+    halved(model, torch.randn(5, 5, dtype=torch.float64))
+    assert norm.normalized_shape == (model[0].out_features,)
+    assert model[0].out_features < 8
 
 
 def test_channels_that_a_layer_unflattens_go_with_all_of_their_places() -> None:
