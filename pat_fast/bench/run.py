@@ -214,7 +214,10 @@ class Bench:
         found = self.clock.compare(sides)
         if call.rival is not None:
             ms = found[rival].ms
-            row = replace(row, extra={f"{rival} ms": ms, f"times {rival}": ms / found["ours"].ms})
+            extra = {f"{rival} ms": ms, f"times {rival}": ms / found["ours"].ms}
+            if "plain" in found:
+                extra["most"] = ms / found["plain"].ms
+            row = replace(row, extra=extra)
         return self._told(row.timed(found["ours"], call.moved, found.get("plain")))
 
     def _beside_plain(self, moved: Mapping[str, int], sides: dict[str, Prepare]) -> dict[str, Prepare]:

@@ -74,6 +74,7 @@ def test_what_a_prune_copies_is_held_against_index_select(monkeypatch: pytest.Mo
     one, row = run(fresh).rows
     assert row.op == "channel_compact fresh"
     assert row.extra["times index_select"] == pytest.approx(row.extra["index_select ms"] / row.ms)
+    assert row.extra["most"] == pytest.approx(row.extra["index_select ms"] / row.plain_ms)
     assert row.gbps * row.ms == pytest.approx(4 * one.gbps * one.ms)
     monkeypatch.setattr(sys.modules["pat_fast.bench.run"], "MOST", 100)
     result = run(fresh)
