@@ -109,14 +109,14 @@ def _step(module: nn.RNNBase, suffix: str, x: Tensor, given: list[Tensor]) -> li
         cell = i.sigmoid() * g.tanh()
         hidden = o.sigmoid() * cell.tanh()
         w_hr = getattr(module, f"weight_hr{suffix}") if module.proj_size else None
-        if w_hr is not None:  # rows without the product, which is to be counted once
-            hidden = w_hr.sum(1).expand(*x.shape[:-1], -1)
+        if w_hr is not None:
+            hidden = F.linear(hidden, w_hr)
         if given:
             hidden, cell = hidden + given[0], cell + given[1]
         i, f, g, o = (entering + F.linear(hidden, w_hh, b_hh)).chunk(4, -1)
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         out = o.sigmoid() * cell.tanh()
-        return [out if w_hr is None else F.linear(out, w_hr), cell]
+        return [out if w_hr is None else hidden, cell]  # the product by w_hr is to be counted once
     if module.mode == "GRU":
         _, z, n = entering.chunk(3, -1)
         hidden = (1 - z.sigmoid()) * n.tanh()

@@ -229,6 +229,7 @@ def test_hidden_units_stay_more_than_their_projection(options: Any) -> None:
         model = Net(nn.LSTM, **options)
         plan = pat.build_plan(model, X)
         assert "at least 6 units stay: hidden_size must stay above proj_size: PyTorch takes" in plan.describe()
+        assert [g.statistic for g in plan.groups] == [None] * len(plan.groups)  # a projection takes none
         keep = without(plan, {HIDDEN: hidden, PROJECTION: projection})
         masked = masked_copy(model, plan, keep)
         if possible:
