@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from .types import Axis, TensorMap
+    from .parts import Axis, TensorMap
 
 ChannelArray = NDArray[np.int32]
 BoolArray = NDArray[np.bool_]

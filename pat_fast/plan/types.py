@@ -19,6 +19,7 @@ from ..errors import PlanError
 from .flat import Holdings, Kept, Shapes, Vectors, groups_left, is_grouped, shrunk_shape, units_above
 from .hints import hint
 from .kinds import kinds_of_units
+from .parts import Axis, Frozen, Group, TensorMap, Width, WorkTerm
 
 __all__ = [
     "Axis", "Frozen", "Group", "Kept", "Plan", "TensorMap", "Width", "WorkTerm", "by_first_use", "fold_fixed",
@@ -34,87 +35,6 @@ IntArray = IndexArray
 LONE, LONE_UNIT = "one channel is left", "one unit is left"
 # Why hidden units stay that a projection has no fewer of.
 PROJECTED = "hidden_size must stay above proj_size: PyTorch takes equal sizes for no projection"
-
-
-@dataclass(frozen=True, eq=False)
-class Axis:
-    """One dimension of a tensor. ``channels [n]``: the channel of each index, -1 where it must stay.
-
-    For dimension 1 of a grouped convolution's weight ``n`` is ``groups * shape[1]``: the indices of group
-    g are ``channels[g * shape[1] : (g + 1) * shape[1]]``.
-    """
-
-    dim: int
-    channels: ChannelArray
-    role: str  # "out": labels what the layer puts out; "in": is summed over; "both": element-wise
-
-
-@dataclass(frozen=True, eq=False)
-class TensorMap:
-    """A parameter or buffer and its one or two prunable axes."""
-
-    name: str
-    is_parameter: bool
-    shape: tuple[int, ...]
-    groups: int
-    whole_groups: bool  # a grouped convolution that loses groups as it shrinks (depthwise), not their widths
-    axes: tuple[Axis, ...]
-
-    def kept(self, kept: Kept) -> list[IndexArray]:
-        """For each axis, the indices into its channels that stay."""
-        return [kept(a.channels) for a in self.axes]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Channels ``start .. stop`` of the flat space, ranked together because one layer makes them."""
-
-    root: str  # the layer whose output channels these are, in order
-    start: int
-    stop: int
-    layers: tuple[str, ...]  # modules that put out these channels
-    members: tuple[tuple[str, int], ...]  # (tensor, dimension) pairs that hold them
-    statistic: str | None = None  # a statistic over these channels: masking is then not the same as removing
-    multiple: int = 1  # of which the number of channels must stay one: a kernel asks for it
-    above: tuple[str, ...] = ()  # weights of projections: the units are their columns, which stay more than their rows
-
-    @property
-    def channels(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """An output axis that stays as it is, and why."""
-
-    layer: str
-    channels: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Width:
-    """A size that a module keeps as an attribute, whether or not it has parameters: ``kept(channels) / per``.
-
-    ``attribute`` may be one of an object that the module keeps (``"config.hidden_size"``); ``index`` is the place
-    in a tuple or list, counted from the end, None for a plain integer. ``told``: the forward does not need it, others
-    read it; it is left as it is where several widths of one attribute come to differ.
-    """
-
-    module: str
-    attribute: str
-    index: int | None
-    channels: ChannelArray
-    per: int = 1
-    told: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class WorkTerm:
-    """``scale * prod(kept positions of each axis)`` multiply-accumulates."""
-
-    scale: float
-    axes: tuple[ChannelArray, ...]
 
 
 @dataclass(frozen=True, eq=False)
