@@ -44,7 +44,8 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
     """
     still = still or Still(model)
     _check_model(model, still)
-    if not _batch(example_inputs):
+    batch = _batch(example_inputs)
+    if not batch:
         raise PlanError(f"the example inputs ({_shapes(example_inputs)}) hold no example; pass at least one")
     failure: Exception | None = None
     # A forward whose values decide what it does is run with all of its arithmetic. Torch-Pruning's hooks, and the
@@ -56,7 +57,7 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
             order = attempt.run(with_graph, notes)
             if attempt.failure is None:
                 notes += attempt.notes
-                return _number(model, still, attempt.tracer, order, _batch(example_inputs), tuple(notes))
+                return _number(model, still, attempt.tracer, order, batch, tuple(notes))
         finally:
             attempt.tracer.forget()
         failure = failure or (None if hollow else attempt.failure)
