@@ -185,7 +185,7 @@ class _Attempt:
 
 
 def _unused_note(names: list[str]) -> str:
-    shown = ", ".join(name or "the model" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return (
         f"not used by this forward, so a forward that uses them will fail once what feeds them is smaller: {shown} "
         "(name what feeds them in ignored_layers=, or give example inputs with which they are used)"

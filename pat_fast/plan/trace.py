@@ -219,9 +219,10 @@ class Tracer(TorchDispatchMode):
             if inner and varying(factor) == (inner[-1],):
                 self.slots.note(factor, f"layer norm over the channels (rms_norm in {self._path[-1]})")
                 self.width(factor, "normalized_shape", inner[-1] - x.ndim)
-            elif inner:
-                self._op = "rms_norm"
-                self.freeze((factor,), "its width is written in the code")
+            elif len(inner) == len(varying(factor)) > 1:
+                self.slots.freeze(factor, f"its width is written in the code (rms_norm in {self._path[-1]})")
+            for dim in inner if len(inner) < len(varying(factor)) else ():  # of heads that are normalised one by one
+                self.pin(factor, dim, "")
 
     def add_factor(self, tensor: Tensor, dim: int) -> None:
         """Label ``dim`` of a new tensor, whose size was given: it follows what it meets."""
@@ -262,9 +263,10 @@ class Tracer(TorchDispatchMode):
         return True
 
     def unused(self) -> list[str]:
-        """Modules with a weight that no op has met so far."""
+        """Layers whose weight, and bare parameters that, no op has met so far."""
         unmet = [leaf for leaf in self.leaves.values() if leaf.is_parameter and not leaf.axes and leaf.mark is None]
-        return list(dict.fromkeys(leaf.name.rpartition(".")[0] for leaf in unmet if leaf.tensor.ndim > 1))
+        names = [leaf.name for leaf in unmet if leaf.tensor.ndim > 1]
+        return list(dict.fromkeys(name.removesuffix(".weight") for name in names))
 
     def leaf_factors(self, leaf: Leaf) -> Factors:
         """Factors of a parameter seen as an ordinary tensor."""

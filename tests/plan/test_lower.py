@@ -456,3 +456,28 @@ def test_the_last_channel_of_every_block_stays() -> None:
     assert smaller.lone() == {"0": 2}
     assert not smaller.groups
     assert not build_plan(model, small_inputs()).groups
+
+
+@pytest.mark.parametrize("kind", [nn.RMSNorm, nn.LayerNorm])
+def test_heads_that_are_normalised_one_by_one_go_as_a_whole(kind: type[nn.Module]) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(6, 16, bias=False) for _ in range(3))
+            self.q_norm, self.k_norm, self.out = kind(4), kind(4), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (layer(x).unflatten(2, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    plan = build_plan(model, x)
+    assert plan.n_units == 4
+    keep = plan.unit != plan.unit[0]
+    expected = masked_copy(model, plan, keep)(x)
+    smaller = prune(bind(plan, model), keep)
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    assert (model.q.out_features, model.q_norm.normalized_shape) == (12, (4,))
+    assert canonical(build_plan(model, x)) == canonical(smaller.plan)

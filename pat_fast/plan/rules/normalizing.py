@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..labels import Factors, along, flat, varying
 from ..trace import Tracer
-from .registry import note, nth, outputs, rule
+from .registry import held, note, nth, outputs, rule
 
 
 def _per_channel(x: Tensor, tensors: Sequence[Tensor | None], tr: Tracer) -> list[tuple[list[int], Factors]]:
@@ -62,7 +62,11 @@ def layer_norm(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     for factor in inner:
         dim = varying(factor)[-1]
         (number,) = tr.numbers.find([x.shape[dim]])
-        if len(varying(factor)) > 1:
+        if varying(factor)[0] < x.ndim - size:  # inside of what goes as a whole: heads that are normalised one by one
+            if number is not None:
+                tr.numbers.use(number, (factor,), dim)
+            held(tr, (factor,), [d for d in varying(factor) if d >= x.ndim - size], "")
+        elif len(varying(factor)) > 1:
             tr.freeze((factor,), "its width is written in the code")
         elif isinstance(tr.module, (nn.LayerNorm, nn.RMSNorm)):
             tr.width(factor, "normalized_shape", dim - x.ndim)
