@@ -61,6 +61,11 @@ BAD: dict[str, tuple[Callable[[Small], dict[str, Any]], str]] = {
         "customized_pruners: expected modules",
     ),
     "unwrapped": (lambda m: {"unwrapped_parameters": [(STRANGER.weight, 0)]}, "parameter of the model"),
+    "unwrapped, a number": (lambda m: {"unwrapped_parameters": 3}, "expected .parameter, dimension. pairs, got 3"),
+    "heads, a number": (lambda m: {"num_heads": 3}, "num_heads: expected a dict whose keys are modules"),
+    "ratios, a list": (lambda m: {"pruning_ratio_dict": [m.inner]}, "pruning_ratio_dict: expected a dict whose keys"),
+    "roots by name": (lambda m: {"root_module_types": ["Conv2d"]}, "root_module_types: expected a list of types"),
+    "roots, a number": (lambda m: {"root_module_types": 3}, "root_module_types: expected a list of types"),
     "unwrapped dimension": (lambda m: {"unwrapped_parameters": {m.stem.weight: 7}}, "no dimension 7"),
 }
 

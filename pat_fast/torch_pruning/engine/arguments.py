@@ -89,6 +89,7 @@ def split_ignored(model: nn.Module, ignored: Iterable[Any] | None) -> tuple[list
 def checked_counts(model: nn.Module, argument: str, given: Mapping[Any, Any] | None) -> dict[nn.Module, int]:
     """A copy of a dict of modules to whole numbers, checked."""
     found = {}
+    check(argument, given, lambda v: v is None or isinstance(v, Mapping), "a dict whose keys are modules of the model")
     parts = _parts(model) if given else None
     for module, count in (given or {}).items():
         in_model(model, argument, module, parts)
@@ -100,6 +101,7 @@ def checked_counts(model: nn.Module, argument: str, given: Mapping[Any, Any] | N
 def checked_ratios(model: nn.Module, argument: str, given: Mapping[Any, Any] | None) -> dict[Any, float]:
     """A copy of a dict of modules, or tuples of modules, to ratios, checked."""
     found = {}
+    check(argument, given, lambda v: v is None or isinstance(v, Mapping), "a dict whose keys are modules of the model")
     parts = _parts(model) if given else None
     for key, ratio in (given or {}).items():
         for module in key if isinstance(key, tuple) else (key,):
@@ -126,7 +128,10 @@ def check_customized(model: nn.Module, key: Any, pruner: Any) -> None:
 
 def check_unwrapped(model: nn.Module, unwrapped: Any) -> list[tuple[nn.Parameter, int]]:
     """``unwrapped_parameters`` as a list of (parameter, dimension), checked; a list or a dict may be given."""
-    pairs = list(unwrapped.items()) if isinstance(unwrapped, Mapping) else [tuple(p) for p in unwrapped or ()]
+    try:
+        pairs = list(unwrapped.items()) if isinstance(unwrapped, Mapping) else [tuple(p) for p in unwrapped or ()]
+    except TypeError:
+        raise ConfigError(f"unwrapped_parameters: expected (parameter, dimension) pairs, got {unwrapped!r}") from None
     own = {id(p) for p in model.parameters()} if pairs else set()
     for pair in pairs:
         if len(pair) != 2 or not isinstance(pair[0], Tensor) or id(pair[0]) not in own:

@@ -83,6 +83,8 @@ class BasePruner(Deciding, _Original):
         arguments.check_ratio("head_pruning_ratio", head_pruning_ratio)
         arguments.check_count("iterative_steps", iterative_steps)
         check("round_to", round_to, lambda v: v is None or int(v) == v >= 0, "a whole number, or None")
+        kinds = "a list of types of layers"
+        check("root_module_types", root_module_types, lambda v: all(isinstance(kind, type) for kind in v), kinds)
         self.model = model
         self.importance = importance
         self.pruning_ratio, self.max_pruning_ratio = pruning_ratio, max_pruning_ratio
