@@ -504,12 +504,19 @@ def fixed_outputs(out: Any) -> list[Tensor]:
     """The tensors of what a model returned that must keep their shapes.
 
     All of them, except by-products for another call of the same model, which may be as wide as the model is: caches,
-    and what comes with logits (of a ``ModelOutput``, say), such as hidden states.
+    and hidden states and the like that come with logits (of a ``ModelOutput``, say).
     """
     if isinstance(out, dict):
-        wanted = ("logits", "loss") if any(str(k).endswith("logits") for k in out) else ""
-        out = [v for k, v in out.items() if str(k).endswith(wanted) and not type(v).__name__.endswith("Cache")]
+        beside = _BY_PRODUCTS if any(str(k).endswith("logits") for k in out) else ()
+        out = [
+            v for k, v in out.items()
+            if not any(part in str(k) for part in beside) and not type(v).__name__.endswith("Cache")
+        ]  # fmt: skip
     return output_tensors(out)
+
+
+# Parts of the names that Transformers gives them.
+_BY_PRODUCTS = ("state", "attentions", "past_key_values", "cache", "mems", "model_output", "encoder_outputs")
 
 
 def output_tensors(out: Any) -> list[Tensor]:

@@ -481,3 +481,18 @@ def test_heads_that_are_normalised_one_by_one_go_as_a_whole(kind: type[nn.Module
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
     assert (model.q.out_features, model.q_norm.normalized_shape) == (12, (4,))
     assert canonical(build_plan(model, x)) == canonical(smaller.plan)
+
+
+def test_beside_logits_hidden_states_may_shrink_and_boxes_may_not() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.classes, self.boxes = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            x = self.body(x).relu()
+            return {"logits": self.classes(x), "pred_boxes": self.boxes(x), "last_hidden_state": x}
+
+    plan = build_plan(Detector(), torch.randn(5, 6))
+    assert [g.root for g in plan.groups] == ["body"]
+    assert {f.layer for f in plan.frozen} == {"classes", "boxes"}
