@@ -14,8 +14,9 @@ Models are those of the zoo. For each, in turns in one process:
 - ``torch-pruning``: ``build_dependency`` and ``list(get_all_groups())``; none if they fail, or take longer than
   ``--patience`` seconds.
 
-Times are the least of ``--rounds``, in milliseconds (medians go to the JSON file). ``--cpu-time`` counts the seconds
-that the process ran, for machines where others run beside it; with one thread and nobody else it is the same.
+Times are medians of ``--rounds``, in milliseconds (the least of them go to the JSON file, too). ``--cpu-time`` counts
+the seconds that the process ran, for machines where others run beside it; with one thread and nobody else it is the
+same.
 """
 
 from __future__ import annotations
@@ -168,17 +169,18 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
             if turn:
                 times[column].append(taken * 1e3)
     least = {column: min(found) if found and column in columns else math.nan for column, found in times.items()}
-    median = {column: statistics.median(found) for column, found in times.items() if found}
+    median = {c: statistics.median(found) if found and c in columns else math.nan for c, found in times.items()}
     notes = [note for note in pat.build_plan(model, inputs).notes if "verified" in note]
     return {"model": name, "ms": least, "median": median, "problem": problem, "notes": notes}
 
 
 def row(found: dict[str, Any]) -> str:
     """A line of the table."""
-    ms = found["ms"]
-    ratio, forwards = ms["torch-pruning"] / ms["proven"], ms["proven"] / ms["forward"]
+    ms, least = found["median"], found["ms"]
+    ratios = [of["torch-pruning"] / of["proven"] for of in (ms, least)]
     cells = [f"{ms[column]:.1f}" if ms[column] == ms[column] else "none" for column in COLUMNS]
-    cells += [f"{ratio:.2f}" if ratio == ratio else "none", f"{forwards:.1f}"]
+    cells += [f"{ratio:.2f}" if ratio == ratio else "none" for ratio in ratios]
+    cells.append(f"{ms['proven'] / ms['forward']:.1f}")
     return f"| {found['model']} | " + " | ".join(cells) + " |"
 
 
@@ -197,13 +199,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no such model: {', '.join(unknown)}")
     torch.set_num_threads(given.threads)
-    header = ("model", *COLUMNS, "ratio", "forwards")
+    header = ("model", *COLUMNS, "ratio", "of the least", "forwards")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
     found = []
     for name in given.models or ZOO:
         found.append(measure(name, given))
         print(row(found[-1]), flush=True)
-    print("\nratio: torch-pruning / proven; forwards: proven / forward")
+    print("\nratio: torch-pruning / proven, of the medians, then of the least times; forwards: proven / forward")
     for each in found:
         if each["problem"]:
             print(f"{each['model']}: Torch-Pruning: {each['problem']}")
