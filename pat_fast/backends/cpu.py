@@ -165,9 +165,11 @@ OPS = {
     "channel_scale_": channel_scale_,
     "channel_compact": channel_compact,
 }
-_ONCE = {"grouping": grouping, "channel_totals": channel_totals, "group_push": group_push}
-SHORTCUTS = {"channel_compact": channel_compact, **(_ONCE if hasattr(_C, "push") else {})}
-"""Several ops in one call; see :mod:`pat_fast.ops.grouped`. An extension that was built before these does without.
-
-And a copy with something to do meanwhile.
-"""
+_SHORTCUTS = {
+    "channel_compact": channel_compact,
+    "grouping": grouping,
+    "channel_totals": channel_totals,
+    "group_push": group_push,
+}
+SHORTCUTS = _SHORTCUTS if _WHY is None else {}
+"""Several ops in one call, see :mod:`pat_fast.ops.grouped`; and a copy with something to do meanwhile."""

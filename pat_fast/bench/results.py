@@ -159,13 +159,17 @@ def _cells(row: Row) -> tuple[str, ...]:
         ratio = f"{row.ratio:.1f}x" + _mark(row.tp_spread)
     return (
         *start,
-        f"{row.ms:.3f}" if row.ms < 10 else f"{row.ms:.1f}",
+        _ms(row.ms),
         f"{row.spread:.0%}" + _mark(row.spread),
         f"{row.gbps:.1f}",
         f"{row.share:.0%} of {row.traffic} {row.peak_gbps:.1f}",
         f"{row.tp_ms:.1f}" if row.tp_ms is not None else "",
         ratio,
     )
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
 
 
 def _most(row: Row) -> str:
@@ -179,7 +183,7 @@ def _mark(spread: float | None) -> str:
 def _plain_cells(row: Row) -> tuple[str, str]:
     if row.ms is None or row.plain_ms is None:
         return ("", "")
-    return (f"{row.plain_ms:.3f}" if row.plain_ms < 10 else f"{row.plain_ms:.1f}", f"{row.plain_ms / row.ms:.0%}")
+    return (_ms(row.plain_ms), f"{row.plain_ms / row.ms:.0%}")
 
 
 def _graph_cells(row: Row) -> tuple[str, str]:
