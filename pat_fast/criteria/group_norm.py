@@ -14,7 +14,7 @@ from ..plan.bind import Binding, Tiles
 from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
 
-SCORED = (nn.modules.conv._ConvNd, nn.Linear, *RECURRENT, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+SCORED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, *RECURRENT, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
 def is_scored(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from .trace import Leaf, Tracer, fixed_outputs
 from .types import PROJECTED, ChannelArray, Frozen, Plan, TensorMap, Width
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
 
 
 def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None) -> Plan:
@@ -402,16 +403,28 @@ def _why_kept(model: nn.Module, closed: list[str], leaf: Leaf, name: str) -> str
 
 
 def _freeze_third_axes(tracer: Tracer, leaves: list[Leaf]) -> None:
-    """A tile has rows and columns: of a tensor with more prunable axes the last ones stay."""
+    """A tile has rows and columns: of a tensor with more prunable axes the last ones stay.
+
+    Unless that would hold what is to go: axes that have units in common go or stay together.
+    """
     crowded = [leaf for leaf in leaves if len(leaf.axes) > 2]
     if not crowded:
         return
     solution = tracer.slots.solve()
     stays = solution.frozen.mask
     for leaf in crowded:
-        loose = [d for d in sorted(leaf.axes) if not stays[solution.unit[leaf.axes[d]]].all()]
-        for dim in loose[2:]:
-            tracer.slots.freeze(leaf.axes[dim], f"{leaf.name} has more than two prunable dimensions")
+        units = {d: solution.unit[slots] for d, slots in sorted(leaf.axes.items())}
+        loose = [d for d in units if not stays[units[d]].all()]
+        if len(loose) > 2:
+            pairs = [(two, [d for d in loose if d not in two]) for two in combinations(loose, 2)]
+            apart = (rest for two, rest in pairs if not _meet(units, two, rest))
+            for dim in next(apart, loose[2:]):
+                tracer.slots.freeze(leaf.axes[dim], f"{leaf.name} has more than two prunable dimensions")
+
+
+def _meet(units: dict[int, IntArray], some: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether one of the dimensions ``some`` has a unit in common with one of ``others``."""
+    return bool(np.isin(np.concatenate([units[d] for d in some]), np.concatenate([units[d] for d in others])).any())
 
 
 def _roots(leaves: list[Leaf], order: list[str], executed: list[str]) -> list[tuple[Leaf, int]]:

@@ -43,7 +43,7 @@ class Regularizer(Protocol):
 
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
-REGULARIZED = (nn.modules.conv._ConvNd, nn.Linear, *RECURRENT, *NORMS)
+REGULARIZED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, *RECURRENT, *NORMS)
 
 
 def is_regularized(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:

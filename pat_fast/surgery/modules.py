@@ -71,6 +71,11 @@ def _linear_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | Non
     return shapes.get(local)
 
 
+def _bilinear_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
+    out = sizes["out_features"]
+    return {"weight": (out, sizes["in1_features"], sizes["in2_features"]), "bias": (out,)}.get(local)
+
+
 def _vector_shape(attribute: str) -> Callable[[Any, dict[str, Any], str], Shape | None]:
     def shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
         vectors = ("weight", "bias", "running_mean", "running_var")
@@ -123,6 +128,11 @@ def _cell_shape(module: Any, sizes: dict[str, Any], local: str) -> Shape | None:
     return shapes.get(local, (rows,) if local.startswith("bias_") else None)
 
 
+_TABLE = SizeRule(
+    ("num_embeddings", "embedding_dim"),
+    _dimensions(num_embeddings=("weight", 0), embedding_dim=("weight", 1)),
+    lambda module, sizes, local: (sizes["num_embeddings"], sizes["embedding_dim"]) if local == "weight" else None,
+)
 SIZES: dict[type[nn.Module], SizeRule] = {
     nn.modules.conv._ConvNd: SizeRule(("in_channels", "out_channels", "groups"), _conv_sources, _conv_shape),
     nn.Linear: SizeRule(
@@ -130,11 +140,13 @@ SIZES: dict[type[nn.Module], SizeRule] = {
         _dimensions(in_features=("weight", 1), out_features=("weight", 0)),
         _linear_shape,
     ),
-    nn.Embedding: SizeRule(
-        ("num_embeddings", "embedding_dim"),
-        _dimensions(num_embeddings=("weight", 0), embedding_dim=("weight", 1)),
-        lambda module, sizes, local: (sizes["num_embeddings"], sizes["embedding_dim"]) if local == "weight" else None,
+    nn.Bilinear: SizeRule(
+        ("in1_features", "in2_features", "out_features"),
+        _dimensions(out_features=("weight", 0), in1_features=("weight", 1), in2_features=("weight", 2)),
+        _bilinear_shape,
     ),
+    nn.Embedding: _TABLE,
+    nn.EmbeddingBag: _TABLE,
     nn.RNNBase: SizeRule(("input_size", "hidden_size", "proj_size"), _recurrent_sources, _recurrent_shape),
     nn.RNNCellBase: SizeRule(
         ("input_size", "hidden_size"),

@@ -31,6 +31,8 @@ PAIRS: dict[str, tuple[Callable[..., nn.Module], tuple[Any, ...], tuple[Any, ...
     "grouped_transpose": (nn.ConvTranspose2d, (8, 12, 3), (4, 6, 3), {"groups": 2}),
     "linear": (nn.Linear, (8, 12), (5, 7), {}),
     "embedding": (nn.Embedding, (8, 12), (8, 7), {}),
+    "embedding_bag": (nn.EmbeddingBag, (8, 12), (8, 7), {}),
+    "bilinear": (nn.Bilinear, (8, 12, 6), (5, 7, 4), {}),
     "prelu": (nn.PReLU, (8,), (5,), {}),
     "batch_norm": (nn.BatchNorm2d, (8,), (5,), {}),
     "sync_batch_norm": (nn.SyncBatchNorm, (8,), (5,), {}),

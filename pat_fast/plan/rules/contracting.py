@@ -123,6 +123,26 @@ def linear(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     tr.set(out, factors)
 
 
+@rule("_trilinear")
+def trilinear(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Three operands with new dimensions, multiplied and summed: x [N, I], w [O, I, J] and y [N, J] to [N, O], say."""
+    summed = args[6]
+    marks, shapes = [], []
+    for x, new in zip(args[:3], args[3:6], strict=True):
+        old = iter(range(x.ndim))
+        mark, shape = _widen(tr.mark(x), x.shape, [None if d in new else next(old) for d in range(x.ndim + len(new))])
+        marks.append(mark)
+        shapes.append(shape)
+    full = np.broadcast_shapes(*map(tuple, shapes))
+    factors = tr.merge([(shape, mark.factors) for mark, shape in zip(marks, shapes, strict=True)], full)
+    tr.count_work(factors, full)
+    for mark in marks:
+        if mark.leaf is not None:
+            for factor in mark.factors:
+                tr.use(mark.leaf, factor, consumed=not set(summed).isdisjoint(varying(factor)))
+    tr.set(out, tr.reduce(factors, summed))
+
+
 @rule(
     "scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..labels import Factors, varying
 from ..trace import Tracer
-from .registry import extents, held, nth, rule
+from .registry import arguments, extents, held, nth, rule
 
 WRITTEN = "its places are written by number"
 
@@ -66,6 +66,20 @@ def rows(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
         for factor in factors:
             tr.use(mark.leaf, factor, consumed=False)
     tr.set(out, factors)
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def bags(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Rows of a table [V, D] to the sum, mean or maximum of each bag of them: [bags, D]."""
+    mark = tr.mark(args[0])
+    factors = _looked_up(tr, mark.factors, [0], 0, 1, 2)
+    if mark.leaf is not None:
+        for factor in factors:
+            tr.use(mark.leaf, factor, consumed=False)
+    counts_for = arguments(func, args, kwargs)["per_sample_weights"]
+    if counts_for is not None:
+        held(tr, tr.mark(counts_for).factors, range(counts_for.ndim), "is the weight of a row in a bag")
+    tr.set(out[0], factors)
 
 
 @rule("index", "_unsafe_index")
