@@ -159,10 +159,10 @@ class Discovery:
                 self._handles.append(register_optimizer_step_pre_hook(_through(me)))
                 self._handles.append(register_optimizer_step_post_hook(_through(after)))
 
-    def current(self) -> list[Optimizer]:
-        """Optimizers known to train the model. Those that have not stepped yet are looked for, too."""
+    def current(self, search: bool = True) -> list[Optimizer]:
+        """Optimizers known to train the model. Those that have not stepped yet are looked for, too, on ``search``."""
         model = self._model()
-        if self._searches and model is not None:
+        if search and self._searches and model is not None:
             known = held(self._ours)
             if any(id(p) not in known for p in model.parameters() if p.requires_grad):
                 for optimizer in living(Optimizer):

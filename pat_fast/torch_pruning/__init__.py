@@ -15,6 +15,8 @@ from types import ModuleType
 import torch_pruning as _original
 from torch_pruning import *  # noqa: F403
 
+__version__, __author__, __email__ = _original.__version__, _original.__author__, _original.__email__
+
 # Torch-Pruning's modules that are replaced, and by which of this package's.
 _REPLACED = {".pruner.importance": ".importance"}
 

@@ -89,7 +89,10 @@ class GroupMagnitudeImportance(Importance):
                 places.append(item.places)
         if not found:
             return None
-        return self._normalize(self._reduce(found, places, width(group)), self.normalizer)
+        # A class of the user's may have Torch-Pruning's signature.
+        own = type(self)._reduce is not GroupMagnitudeImportance._reduce
+        scores = self._reduce(found, places) if own else self._reduce(found, places, width(group))
+        return self._normalize(scores, self.normalizer)
 
     def _reduce(self, group_imp: Sequence[Tensor], group_idxs: Sequence[Any], channels: int | None = None) -> Tensor:
         """One score per channel (one per member and channel if ``group_reduction`` is None).

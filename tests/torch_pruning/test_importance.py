@@ -22,6 +22,7 @@ from pat_fast.torch_pruning import importance as ours
 from pat_fast.torch_pruning._groups import is_depthwise
 from tests.helpers import Case
 from tests.torch_pruning.groups import close, plan_of, randomize_grads_
+from tests.torch_pruning.nets import Net, X
 
 NORMALIZERS_ = [*(n for n in NORMALIZERS if n != "sentinel"), "sentinel_0.3", None]
 # Torch-Pruning cannot trace the channel shuffle (ZeroDivisionError), and takes a row of an LSTM for a hidden unit, of
@@ -212,6 +213,21 @@ def test_heads_score_as_torch_prunings(name: str) -> None:
                 unit = unit - unit.min()
                 heads = torch.zeros(3, dtype=scores.dtype).index_add_(0, unit, scores[own.start : own.stop])
                 close(heads / unit.bincount(), head_means(theirs(group), group), f"{name} {root} {how}", 1e-5)
+
+
+def test_a_class_may_override_reduce_with_torch_prunings_signature() -> None:
+    model = Net()
+    graph = tp.DependencyGraph().build_dependency(model, X)
+    group = graph.get_pruning_group(model.conv1, tp.prune_conv_out_channels, list(range(16)))
+    scores = []
+    for base in (tp.importance.GroupMagnitudeImportance, ours.GroupMagnitudeImportance):
+
+        class Squared(base):  # type: ignore[misc, valid-type]
+            def _reduce(self, group_imp: Any, group_idxs: Any) -> Tensor:
+                return super()._reduce(group_imp, group_idxs).square()
+
+        scores.append(Squared()(group))
+    torch.testing.assert_close(*scores)
 
 
 def head_means(scores: Tensor, group: Any) -> Tensor:

@@ -209,6 +209,72 @@ def test_grouped_queries_go_with_their_keys_and_values(globally: bool) -> None:
     assert pruner.num_heads == {own.q: 2, own.k: 1, own.v: 1}
 
 
+class Rotary(GroupedQueries):
+    """With a rotary embedding, whose pairs of queries and keys are channels that values do not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, -1, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
+        angle = torch.arange(n).view(n, 1) * torch.ones(self.head_dim)
+        q, k = (t * angle.cos() + torch.cat([-t[..., 2:], t[..., :2]], -1) * angle.sin() for t in (q, k))
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        return self.fc((x + self.o(y)).mean(1))
+
+
+def rotary(**arguments: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = Rotary()
+    heads = {model.q: 4, model.k: 2, model.v: 2}
+    return model, tp.pruner.BasePruner(
+        model, torch.randn(2, 3, 6), tp.importance.MagnitudeImportance(), ignored_layers=[model.fc], num_heads=heads,
+        **arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize("globally", [False, True])
+def test_heads_with_rotary_embeddings_go_by_the_head_ratio(globally: bool, interactive: bool) -> None:
+    model, pruner = rotary(
+        pruning_ratio=0.0, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=0.5, global_pruning=globally
+    )
+    with torch.no_grad():
+        for layer in (model.q, model.k, model.v):  # the first head matters least
+            layer.weight[: layer.out_features // 2].mul_(0.1)
+    kept = model.v.weight.detach()[4:].clone()
+    for group in pruner.step(interactive=True) if interactive else (pruner.step(), ())[1]:
+        group.prune()
+    sizes = (model.q.out_features, model.k.out_features, model.v.out_features, model.o.in_features)
+    assert sizes == (8, 4, 4, 8)
+    assert model.embed.out_features == 16
+    assert pruner.num_heads == {model.q: 2, model.k: 1, model.v: 1}
+    assert torch.equal(model.v.weight, kept)
+    assert model(torch.randn(2, 3, 6)).shape == (2, 5)
+
+
+def test_whole_heads_stay_unless_heads_are_pruned() -> None:
+    with pytest.warns(UserWarning, match="num_heads: q: its heads go whole .* prune_num_heads=True"):
+        model, pruner = rotary(pruning_ratio=0.5)
+    pruner.step()
+    assert (model.q.out_features, model.k.out_features, model.embed.out_features) == (16, 8, 8)
+    assert pruner.num_heads == {model.q: 4, model.k: 2, model.v: 2}
+
+
+def test_heads_that_cannot_go_are_said() -> None:
+    class Fixed(GroupedQueries):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.q(self.embed(x))[:, 0, :5]
+
+    torch.manual_seed(0)
+    model = Fixed()
+    arguments = {"prune_num_heads": True, "head_pruning_ratio": 0.5, "num_heads": {model.q: 4, model.k: 2, model.v: 2}}
+    with pytest.warns(UserWarning, match="num_heads: q: its heads stay as they are: a slice"):
+        tp.pruner.BasePruner(
+            model, torch.randn(2, 3, 6), tp.importance.MagnitudeImportance(), ignored_layers=[model.fc], **arguments
+        )
+
+
 class Chain(nn.Module):
     """Layers of which the second and third have the same structure around them."""
 

@@ -46,6 +46,10 @@ def test_public_names(name: str) -> None:
     assert {n for n in public(theirs) if not inspect.ismodule(getattr(theirs, n))} - HELPERS <= public(ours)
 
 
+def test_the_version_is_torch_prunings() -> None:
+    assert (tp.__version__, tp.__author__) == (original.__version__, original.__author__)
+
+
 def test_modules_are_reached_by_attribute() -> None:
     assert tp.pruner.importance is tp.importance
     assert tp.pruner.algorithms.scheduler.linear_scheduler(0.5, 2) == [0.0, 0.25, 0.5]

@@ -138,9 +138,8 @@ class Deciding:
             ratio = step_ratio
             if module is not None:
                 ratio = self.get_target_pruning_ratio(module, step=self.current_step)
-            candidate = Candidate(
-                s.root, scope, ratio, units, len(s.every), self._cap(s.root, s.units), s.least, s.group.multiple
-            )
+            cap = s.units if s.attention is not None and s.attention.whole else self._cap(s.root, s.units)
+            candidate = Candidate(s.root, scope, ratio, units, len(s.every), cap, s.least, s.group.multiple)
             found.append(Planned(s, born[start:stop], s.every, own, candidate))
         return found
 
@@ -163,7 +162,7 @@ class Deciding:
         group = plan.groups[number]
         attention = self.engine.attentions.get(group.root)
         unit = None
-        if attention is not None:
+        if attention is not None and not attention.whole:
             heads = self._heads.setdefault(group.root, attention.heads)
             unit = np.tile(np.arange(group.channels // heads - attention.extras), heads)
         elif not single:

@@ -65,13 +65,20 @@ class Planned:
         """Whether a unit is a channel."""
         return self.standing.attention is None and self.standing.unit is None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether a unit is a head, of which no dimension goes by itself."""
+        return self.standing.attention is not None and self.standing.attention.whole
+
     def gone(self, prune_dims: bool) -> BoolArray:
         """Its channels that go: bool ``[n]``; none if nothing would be left."""
         if self.plain:
             return self.candidate.gone
         mask = self.candidate.gone[self.unit] & (self.standing.attention is None or prune_dims)
         extra = np.zeros(len(self.born) - len(mask), dtype=np.bool_)
-        if self.heads_gone is not None:
+        if self.heads_gone is not None and self.is_whole:
+            mask = self.heads_gone[self.unit]
+        elif self.heads_gone is not None:
             mask = mask | np.repeat(self.heads_gone, len(mask) // len(self.heads_gone))
             extra = np.tile(self.heads_gone, len(extra) // len(self.heads_gone))
         return np.concatenate([mask, extra]) & ~mask.all()
@@ -82,6 +89,8 @@ class Planned:
 
     def head_scores(self) -> Any:
         """Mean score of each head: ``[heads]``."""
+        if self.is_whole:
+            return self.candidate.scores
         scores = torch.from_numpy(self.scores[: len(self.unit)])
         return scores.view(-1, self.candidate.units).mean(1).numpy()
 

@@ -24,12 +24,14 @@ class Attention:
 
     ``heads``: blocks of the channel space that are heads, the key-value heads of grouped queries. Behind them come
     ``extras`` channels for each head (a head's bias table, say), head by head, that go when the head goes.
+    ``whole``: its dimensions do not go one by one (rotary embeddings); a unit of the plan is a head.
     """
 
     projections: tuple[str, ...]
     reader: str
     heads: int
     extras: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def _by_index(model: nn.Module, plan: Plan, num_heads: Mapping[nn.Module, int]) 
         if _head_by_head(plan, extra, heads) and _pair(plan, others, read, into):
             loose[own] = True
             attentions[group.root] = Attention(tuple(projections), reader[0], heads, len(extra) // heads)
+        elif all(num_heads[model.get_submodule(name)] % heads == 0 for name in projections):
+            attentions[group.root] = Attention(tuple(projections), "", heads, whole=True)
     merged = merge_channels(plan, into)
     left = loose[np.unique(into)]
     unit = np.where(left, merged.n_units + np.arange(merged.n_channels), merged.unit)

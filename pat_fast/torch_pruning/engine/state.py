@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import gt
+from operator import gt, sub
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class Engine:
     _born: IndexArray
     _axes: Axes | None = None
     _smaller: Smaller | None = None  # what the last prune has left, until it is asked for
+    # Optimizers that the last search found, and how many others referred to each parameter then.
+    _searched: tuple[set[int], list[float]] | None = None
     is_ready = False  # no hooks of the discovery: a drop-in pruner regularises when it is told to
 
     def __init__(
@@ -163,15 +165,21 @@ class Engine:
 
     def _current_optimizers(self) -> list[Optimizer]:
         """Known optimizers; the search for others goes through all objects of the process, so only if need be."""
-        if self._searches and not self._is_held_elsewhere():
-            return []
-        return self._optimizers.current()
-
-    def _is_held_elsewhere(self) -> bool:
-        """Whether anything but its module and the binding refers to a parameter, as an optimizer would."""
+        if not self._searches:
+            return self._optimizers.current()
         held, expected = self.references()
         counts = _reference_counts(held)
-        return len(counts) != len(expected) or any(map(gt, counts, expected))
+        if len(counts) == len(expected) and not any(map(gt, counts, expected)):
+            return []  # nothing but its module and the binding refers to a parameter, as an optimizer would
+        others = [*map(sub, counts, expected)]  # who refer to each, beside these
+        known = self._optimizers.current(search=False)
+        if self._searched is not None:
+            then, before = self._searched
+            if then == {*map(id, known)} and len(others) == len(before) and not any(map(gt, others, before)):
+                return known
+        known = self._optimizers.current()
+        self._searched = {*map(id, known)}, others
+        return known
 
     def references(self) -> tuple[list[Any], list[float]]:
         """The dicts that hold the model's parameters; how often each is referred to if only by them, the binding and

@@ -170,11 +170,28 @@ class BasePruner(Deciding, _Original):
                 attention = self.engine.attentions.get(group.root)
                 self._units_at_first[group.root] = int(plan.group_units[number])
                 if attention is not None:
-                    self._units_at_first[group.root] = group.channels // attention.heads - attention.extras
                     self._heads_at_first[group.root] = attention.heads
+                if attention is not None and not attention.whole:
+                    self._units_at_first[group.root] = group.channels // attention.heads - attention.extras
         self._heads = dict(self._heads_at_first)
         self.initial_total_channels = sum(self._units_at_first.values())
         self.initial_total_heads = sum(self._heads_at_first.values())
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        """Say of which attentions in ``num_heads`` nothing will go, and why."""
+        known = {name: a for a in self.engine.attentions.values() for name in a.projections}
+        reasons = {frozen.layer: frozen.reason for frozen in self.engine.plan.frozen}
+        heads_go = self.prune_num_heads and (self.head_pruning_ratio > 0 or bool(self.head_pruning_ratio_dict))
+        for layer in self.num_heads:
+            name = self.DG.name_of(layer)
+            if name in known and not heads_go and known[name].whole and self.prune_head_dims and self.pruning_ratio > 0:
+                what = "its heads go whole or not at all (a rotary embedding, say): prune_num_heads=True prunes them"
+            elif name in reasons and (heads_go or self.prune_head_dims):
+                what = f"its heads stay as they are: {reasons[name]}"
+            else:
+                continue
+            warnings.warn(f"num_heads: {name}: {what}", stacklevel=4)
 
     def _prepare(self) -> None:
         """What does not change with the weights is worked out before the first step."""
