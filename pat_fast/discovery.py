@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import ConfigError, PlanError
+from .errors import ConfigError, PlanError, SurgeryError
 from .plan.hooks import Hook
 from .plan.running import Call
 from .surgery.modules import apply_changes
-from .surgery.optimizer import check_shapes, counts
+from .surgery.optimizer import check_layouts, check_shapes, counts
 
 if TYPE_CHECKING:
     from .pruner import Pruner
@@ -139,6 +140,7 @@ class Discovery:
         self._ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._strangers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # size when looked at
         self._states: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # identity when checked
+        self._foretold: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepping: list[weakref.ref[Optimizer]] = []
         self._searches = given is None
         self._handles: list[Any] = []
@@ -236,7 +238,18 @@ class Discovery:
         if pruner is not None and self._is_ours(optimizer):
             if not _overflowed(optimizer):
                 pruner.hold(optimizer)
+            self._foretell(optimizer, pruner)
             pruner.count(optimizer)
+
+    def _foretell(self, optimizer: Optimizer, pruner: Pruner) -> None:
+        """Say after an optimizer's first step what would stop the first prune, which may be days away."""
+        if pruner.binding is None or optimizer in self._foretold:
+            return
+        self._foretold.add(optimizer)
+        try:
+            check_layouts(optimizer, pruner.binding.tensors)
+        except SurgeryError as error:
+            warnings.warn(f"a prune will be refused as things are: {error}", stacklevel=2)
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

@@ -119,6 +119,31 @@ def test_given_optimizers_are_hooked_themselves() -> None:
 
 
 @pytest.mark.parametrize("given", [True, False])
+def test_what_would_stop_the_first_prune_is_said_after_the_first_step(given: bool) -> None:
+    """Not when pruning begins, which may be days later."""
+
+    class Lion(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                self.state[p]["lion_avg"] = torch.zeros_like(p)
+                self.state[p]["lion_rows"] = torch.zeros(p.shape[0])
+            return super().step(closure)
+
+    model = Small()
+    optimizer = Lion(model.parameters(), lr=0.1)
+    pruner = pat.Pruner(model, 0.5, start_epoch=50, end_epoch=60, optimizer=optimizer if given else None)
+    with pytest.warns(UserWarning, match=r"a prune will be refused as things are: Lion keeps state 'lion_avg'") as said:
+        train_one_epoch(model, optimizer)
+        pruner.step()
+        train_one_epoch(model, optimizer)
+    assert len(said) == 1
+    pat.register_state_layout(Lion, {"lion_avg": "elementwise"})
+    with pytest.warns(UserWarning, match=r"'lion_rows' .*register_state_layout\(Lion, \{'lion_rows': 'rows'\}\)"):
+        _ = pat.Pruner(model, 0.5)
+        train_one_epoch(model, optimizer)
+
+
+@pytest.mark.parametrize("given", [True, False])
 def test_two_optimizers_regularise_their_own_share_once(given: bool) -> None:
     one, two = Small(), Small()
     two.load_state_dict(one.state_dict())

@@ -245,7 +245,19 @@ def _check_joint(joint: Joint, layout: Mapping[str, Layout]) -> None:
     for entry in joint.optimizer.state.values():
         for key, value in entry.items() if isinstance(entry, dict) else ():
             if key not in layout and any(t.ndim for t in _tensors(value)):
-                raise _unknown(joint.optimizer, key, value, "its parameters", FLAT)
+                raise _unknown(joint.optimizer, key, value, "its parameters", repr(FLAT))
+
+
+def check_layouts(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse an optimizer whose state could not shrink with one of these, by name.
+
+    Raises:
+        SurgeryError: as a prune would raise it.
+    """
+    check_state([optimizer])
+    for name, parameter in parameters.items():
+        if isinstance(parameter, nn.Parameter):
+            state_tensors([optimizer], parameter, name)
 
 
 def check_shapes(optimizer: Optimizer, names: Mapping[int, str]) -> None:
@@ -293,11 +305,22 @@ def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name
             kind: Any = layout.get(key)
             if kind in (SCALAR, FLAT) or (kind is None and isinstance(value, Tensor) and value.ndim == 0):
                 continue
+            if isinstance(value, Tensor) and _is_packed(value):
+                raise SurgeryError(
+                    f"{type(optimizer).__name__} keeps state {key!r} for {name} as {type(value).__name__}, whose entries "
+                    "cannot be cut one by one; use an optimizer with plain state, or delete that state before a prune "
+                    "if the optimizer makes it anew"
+                )
             if kind is None or not isinstance(value, (list, tuple) if kind == PER_AXIS else Tensor):
-                raise _unknown(optimizer, key, value, name)
+                raise _unknown(optimizer, key, value, name, _likely(value, tuple(parameter.shape)))
             whole: Any = value
             found += _follow(StateTensor(optimizer, key, whole), kind, parameter, name)
     return found
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether its class stores entries in its own way (quantised in blocks, say); shards of a DTensor are plain."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not hasattr(tensor, "to_local")
 
 
 def _layout(cls: type) -> dict[str, Layout]:
@@ -344,11 +367,20 @@ def _dimensions(kind: Layout, got: Shape, shape: Shape) -> Follows:
     return tuple(kind(shape)) if callable(kind) else tuple(d for d in kind if not isinstance(d, str))
 
 
-def _unknown(optimizer: Optimizer, key: str, value: Any, name: str, layout: str = ELEMENTWISE) -> SurgeryError:
+def _likely(value: Any, shape: Shape) -> str:
+    """What layout state of an optimizer that is not known may have, as one would write it; dots if nobody could say."""
+    got = tuple(value.shape) if isinstance(value, Tensor) else None
+    if got is None:
+        return repr(PER_AXIS) if isinstance(value, (list, tuple)) else "..."
+    return repr(ELEMENTWISE) if got == shape else repr(ROWS) if got == shape[:1] else "..."
+
+
+def _unknown(optimizer: Optimizer, key: str, value: Any, name: str, layout: str) -> SurgeryError:
     kind = type(optimizer).__name__
     return SurgeryError(
         f"{kind} keeps state {key!r} for {name} ({_what(value)}), and how it follows the parameter's axes is not "
-        f"known; say so with pat_fast.register_state_layout({kind}, {{{key!r}: {layout!r}}})"
+        f"known; say so with pat_fast.register_state_layout({kind}, {{{key!r}: {layout}}}), or delete that state before "
+        "a prune if the optimizer makes it anew"
     )
 
 

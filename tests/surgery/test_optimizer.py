@@ -316,6 +316,38 @@ def test_unknown_state_is_refused_by_class_and_key_and_can_be_registered(missing
     train_one_epoch(model, optimizer)
 
 
+class Packed(Tensor):
+    """Entries that are stored in another way, as those of 8-bit optimizers are."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+def test_state_that_is_packed_is_refused(registered: bool) -> None:
+    class Quantised(torch.optim.SGD):
+        pass
+
+    if registered:
+        pat.register_state_layout(Quantised, {"codes": "elementwise"})
+    model = Small()
+    optimizer = Quantised(model.parameters(), lr=0.1)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["codes"] = Packed(parameter)
+    binding = bind(build_plan(model, small_inputs()), model)
+    before = weights(model)
+    with pytest.raises(pat.SurgeryError, match=r"Quantised keeps state 'codes' for stem.weight as Packed, .* plain"):
+        prune(binding, random_keep(binding.plan, 0), [optimizer])
+    assert same(weights(model), before)
+    optimizer.state.clear()
+    prune(binding, random_keep(binding.plan, 0), [optimizer])
+
+
 class Preconditioning(Optimizer):
     """Statistics of rows, of columns, of both, as lists and as squares."""
 
