@@ -130,6 +130,9 @@ class Discovery:
     Given optimizers are hooked themselves; else one pair of process-wide hooks watches all optimizers and
     picks those that hold the model's parameters. Only weak references are kept, and the hooks go with the
     pruner.
+
+    Attributes:
+        foretell: called after an optimizer's first step; may raise what a prune would.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Discovery:
         self._ours: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
         self._strangers: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # size when looked at
         self._states: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # identity when checked
+        self.foretell: Callable[[], object] = list
         self._foretold: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._stepping: list[weakref.ref[Optimizer]] = []
         self._searches = given is None
@@ -248,6 +252,7 @@ class Discovery:
         self._foretold.add(optimizer)
         try:
             check_layouts(optimizer, pruner.binding.tensors)
+            self.foretell()
         except SurgeryError as error:
             warnings.warn(f"a prune will be refused as things are: {error}", stacklevel=2)
 

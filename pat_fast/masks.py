@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -110,21 +110,28 @@ class Mask:
             average.hold_weights()
 
     @torch.no_grad()
-    def hold_weights(self) -> None:
-        """Zero the weights of masked channels. Call after every optimizer step."""
-        for tiles in self._tiles():
+    def hold_weights(self, only: Collection[int] | None = None) -> None:
+        """Zero the weights of masked channels. Call after every optimizer step.
+
+        Args:
+            only: ``id`` of the parameters that the step has changed; all by default. The others may be in a backward.
+        """
+        for tiles in self._tiles(only):
             channel_scale_(tiles.tensors, tiles.table, self._scale(tiles))
-        for tensor_map, dim in self._directions:
-            self._clear(self.binding.own(tensor_map), dim)
+        for own, dim in self._own_directions(only):
+            self._clear(own, dim)
 
     @torch.no_grad()
-    def hold_gradients(self) -> None:
+    def hold_gradients(self, only: Collection[int] | None = None) -> None:
         """Zero the gradients of masked channels. Call before every optimizer step.
 
         Sparse gradients (of embeddings) stay as they are: the weights are cleared after the step.
+
+        Args:
+            only: ``id`` of the parameters that are about to step; all by default.
         """
         with self.binding.gradients():
-            for tiles in self._tiles():
+            for tiles in self._tiles(only):
                 grads = [t.grad for t in tiles.tensors]
                 if all(g is not None and g.stride() == t.stride() for g, t in zip(grads, tiles.tensors, strict=True)):
                     channel_scale_([g for g in grads if g is not None], tiles.table, self._scale(tiles))
@@ -132,13 +139,19 @@ class Mask:
                     for name, grad in zip(tiles.names, grads, strict=True):
                         if grad is not None and grad.layout == torch.strided:
                             self._zero(name, grad)
-            for tensor_map, dim in self._directions:
-                own = self.binding.own(tensor_map)
+            for own, dim in self._own_directions(only):
                 if own.tensor.grad is not None:
                     self._clear(own._replace(tensor=own.tensor.grad), dim)
 
-    def _tiles(self) -> tuple[Tiles, ...]:
-        return self.binding.tiles("maskable parameters", _is_plain)
+    def _tiles(self, only: Collection[int] | None) -> tuple[Tiles, ...]:
+        return self.binding.part("maskable parameters", _is_plain, only)
+
+    def _own_directions(self, only: Collection[int] | None) -> Iterator[tuple[Own, int]]:
+        """What is here of weight norms' directions, and the dimension that is not cleared."""
+        for tensor_map, dim in self._directions:
+            own = self.binding.own(tensor_map)
+            if only is None or id(own.tensor) in only:
+                yield own, dim
 
     def _scale(self, tiles: Tiles) -> Tensor:
         return self.binding.to_slots(tiles, self.alive.float(), fill=1.0)

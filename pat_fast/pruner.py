@@ -208,7 +208,7 @@ class Pruner:
             self._build(example_inputs)
         self._optimizers = Discovery(self, self.model, optimizer, auto)
         self._averages = Averages(self, self.model, averaged, auto)
-        self._mode.copies = self._averages.current
+        self._mode.copies = self._optimizers.foretell = self._averages.current
         self._upkeep = Upkeep(self._watching, self.regularizer, self._mode, self._optimizers.current)
 
     @classmethod

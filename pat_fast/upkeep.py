@@ -48,7 +48,7 @@ class Upkeep:
                 self.regularizer.apply(binding, scale, pushed, only)
                 at_weights(self.regularizer, "before_step", binding, optimizer, self.optimizers, pushed)
             if self.mode.mask is not None and self.mode.mask.is_active:
-                self.mode.mask.hold_gradients()
+                self.mode.mask.hold_gradients(only)
 
     def after_step(self, binding: Binding, optimizer: Optimizer | None, eligible: Tensor, stage: str) -> None:
         """Take a proximal regulariser's step, clear the weights of masked channels; arguments as above."""
@@ -57,7 +57,7 @@ class Upkeep:
                 self.regularizer, "after_step", binding, optimizer, self.optimizers, self._pushed(eligible)
             )
         if self.mode.mask is not None and self.mode.mask.is_active:
-            self.mode.mask.hold_weights()
+            self.mode.mask.hold_weights(None if optimizer is None else binding.known(held([optimizer])))
 
     def _pushed(self, eligible: Tensor) -> Tensor:
         """The channels that are regularised: bool ``[N]``."""

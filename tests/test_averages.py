@@ -108,7 +108,8 @@ def test_whose_average_it_is_must_be_told_where_it_cannot_be_seen() -> None:
     average = AveragedModel(dense)
     optimizer = sgd(model)
     one = pruner(model)
-    train_one_epoch(model, optimizer)
+    with pytest.warns(UserWarning, match=r"will be refused as things are: an AveragedModel fits .*pass averaged="):
+        train_one_epoch(model, optimizer)
     before = weights(model)
     with pytest.raises(pat.SurgeryError, match=r"fits this model and another Small just like it.*pass averaged="):
         one.step()

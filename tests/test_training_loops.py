@@ -130,6 +130,30 @@ def test_gradients_gathered_over_several_batches_with_a_prune_in_between() -> No
     assert all(p.grad is None for p in twins[0].model.parameters())
 
 
+def test_optimizers_that_step_in_the_backward() -> None:
+    """One for each parameter, as soon as its gradient is there: the backward may still need what others hold."""
+
+    def make(mode: str) -> Twin:
+        model = nn.Sequential(Small(), nn.ReLU(), nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 5)).double()
+        optimizers = {p: torch.optim.Adam([p], lr=1e-2) for p in model.parameters()}
+
+        def step(parameter: nn.Parameter) -> None:
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+        pruner = pat.Pruner(model, 0.5, mode=mode, end_epoch=2, example_inputs=X, optimizer=list(optimizers.values()))
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step)  # type: ignore[arg-type]
+        return Twin(model, list(optimizers.values()), pruner)
+
+    def train(one: Twin, step: int) -> Tensor:
+        loss = nn.functional.cross_entropy(one.model(X), torch.arange(len(X)).add(step) % 5)
+        loss.backward()
+        return loss.detach()
+
+    masked_equals_pruned(make, train)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_hooks_on_gradients_and_gradients_that_stay(set_to_none: bool) -> None:
     """Hooks see gradients of the shape of now; gradients that are zeroed, not dropped, stay in place."""

@@ -5,7 +5,7 @@ A binding is rebuilt after surgery; a plan never holds a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -301,6 +301,19 @@ class Binding(Named):
         made = tuple(self._tabulate(maps) for maps in buckets.values())
         self._cache[key] = made
         return made
+
+    def part(self, key: str, wanted: Wanted, only: Collection[int] | None) -> tuple[Tiles, ...]:
+        """:meth:`tiles` of those tensors alone whose ``id`` is in ``only``; of all by default."""
+        every = self.tiles(key, wanted)
+        if only is None:
+            return every
+        others = [n for made in every for n, t in zip(made.names, made.tensors, strict=True) if id(t) not in only]
+        if not others:
+            return every
+        # A table of its own: what an optimizer holds does not change from step to step.
+        return self.tiles(
+            f"{key} without {', '.join(others)}", lambda m, *of: m.name not in others and wanted(m, *of)
+        )
 
     def own(self, tensor_map: TensorMap) -> Own:
         """What of a tensor is in its tiles. Here all of it."""

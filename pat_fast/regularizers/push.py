@@ -70,11 +70,7 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
         gamma: ``[N]``.
         only: ``id`` of the tensors to push; all by default.
     """
-    held = [] if only is None else _held(binding.tiles(key, wanted), only)
-    if held:  # a table of its own: what is held does not change from step to step
-        every, wanted = wanted, lambda m, *of: m.name not in held and every(m, *of)
-        key = f"{key} without {', '.join(held)}"
-    for tiles in binding.tiles(key, wanted):
+    for tiles in binding.part(key, wanted, only):
         found: list[Any] = [t.grad for t in tiles.tensors]
         missing = sum(g is None for g in found)
         if not missing:
@@ -126,12 +122,6 @@ def _places(binding: Binding, scored: Tiles, pushed: Tiles) -> tuple[int, ...] |
         known = binding.derived["places"] = (scored, pushed, places if fits else None)
     found: tuple[int, ...] | None = known[2]
     return found
-
-
-def _held(tiles: tuple[Tiles, ...], only: Collection[int]) -> list[str]:
-    """The tensors of ``tiles`` that are not to be pushed."""
-    named = (pair for bucket in tiles for pair in zip(bucket.names, bucket.tensors, strict=True))
-    return [name for name, tensor in named if id(tensor) not in only]
 
 
 def push_layers(binding: Binding, gamma: Tensor, bias: bool, only: Collection[int] | None = None) -> None:

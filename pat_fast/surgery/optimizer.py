@@ -307,9 +307,9 @@ def state_tensors(optimizers: Iterable[Optimizer], parameter: nn.Parameter, name
                 continue
             if isinstance(value, Tensor) and _is_packed(value):
                 raise SurgeryError(
-                    f"{type(optimizer).__name__} keeps state {key!r} for {name} as {type(value).__name__}, whose entries "
-                    "cannot be cut one by one; use an optimizer with plain state, or delete that state before a prune "
-                    "if the optimizer makes it anew"
+                    f"{type(optimizer).__name__} keeps state {key!r} for {name} as {type(value).__name__}, whose "
+                    "entries cannot be cut one by one; use an optimizer with plain state, or delete that state before "
+                    "a prune if the optimizer makes it anew"
                 )
             if kind is None or not isinstance(value, (list, tuple) if kind == PER_AXIS else Tensor):
                 raise _unknown(optimizer, key, value, name, _likely(value, tuple(parameter.shape)))
@@ -379,8 +379,8 @@ def _unknown(optimizer: Optimizer, key: str, value: Any, name: str, layout: str)
     kind = type(optimizer).__name__
     return SurgeryError(
         f"{kind} keeps state {key!r} for {name} ({_what(value)}), and how it follows the parameter's axes is not "
-        f"known; say so with pat_fast.register_state_layout({kind}, {{{key!r}: {layout}}}), or delete that state before "
-        "a prune if the optimizer makes it anew"
+        f"known; say so with pat_fast.register_state_layout({kind}, {{{key!r}: {layout}}}), or delete that state "
+        "before a prune if the optimizer makes it anew"
     )
 
 
