@@ -50,7 +50,8 @@ def follow_config(
     held = {str(symbol) for symbol in watch.other if isinstance(symbol, Symbol)} | watch.read
     attributes = [(Symbol(p, n, int(v)), v) for p, n, v in _attributes(twin, own)]
     # What a module keeps that must stay, was made from a number of the config that must stay.
-    held |= {str(v.symbols[0]) for symbol, v in attributes if str(symbol) in held and len(v.symbols) == 1}
+    stay = held - watch.counting
+    held |= {str(v.symbols[0]) for symbol, v in attributes if str(symbol) in stay and len(v.symbols) == 1}
     axes = {(t.name, a.dim): (t, a.channels) for t in tensors for a in t.axes if t.groups == 1}
     sized = [
         _Sized(path, number, axes[key][1], held, unit)

@@ -141,6 +141,7 @@ class Slots:
     def __init__(self) -> None:
         self.count = 0
         self.phantoms = 0
+        self._followers: list[tuple[int, int]] = []  # the first of some, and how many
         self._unify: list[tuple[IntArray, IntArray]] = []
         self._couple: list[IntArray] = []
         self._freeze: list[tuple[IntArray, str]] = []
@@ -168,6 +169,18 @@ class Slots:
         self.phantoms += len(distinct)
         self.couple(slots, members)
         return slots
+
+    def followers(self, n: int) -> IntArray:
+        """``n`` slots for what is repeated so often: each stands for the unit that it will meet, if any."""
+        slots = PHANTOM + self.phantoms + np.arange(n, dtype=np.int64)
+        self.phantoms += n
+        self._followers.append((int(slots[0]), n))
+        return slots
+
+    def follows(self, factor: IntArray) -> bool:
+        """Whether ``factor`` is made of followers."""
+        first = int(factor.flat[0])
+        return any(start <= first < start + n for start, n in self._followers)
 
     def unify(self, a: IntArray, b: IntArray) -> None:
         """Say that ``a`` and ``b`` (broadcast against each other) are the same channels."""

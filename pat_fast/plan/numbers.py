@@ -113,7 +113,7 @@ class Number(int):
         return other / int(self)
 
     def __floordiv__(self, other: Any) -> Any:
-        return self._read() // other
+        return self if type(other) is int and other == 1 else self._read() // other
 
     def __rfloordiv__(self, other: Any) -> Any:
         return other // self._read()
@@ -190,8 +190,9 @@ Planted = tuple[dict[str, Any], str, Any]  # where, under which name, what was t
 _SIZED = {
     "view": 1, "reshape": 1, "expand": 1, "new_zeros": 1, "new_ones": 1, "new_empty": 1, "new_full": 1, "zeros": 0,
     "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0,
+    "repeat": 1, "tile": 1,
 }  # fmt: skip
-_PARTLY = {"unflatten", "rms_norm"}  # that are given sizes of some of the dimensions
+_PARTLY = {"unflatten", "rms_norm", "repeat_interleave"}  # that are given sizes of some of the dimensions
 _NO_NUMBERS = {Tensor, nn.Parameter, type(None), int, bool, float, str, torch.dtype, torch.device}
 _FRESH = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full", "rand", "randn"}
 
@@ -205,6 +206,7 @@ class NumberWatch(TorchFunctionMode):
         self.uses: list[tuple[Number, IntArray, int]] = []  # number, factor, dimension
         self.other: dict[Symbol | Extent, str] = {}  # numbers that (also) have another use
         self.read: set[str] = set()  # those that the forward reckons with, by name
+        self.counting: set[str] = set()  # those that were found to count channels
         self.hooked = False  # whether the forward hangs hooks of its own into the backward
         self.compares = False  # whether it holds sizes against one another
         self._current: list[Number] = []
@@ -272,6 +274,10 @@ class NumberWatch(TorchFunctionMode):
         elif name == "rms_norm":
             sizes = args[1] if len(args) > 1 else kwargs["normalized_shape"]
             offset = out.ndim - len(sizes)
+        elif name == "repeat_interleave":
+            given = {**dict(zip(("repeats", "dim"), args[1:], strict=False)), **kwargs}
+            sizes, dim = (given["repeats"],), given.get("dim")
+            offset = 0 if dim is None else dim % out.ndim
         else:
             rest = args[_SIZED[name] :]
             sizes = rest if rest and isinstance(rest[0], int) else next(iter([*rest, *kwargs.values()]), ())
@@ -384,7 +390,7 @@ def resolve(watch: NumberWatch, slots: Slots) -> tuple[Solution, list[Count]]:
         solution = slots.solve()
         attempt = _Resolution(watch, solution, slots)
         if not attempt.wrong and not attempt.ties:
-            watch.other = attempt.other
+            watch.other, watch.counting = attempt.other, {str(symbol) for symbol in attempt.counts}
             return solution, list(attempt.counts.values())
         for one, two in attempt.ties:
             slots.couple(one, two)

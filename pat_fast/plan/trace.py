@@ -369,7 +369,7 @@ class Tracer(TorchDispatchMode):
             if not shared & set(dims):
                 continue
             covered |= shared
-            if shared < set(dims) and not is_phantom(other):
+            if shared < set(dims) and (not is_phantom(other) or self.slots.follows(other)):
                 self.shares.append((factor, other))  # one for each head, or one for all: see _choose_units
             elif once and not (set(dims) < shared and not is_phantom(factor)):
                 self.slots.unify(factor, other)

@@ -46,6 +46,16 @@ def gpt2(attention: str) -> nn.Module:
     )  # fmt: skip
 
 
+def bigcode() -> nn.Module:
+    """One key and one value for all queries."""
+    return transformers.GPTBigCodeForCausalLM(
+        transformers.GPTBigCodeConfig(
+            vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32, multi_query=True, bos_token_id=1,
+            eos_token_id=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
 def bert(attention: str) -> nn.Module:
     return transformers.BertForSequenceClassification(
         transformers.BertConfig(
@@ -86,6 +96,11 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, 
     "llama-sdpa": (lambda: text("Llama", attn_implementation="sdpa"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
     "llama-eager": (lambda: text("Llama", attn_implementation="eager"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
     "llama-tied": (lambda: text("Llama", tie_word_embeddings=True), ids, {"self_attn": 2, "mlp.up_proj": 56}),
+    "llama-one-pair-sdpa": (lambda: text("Llama", num_key_value_heads=1), ids, {"q_proj": 4, "mlp.up_proj": 56}),
+    "llama-one-pair-eager": (
+        lambda: text("Llama", num_key_value_heads=1, attn_implementation="eager"), ids, {"q_proj": 4, "mlp.up_proj": 56}
+    ),
+    "bigcode": (bigcode, ids, {"attn.c_attn": 4, "mlp.c_fc": 128}),
     "qwen2": (lambda: text("Qwen2"), ids, {"self_attn": 2, "mlp.up_proj": 56}),
     "gpt2-sdpa": (lambda: gpt2("sdpa"), ids, {"attn.c_attn": 4, "mlp.c_fc": 128, "wte": 32}),
     "gpt2-eager": (lambda: gpt2("eager"), ids, {"attn.c_attn": 4, "mlp.c_fc": 128, "wte": 32}),
@@ -120,7 +135,10 @@ def test_heads_and_widths_are_pruned_and_the_model_runs(family: str) -> None:
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("family", ["llama-sdpa", "qwen2", "gpt2-sdpa", "vit-eager", "segformer"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama-sdpa", "llama-one-pair-sdpa", "llama-one-pair-eager", "qwen2", "gpt2-sdpa", "vit-eager", "segformer"],
+)
 def test_a_config_says_what_was_pruned_and_builds_the_smaller_model(family: str) -> None:
     build, inputs, _ = FAMILIES[family]
     torch.manual_seed(0)

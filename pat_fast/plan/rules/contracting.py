@@ -165,7 +165,9 @@ def attention(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _repeat_heads(mark: Mark, shape: list[int], heads: int) -> tuple[Mark, list[int]]:
-    """Grouped queries: each key-value head serves ``heads / shape[1]`` query heads next to one another."""
+    """Grouped queries: each key-value head serves ``heads / shape[1]`` query heads next to one another; one, all."""
+    if shape[1] == 1:
+        return mark, shape
     times = heads // shape[1]
     factors = tuple(np.repeat(f, times, axis=1) if f.shape[1] > 1 else f for f in mark.factors)
     return Mark(factors, mark.leaf), [shape[0], heads, *shape[2:]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,19 @@ def move(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
         moved = _MOVES[name](tr, factor, args[0], out, *args[1:], **kwargs)
         if moved is not None:
             factors.append(moved)
+    if name == "expand":
+        factors += _repeated(tr, args[0], out)
     tr.set(out, factors, mark.leaf if name in KEEPS_ORIGIN else None)
+
+
+def _repeated(tr: Tracer, x: Tensor, out: Tensor) -> list[IntArray]:
+    """Labels of dimensions in which all of ``x`` is repeated, as a key for every head of queries: they follow those.
+
+    The first is a batch, which nothing shrinks.
+    """
+    sizes = (1,) * (out.ndim - x.ndim) + tuple(x.shape)
+    fresh = [d for d in range(1, out.ndim) if sizes[d] == 1 < out.shape[d]]
+    return [place(tr.slots.followers(out.shape[d]), d, out.ndim) for d in fresh]
 
 
 def _permute(tr: Tracer, f: IntArray, x: Tensor, out: Tensor, dims: Sequence[int]) -> IntArray:
@@ -138,13 +150,19 @@ def _one_for_each_dim(tr: Tracer, before: Sequence[IntArray], after: Sequence[In
 
     A place there is one of a grid, and what is made of it has one channel for each: the others must stay.
     """
+
+    def met_by(i: int, others: Iterable[int]) -> list[int]:
+        return [j for j in others if _meet(after[i], after[j]) and not _meet(before[i], before[j])]
+
+    if not any(met_by(i, range(i)) for i in range(len(after))):
+        return list(after)
     kept: list[int] = []
-    solution: Solution | None = None
-    for i in sorted(range(len(after)), key=lambda i: -before[i].size):
-        met = [j for j in kept if _meet(after[i], after[j]) and not _meet(before[i], before[j])]
+    solution = tr.slots.solve()
+    stays = solution.frozen.mask[solution.unit]
+    many = [_channels_of(tr, solution, factor) for factor in before]
+    for i in sorted(range(len(after)), key=lambda i: (-many[i], -before[i].size)):
+        met = met_by(i, kept)
         if met:
-            solution = solution or tr.slots.solve()
-            stays = solution.frozen.mask[solution.unit]
             if not stays[tr.slots.index(before[i])].all() and all(stays[tr.slots.index(before[j])].all() for j in met):
                 kept = [j for j in kept if j not in met]
             else:
@@ -152,6 +170,12 @@ def _one_for_each_dim(tr: Tracer, before: Sequence[IntArray], after: Sequence[In
                 continue
         kept.append(i)
     return [after[i] for i in sorted(kept)]
+
+
+def _channels_of(tr: Tracer, solution: Solution, factor: IntArray) -> int:
+    """How many channels the units of ``factor`` have."""
+    channels = np.flatnonzero(solution.channel[: solution.count] == np.arange(solution.count))
+    return int(np.isin(solution.unit[channels], solution.unit[tr.slots.index(factor)]).sum())
 
 
 def _meet(one: IntArray, other: IntArray) -> bool:
@@ -226,7 +250,7 @@ def repeat(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     for factor in tr.mark(args[0]).factors:
         factor = factor.reshape((1,) * (len(reps) - factor.ndim) + factor.shape)
         factors.append(np.tile(factor, [r if factor.shape[d] > 1 else 1 for d, r in enumerate(reps)]))
-    tr.set(out, factors)
+    tr.set(out, factors + _repeated(tr, args[0], out))
 
 
 @rule("cat", "concatenate")
