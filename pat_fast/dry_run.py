@@ -26,7 +26,9 @@ from .surgery.prune import dense_strides, prune
 SMALL = 256 * 2**20  # bytes of a model that is simply copied: fake tensors would take longer
 
 
-def dry_run(plan: Plan, model: nn.Module, example_inputs: Any, shapes: list[torch.Size]) -> dict[int, str]:
+def dry_run(
+    plan: Plan, model: nn.Module, example_inputs: Any, shapes: list[torch.Size], training: bool = False
+) -> dict[int, str]:
     """Groups of ``plan`` that cannot shrink, with the error that says so; empty when all can.
 
     A copy of the model loses a few units of every group (not as many of each, so that widths which the code
@@ -34,10 +36,10 @@ def dry_run(plan: Plan, model: nn.Module, example_inputs: Any, shapes: list[torc
     model's. A large model's copy has shapes and no memory, unless the model's code looks at values. Groups with
     units of several kinds have another turn for each kind. What fails is found by bisection. A small model's copy
     must also compute what the model computes with these channels at zero, where no statistic tells the two apart.
-    The model itself is not touched.
+    The model itself is not touched. ``training``: the branches that the model's code takes in training are run.
     """
     failures: dict[int, str] = {}
-    trial = _Trial(plan, model, example_inputs, shapes)
+    trial = _Trial(plan, model, example_inputs, shapes, training)
     spare = _spare_units(plan)
     exact = {g for g in spare if plan.groups[g].statistic is None}
     rounds = max((len(units) for units in spare.values()), default=0)
@@ -98,8 +100,10 @@ def _without(plan: Plan, units: list[int]) -> BoolArray | None:
 class _Trial:
     """Runs smaller copies of a model."""
 
-    def __init__(self, plan: Plan, model: nn.Module, inputs: Any, shapes: list[torch.Size]) -> None:
-        self.plan, self.model, self.inputs, self.shapes = plan, model, inputs, shapes
+    def __init__(
+        self, plan: Plan, model: nn.Module, inputs: Any, shapes: list[torch.Size], training: bool
+    ) -> None:
+        self.plan, self.model, self.inputs, self.shapes, self._training = plan, model, inputs, shapes, training
         self.backward = True  # until the model itself is found not to have one, in eval mode
         size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
         self.fake = size > SMALL
@@ -134,7 +138,7 @@ class _Trial:
         try:
             with mode:
                 expected = None if self.fake else self._masked(twin, keep)
-                with undisturbed(twin):
+                with undisturbed(twin, self._training):
                     out = fixed_outputs(call(twin, self.inputs))
                     loss = sum(t.float().sum() for t in out if t.grad_fn is not None)
                     if isinstance(loss, torch.Tensor) and self.backward:
@@ -152,7 +156,7 @@ class _Trial:
         gone = np.unique(plan.group_of[~keep])
         if gone.size and not any(plan.groups[g].statistic for g in gone):
             Mask(binding).set(torch.from_numpy(keep), [])
-            with undisturbed(twin), torch.no_grad():
+            with undisturbed(twin, self._training), torch.no_grad():
                 expected = [t.detach().clone() for t in fixed_outputs(call(twin, self.inputs))]
         prune(binding, keep)
         return expected

@@ -16,7 +16,7 @@ from .dry_run import dry_run
 from .errors import check_model
 from .plan import Plan
 from .plan import build_plan as lower
-from .plan.running import Still, call, undisturbed
+from .plan.running import Still, call
 from .plan.verify import ANOTHER
 from .plan.verify import verify as permutation_test
 from .rehearsal import failure, rehearse
@@ -59,7 +59,9 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         at_once = rehearse(plan, model, example_inputs, smaller, still=still)
     try:
         if not at_once:
-            plan = _found_out(plan, model, _taken(model, example_inputs, smaller))
+            plan = _found_out(plan, model, example_inputs, smaller)
+            if still.trains_more:
+                plan = _found_out(plan, model, example_inputs, smaller, training=True)
     except Exception as error:  # a model that cannot be copied, or not be run twice
         why = f"the plan could not be verified ({type(error).__name__}: {error})"
         warnings.warn(
@@ -73,16 +75,22 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     return _note(plan, f"traced in {lowered - start:.2f} s, verified in {done - lowered:.2f} s{how}")
 
 
-def _found_out(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
-    """``plan`` with the groups frozen that fail one of the two tests."""
-    found = permutation_test(plan, model, example_inputs)
-    plan = plan.freeze(found.wrong, "its map does not hold: the output moves when its channels change places")
-    for group, error in sorted(dry_run(plan, model, example_inputs, found.shapes).items(), reverse=True):
-        plan = plan.freeze([group], _reason(error, ""))
-    return _without_culprits(plan, model, example_inputs)
+def _found_out(plan: Plan, model: nn.Module, example_inputs: Any, smaller: Any, training: bool = False) -> Plan:
+    """``plan`` with the groups frozen that fail one of the two tests; ``training``: in the model's branches of it.
+
+    Where these draw random numbers, there is nothing to compare.
+    """
+    inputs, drawn = _taken(model, example_inputs, smaller, training)
+    if not drawn:
+        found = permutation_test(plan, model, inputs, training=training)
+        plan = plan.freeze(found.wrong, "its map does not hold: the output moves when its channels change places")
+        failures = dry_run(plan, model, inputs, found.shapes, training)
+        for group, error in sorted(failures.items(), reverse=True):
+            plan = plan.freeze([group], _reason(error, ""))
+    return _without_culprits(plan, model, inputs, training)
 
 
-def _without_culprits(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
+def _without_culprits(plan: Plan, model: nn.Module, example_inputs: Any, training: bool) -> Plan:
     """``plan`` with as many groups as can be smaller at the same time; those are frozen that fail only with others."""
     every = range(len(plan.groups))
     able: list[int] = []
@@ -90,7 +98,8 @@ def _without_culprits(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan
 
     def admit(groups: list[int]) -> None:
         trial = {*able, *groups}
-        error = failure(plan.freeze([g for g in every if g not in trial], ""), model, example_inputs)
+        fewer = plan.freeze([g for g in every if g not in trial], "")
+        error = failure(fewer, model, example_inputs, training=training)
         if error is None:
             able.extend(groups)
         elif len(groups) == 1:
@@ -136,16 +145,18 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value) if isinstance(value, Tensor) else tree_map(change, value)
 
 
-def _taken(model: nn.Module, example_inputs: Any, smaller: Any) -> Any:
-    """``smaller`` if ``model`` takes it, else ``example_inputs``."""
-    if smaller is None:
-        return example_inputs
-    try:
-        with undisturbed(model), torch.no_grad():
-            call(model, smaller)
-    except Exception:
-        return example_inputs
-    return smaller
+def _taken(model: nn.Module, example_inputs: Any, smaller: Any, training: bool) -> tuple[Any, bool]:
+    """``smaller`` if ``model`` takes it, else ``example_inputs``; and whether its branches of training draw numbers."""
+    for inputs in [smaller] * (smaller is not None) + [example_inputs] * training:
+        try:
+            still = Still(model)
+            with still.running(training), torch.no_grad():
+                before = still.random_states()
+                call(model, inputs)
+                return inputs, training and still.has_drawn(before)
+        except Exception:
+            continue
+    return example_inputs, False
 
 
 def _crop(value: Any) -> Any:

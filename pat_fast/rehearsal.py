@@ -54,14 +54,17 @@ def rehearse(
         return False
 
 
-def failure(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) -> str | None:
-    """What is wrong with a model that is smaller in all groups at once, or None.
+def failure(
+    plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0, training: bool = False
+) -> str | None:
+    """What is wrong with a model that is smaller in all groups at once, or None; ``training``: in its branches of it.
 
     It fails; or, where no statistic explains it, it computes something else. Of nothing wrong, too, a model that this
     cannot be asked of: it is no better at its full size.
     """
     try:
         test = Rehearsal(plan, model, [example_inputs], seed)
+        test._training = training
         few, alike = test.few(0), test.few(0, alike=True)
     except Exception:
         return None
@@ -102,6 +105,7 @@ class Rehearsal:
         self._parameters = {id(p) for _, p in still.parameters}
         self._lone = 0  # the most kinds of one unit that a group has
         self._draws = 1
+        self._training = False  # whether the branches of training are run
 
     @property
     def by_norms(self) -> bool:
@@ -109,7 +113,20 @@ class Rehearsal:
         return all(g.statistic is None or g.statistic.startswith(_NORMS) for g in self.plan.groups)
 
     def holds(self) -> bool:
-        """Run the test."""
+        """Run the test, and once more with the branches of training if the trace saw some."""
+        return self._hold() and (not self._still.trains_more or self._hold_in_training())
+
+    def _hold_in_training(self) -> bool:
+        """Where the model's code draws random numbers, there is nothing to compare: it is only run."""
+        self._training = True
+        few = self.few(0)
+        with self.made(few), torch.no_grad():
+            before = self._still.random_states()
+            call(self.model, self.inputs[0])
+            drawn = self._still.has_drawn(before)
+        return self._runs(few, None) if drawn else self._hold()
+
+    def _hold(self) -> bool:
         statistic = np.array([g.statistic is not None for g in self.plan.groups], dtype=np.bool_)[self.plan.group_of]
         by_norms, turn = self.by_norms, 0
         while turn < max(max(self._lone, 1).bit_length(), self._draws):
@@ -153,7 +170,7 @@ class Rehearsal:
         try:
             if not self._exact:
                 return self._compare(few, False) is not None and self._runs(few, None)
-            return self._compare(few, not self._still.plain_backward) is not None
+            return self._compare(few, self._training or not self._still.plain_backward) is not None
         except Exception:
             if not forgiving:
                 raise
@@ -266,7 +283,7 @@ class Rehearsal:
         while True:
             try:
                 with (
-                    self._still.running(), torch.no_grad(), precision, standing, self._exchanged(swapped),
+                    self._still.running(self._training), torch.no_grad(), precision, standing, self._exchanged(swapped),
                     calls_made_by(whole, standing.passed),
                 ):  # fmt: skip
                     return [t.detach() for t in fixed_outputs(call(self.model, self.inputs[0]))]
@@ -299,7 +316,7 @@ class Rehearsal:
         """The model with tensors of ``small`` in the places of its own (known by their ids); those with gradients."""
         undo: list[Change] = []
         made = {own: self._put_in(own, tensor, tensor.is_floating_point()) for own, tensor in small.items()}
-        with self._still.running():
+        with self._still.running(self._training):
             try:
                 apply_changes(attribute_changes(self._named, kept, self.model), undo)
                 with self._exchanged(made):

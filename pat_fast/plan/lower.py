@@ -124,7 +124,7 @@ class _Attempt:
 
     def run(self, with_graph: bool, notes: list[str]) -> list[str]:
         """Trace; the names of the layers in the order of Torch-Pruning's roots, as far as it can graph the model."""
-        self._still.plain_backward = self._still.compares = False
+        self._still.plain_backward = self._still.compares = self._still.trains_more = False
         with self._still.running(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if not with_graph:
@@ -168,21 +168,20 @@ class _Attempt:
 
     def _trace_what_only_training_runs(self) -> None:
         """Auxiliary heads: where weights were not met, the forward of training is traced as well; it counts no work."""
-        tracer, training = self.tracer, self._still.in_training
-        if not training or not tracer.unused():
+        tracer, still = self.tracer, self._still
+        unused = tracer.unused() if still.in_training else []
+        if not unused:
             return
         done = len(tracer.work)
-        for module in training:
-            module.training = True
+        still.train()
         try:
             for tensor in fixed_outputs(call(self._model, self._inputs)):
                 tracer.give_out(tensor)
-        except Exception:  # of one example no batch norm takes statistics, say: then these weights stay unknown
+            still.trains_more = tracer.unused() != unused
+        except Exception:  # without targets there is no loss, say: then these weights stay unknown
             return
         finally:
             del tracer.work[done:]
-            for module in training:
-                module.training = False
 
 
 def _unused_note(names: list[str]) -> str:

@@ -36,13 +36,17 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Run forwards in eval mode with gradients enabled, and leave nothing behind.
 
     Restored: the train/eval flag and the attributes of every module (also what its lists and dicts hold), buffers,
     ``requires_grad``, and the random state.
+
+    Args:
+        training: modules that are in training mode, and not PyTorch's own, stay in it: the model's code takes its
+            branches of training, while dropout layers and batch norms do as in eval mode.
     """
-    with Still(model).running():
+    with Still(model).running(training):
         yield
 
 
@@ -58,6 +62,7 @@ class Still:
         plain_backward: whether a forward was seen to leave the backward to PyTorch's own steps, without hooks.
         compares: whether a forward was seen to hold sizes against one another.
         in_training: its modules that are in training mode when nothing runs.
+        trains_more: whether a forward in training mode was seen to use weights that one in eval mode does not.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,6 +70,8 @@ class Still:
         self._noted = False
         self.plain_backward = False
         self.compares = False
+        self.trains_more = False
+        self._trained = False
         self.in_training: list[nn.Module] = []
         self.every = named_modules(model, once=False)
         first: dict[int, tuple[str, nn.Module]] = {}
@@ -93,16 +100,18 @@ class Still:
         self._devices = sorted({p.device.index or 0 for p in parameters if p.is_cuda})
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, training: bool = False) -> Iterator[None]:
         """See :func:`undisturbed`."""
         if not self._noted:
             self._note()
         fast_path = torch.backends.mha.get_fastpath_enabled()
-        random = torch.default_generator.get_state(), [torch.cuda.get_rng_state(d) for d in self._devices]
+        random = self.random_states()
         try:
             torch.backends.mha.set_fastpath_enabled(False)  # one fused op for a whole layer would hide its structure
             if self.in_training:
                 self._model.eval()
+            if training:
+                self.train()
             for p in self._frozen:
                 p.requires_grad_(True)  # a frozen layer has channels like any other
             eager = torch.compiler.set_stance("force_eager")  # a compiled model runs as it was written
@@ -111,16 +120,31 @@ class Still:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             torch.default_generator.set_state(random[0])
-            for device, state in zip(self._devices, random[1], strict=True):
+            for device, state in zip(self._devices, random[1:], strict=True):
                 torch.cuda.set_rng_state(state, device)
             self._restore()
+
+    def train(self) -> None:
+        """Let the model's code take its branches of training while this runs; PyTorch's layers do as in eval mode."""
+        self._trained = True
+        for module in self.in_training:
+            module.training = not type(module).__module__.startswith("torch.nn")
+
+    def random_states(self) -> list[Tensor]:
+        """Those of the processor's generator and of the generators of the devices that hold its parameters."""
+        return [torch.default_generator.get_state(), *map(torch.cuda.get_rng_state, self._devices)]
+
+    def has_drawn(self, before: list[Tensor]) -> bool:
+        """Whether random numbers have been drawn since the generators were in the states ``before``."""
+        return not all(map(torch.equal, before, self.random_states()))
 
     def _restore(self) -> None:
         self._attributes.restore()
         for p, flag in self._flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
-        self._contents.restore()
+        self._contents.restore(self._trained)
+        self._trained = False
 
 
 @contextmanager
@@ -181,9 +205,9 @@ class _Contents:
                 held = torch.cat([t.reshape(-1) for t in same]) if len(same) > 1 else same[0].clone()
                 self._together.append((same, held))
 
-    def restore(self) -> None:
-        """Put it back, if one of them was written to."""
-        if [t._version for t in self._tensors] == self._versions:
+    def restore(self, look: bool) -> None:
+        """Put it back, if one of them was written to; ``look``: past the count of versions, as batch norms do."""
+        if [t._version for t in self._tensors] == self._versions and not look:
             return
         before: dict[int, Tensor] = {}
         for same, held in self._together:
@@ -196,6 +220,8 @@ class _Contents:
             for t, version in zip(self._tensors, self._versions, strict=True):
                 if t._version != version:
                     t.copy_(before[id(t)])
+                elif look and not torch.equal(t, before[id(t)]):
+                    t.data.copy_(before[id(t)])
 
 
 class _Snapshot:

@@ -45,14 +45,16 @@ class Verification:
     shapes: list[torch.Size]
 
 
-def verify(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) -> Verification:
-    """Test all groups of ``plan`` at once, and bisect if that fails.
+def verify(
+    plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0, training: bool = False
+) -> Verification:
+    """Test all groups of ``plan`` at once, and bisect if that fails; ``training``: in the model's branches of it.
 
     The model's own tensors are permuted in place and put back, to the bit, so no copy of a large model is made;
     autograd does not see it. It computes in single precision, and if that is not beyond doubt in float64 (or in its
     own precision, with a wider tolerance, where its code insists on that).
     """
-    with _Test(plan, model, seed).at_work() as test:
+    with _Test(plan, model, seed, training).at_work() as test:
         if all(p.dtype in (torch.float32, torch.float64) for p in model.parameters() if p.is_floating_point()):
             found = test.run(example_inputs, FINE, nullcontext, search=False)
             if found.error <= FINE:
@@ -66,8 +68,8 @@ def verify(plan: Plan, model: nn.Module, example_inputs: Any, seed: int = 0) -> 
 class _Test:
     """A model whose tensors change places, with random values wherever what they hold can be kept."""
 
-    def __init__(self, plan: Plan, model: nn.Module, seed: int) -> None:
-        self.plan, self.model = plan, model
+    def __init__(self, plan: Plan, model: nn.Module, seed: int, training: bool) -> None:
+        self.plan, self.model, self._training = plan, model, training
         self._generator = np.random.default_rng(seed)
         named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         named.update(model.named_buffers(remove_duplicate=False))
@@ -126,7 +128,7 @@ class _Test:
         self._forwards += 1
         chosen = np.isin(self.plan.group_of, groups)
         self._place(np.where(chosen, permutation, np.arange(self.plan.n_channels)) if chosen.any() else None)
-        with undisturbed(self.model), torch.no_grad(), self._precision():
+        with undisturbed(self.model, self._training), torch.no_grad(), self._precision():
             return [t.detach().clone() for t in fixed_outputs(call(self.model, inputs))]
 
     def run(self, inputs: Any, tolerance: float, precision: Precision, search: bool = True) -> Verification:
