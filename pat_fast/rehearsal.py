@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import PlanError, in_a_line
 from .plan.double import InDouble
 from .plan.named import Named
-from .plan.running import Still, call, calls_made_by
+from .plan.running import Still, as_ops, call, calls_made_by
 from .plan.thin import LEAST, Standing, Thin, Values, Wanted, fill
 from .plan.trace import fixed_outputs
 from .plan.types import Axis, BoolArray, IntArray, Kept, Plan, TensorMap, is_grouped
@@ -103,6 +103,9 @@ class Rehearsal:
             if tensor is not None
         ]
         self._parameters = {id(p) for _, p in still.parameters}
+        # Layers of one op do not ask whether what they hold is a parameter, and to become one takes a while.
+        others = [m for _, m in self._modules if id(m) not in still.of_one_op]
+        self._asked = {id(p) for m in others for p in m._parameters.values()}
         self._lone = 0  # the most kinds of one unit that a group has
         self._draws = 1
         self._training = False  # whether the branches of training are run
@@ -264,7 +267,7 @@ class Rehearsal:
         large, small = self._tensors(kept, self._moves(keep))
         precision = nullcontext() if self._exact else InDouble()
         expected = self._expected(large, precision)
-        with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision:
+        with self._smaller(kept, small) as own, torch.set_grad_enabled(backward), precision, as_ops(self._still):
             out = fixed_outputs(call(self.model, self.inputs[0]))
         apart = distance(expected, [t.detach() for t in out])
         if backward and apart <= self._tolerance:
@@ -277,14 +280,14 @@ class Rehearsal:
         fill(list(filled.values()))
         swapped: dict[int, Tensor] = {k: self._put_in(k, thin.full(), False) for k, thin in filled.items()}
         by_id = {**large, **{id(tensor): filled[k] for k, tensor in swapped.items()}}
-        standing = Standing(by_id)
-        others = large.keys() - filled.keys()
-        whole = [m for _, m in self._modules if id(m) in self._still.of_one_op and standing.may_pass(m, others)]
+        standing, runs = Standing(by_id), self._still.of_one_op
+        layers = [m for _, m in self._modules if id(m) in runs]
+        way = standing.calls(layers, large.keys() - filled.keys(), runs)
         while True:
             try:
                 with (
                     self._still.running(self._training), torch.no_grad(), precision, standing, self._exchanged(swapped),
-                    calls_made_by(whole, standing.passed),
+                    calls_made_by(layers, way),
                 ):  # fmt: skip
                     return [t.detach() for t in fixed_outputs(call(self.model, self.inputs[0]))]
             except Exception:
@@ -329,9 +332,9 @@ class Rehearsal:
 
     def _put_in(self, own: int, tensor: Tensor, requires_grad: bool) -> Tensor:
         """``tensor`` as what is to stand in the place of that of the id ``own``: a parameter, or a buffer."""
-        if own not in self._parameters:
-            return tensor
-        return Tensor._make_subclass(nn.Parameter, tensor, requires_grad)  # without the questions of nn.Parameter
+        if own in self._asked:
+            return Tensor._make_subclass(nn.Parameter, tensor, requires_grad)  # without the questions of nn.Parameter
+        return tensor.requires_grad_() if requires_grad and own in self._parameters else tensor
 
     @contextmanager
     def _exchanged(self, new: Mapping[int, Tensor]) -> Iterator[None]:
@@ -428,7 +431,8 @@ class _Places:
         self._kept, self._moves = kept, moves
         self._orders: dict[int, IntArray] = {}
         self._found = self._of_ascending()
-        self._plain: dict[tuple[Any, ...], dict[int, Tensor]] = {}  # of tensors without blocks, many of them alike
+        # What was found, on which device, for tensors without blocks: many of them are alike.
+        self._plain: dict[tuple[Axis, ...], tuple[torch.device, tuple[dict[int, Tensor], Tensor | None]]] = {}
 
     def _of_ascending(self) -> dict[int, tuple[IntArray, Tensor | None]]:
         """What :meth:`_axis` finds, at once for all vectors whose indices have ascending channels, each its own."""
@@ -457,10 +461,10 @@ class _Places:
         """By dimension, and for dimension 1 of a grouped convolution by block."""
         if tensor.groups > 1:
             return self._look(tensor, device)
-        key = (device, *map(id, tensor.axes))
-        if key not in self._plain:
-            self._plain[key], _ = self._look(tensor, device)
-        return self._plain[key], None
+        found = self._plain.get(tensor.axes)  # axes that are alike are one object
+        if found is None or found[0] != device:
+            found = self._plain[tensor.axes] = device, self._look(tensor, device)
+        return found[1]
 
     def _look(self, tensor: TensorMap, device: torch.device) -> tuple[dict[int, Tensor], Tensor | None]:
         where, columns = {}, None

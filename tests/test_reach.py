@@ -59,7 +59,7 @@ def test_a_plan_with_a_shifted_map_fails(monkeypatch: pytest.MonkeyPatch) -> Non
         tensors = list(plan.tensors)
         i = next(i for i, t in enumerate(tensors) if t.name.endswith("intermediate.dense.bias"))
         axis = replace(tensors[i].axes[0], channels=np.roll(tensors[i].axes[0].channels, 1))
-        tensors[i] = replace(tensors[i], axes=(axis,))
+        tensors[i] = tensors[i]._replace(axes=(axis,))
         return replace(plan, tensors=tuple(tensors))
 
     monkeypatch.setattr(pat_fast, "build_plan", shifted)

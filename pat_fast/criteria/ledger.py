@@ -136,7 +136,7 @@ class Ledger:
             axes = tuple(
                 replace(a, channels=i[rows] if a.dim == 0 else i) for a, i in zip(tensor_map.axes, ids, strict=True)
             )
-            for block in blocks(replace(tensor_map, axes=axes), stride):
+            for block in blocks(tensor_map._replace(axes=axes), stride):
                 found += [c for c in (block.row_channels, block.col_channels) if c is not None]
         every = np.concatenate(found)  # a copy
         every[every < 0] = self.indices

@@ -8,7 +8,7 @@ rank's rows, and hands them on to the rank whose chunk they are in now; no tenso
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -313,8 +313,7 @@ def shards_of(plan: Plan, model: nn.Module) -> dict[str, Shard]:
         mesh = sharded.device_mesh
         start, stop = rows_of(tensor_map.shape[0], mesh.size(), mesh.get_local_rank())
         axes = tuple(Axis(a.dim, a.channels[start:stop] if a.dim == 0 else a.channels, a.role) for a in tensor_map.axes)
-        own = replace(
-            tensor_map,
+        own = tensor_map._replace(
             shape=(stop - start, *tensor_map.shape[1:]),
             groups=stop - start if tensor_map.whole_groups else 1,
             axes=axes,

@@ -80,13 +80,16 @@ class Holdings:
         self._which = rank[number, groups]
         self._held, self._channels = held - vectors.starts[number], channels
         self._bounds = np.searchsorted(held, vectors.starts).tolist()
-        self._groups = np.nonzero(present)[1]
+        self._groups = np.nonzero(present)[1].tolist()
         self._ends = np.cumsum([0, *present.sum(1)]).tolist()
+
+    def groups(self, number: int) -> list[int]:
+        """The groups that vector ``number`` holds channels of."""
+        return self._groups[slice(*self._ends[number : number + 2])]
 
     def of(self, number: int) -> tuple[IndexArray, IndexArray, list[int], IndexArray | int]:
         """See :meth:`Plan.holds`."""
-        own = slice(*self._bounds[number : number + 2])
-        groups = self._groups[slice(*self._ends[number : number + 2])].tolist()
+        own, groups = slice(*self._bounds[number : number + 2]), self.groups(number)
         return self._held[own], self._channels[own], groups, 0 if len(groups) == 1 else self._which[own]
 
 

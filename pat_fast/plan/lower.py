@@ -223,7 +223,8 @@ def _number(
     ))  # fmt: skip
     tensors, mapped = [], set()
     for leaf in leaves:
-        axes = [numbers.axis(dim, slots, _role(leaf, dim)) for dim, slots in sorted(leaf.axes.items())]
+        dims = sorted(leaf.axes) if len(leaf.axes) > 1 else leaf.axes
+        axes = [numbers.axis(dim, leaf.axes[dim], _role(leaf, dim)) for dim in dims]
         live = tuple([axis for axis in axes if axis is not None])
         if live:
             name, shape = leaf.name, tuple(leaf.tensor.shape)

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from .labels import PHANTOM, IntArray, Solution
+from .flat import Holdings, Vectors
+from .labels import PHANTOM, BoolArray, IntArray, Solution
 from .trace import Leaf, Work
 from .types import Axis, ChannelArray, Frozen, Group, TensorMap, WorkTerm, by_first_use
 
@@ -100,21 +101,23 @@ class Numbering:
 
     def _claim(self) -> list[tuple[list[Leaf], IntArray]]:
         """Each root takes the free channels of its axis that no earlier root has taken."""
-        solution = self.solution
-        claims: list[tuple[list[Leaf], IntArray]] = []
+        solution, axes = self.solution, [leaf.axes[dim] for leaf, dim in self.roots]
+        bounds = np.cumsum([0, *map(len, axes)])
+        slots = np.concatenate([np.zeros(0, np.int64), *axes])
+        classes, stuck = solution.channel[slots], self._is_frozen[slots]
+        place = np.arange(len(slots))
+        first = np.zeros(len(solution.channel), dtype=np.int64)  # where each class comes first
+        first[classes[::-1]] = place[::-1]
+        mine = (first[classes] == place) & ~stuck
         taken = np.zeros(len(solution.channel), dtype=np.bool_)
-        for leaf, dim in self.roots:
-            slots = leaf.axes[dim]
-            stuck = self._is_frozen[slots]
-            if stuck.any():
-                reason = solution.frozen[int(solution.unit[slots[stuck][0]])]
-                self.frozen.append(Frozen(layer_of(leaf.name), int(stuck.sum()), reason))
-                slots = slots[~stuck]
-            classes = _each_once(solution.channel[slots])
-            classes = classes[~taken[classes]]
-            if classes.size:
-                taken[classes] = True
-                claims.append(([leaf], classes))
+        taken[classes[mine]] = True
+        for i in np.flatnonzero(_count(stuck, bounds)).tolist():
+            own = slots[bounds[i] : bounds[i + 1]][stuck[bounds[i] : bounds[i + 1]]]
+            reason = solution.frozen[int(solution.unit[own[0]])]
+            self.frozen.append(Frozen(layer_of(self.roots[i][0].name), len(own), reason))
+        ends = np.cumsum([0, *_count(mine, bounds)]).tolist()
+        held = classes[mine]
+        claims = [([leaf], held[a:b]) for (leaf, _), (a, b) in zip(self.roots, pairwise(ends), strict=True) if a < b]
         return self._adopt(claims, taken)
 
     def _adopt(self, claims: list[tuple[list[Leaf], IntArray]], taken: np.ndarray) -> list[tuple[list[Leaf], IntArray]]:
@@ -168,15 +171,14 @@ class Numbering:
 
     def groups(self, tensors: list[TensorMap]) -> tuple[Group, ...]:
         """The groups, with every tensor axis that holds their channels."""
-        of_channel = np.repeat(np.arange(len(self._claims)), [len(c) for _, c in self._claims])
+        vectors = Vectors(axis.channels for tensor in tensors for axis in tensor.axes)
+        of_channel = np.repeat(np.arange(len(self._claims), dtype=np.int32), [len(c) for _, c in self._claims])
+        holdings = Holdings(vectors, of_channel, len(self._claims))
+        held = {id(channels): holdings.groups(number) for number, channels in enumerate(vectors.arrays)}
         members: list[list[tuple[str, int]]] = [[] for _ in self._claims]
         layers: list[list[str]] = [[] for _ in self._claims]
-        held: dict[int, list[int]] = {}  # axes share their vectors of channels
         for tensor in tensors:
             for axis in tensor.axes:
-                if id(axis.channels) not in held:
-                    counts = np.bincount(of_channel[axis.channels[axis.channels >= 0]])
-                    held[id(axis.channels)] = np.flatnonzero(counts).tolist()
                 for i in held[id(axis.channels)]:
                     members[i].append((tensor.name, axis.dim))
                     if axis.role == "out":
@@ -198,9 +200,6 @@ class Numbering:
         return tuple(found)
 
 
-def _each_once(values: IntArray) -> IntArray:
-    """Distinct ``values`` in the order in which they come first."""
-    if len(values) < 2 or (values[1:] > values[:-1]).all():
-        return values
-    distinct, first = np.unique(values, return_index=True)
-    return distinct[np.argsort(first)]
+def _count(chosen: BoolArray, bounds: IntArray) -> IntArray:
+    """How many are ``chosen [L]`` between every two of ``bounds [n + 1]``."""
+    return np.diff(np.searchsorted(np.flatnonzero(chosen), bounds))

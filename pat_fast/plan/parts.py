@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .flat import ChannelArray, IndexArray, Kept
 
@@ -20,8 +21,7 @@ class Axis:
     role: str  # "out": labels what the layer puts out; "in": is summed over; "both": element-wise
 
 
-@dataclass(frozen=True, eq=False)
-class TensorMap:
+class TensorMap(NamedTuple):
     """A parameter or buffer and its one or two prunable axes."""
 
     name: str
@@ -80,8 +80,7 @@ class Width:
     told: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class WorkTerm:
+class WorkTerm(NamedTuple):
     """``scale * prod(kept positions of each axis)`` multiply-accumulates."""
 
     scale: float

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, islice
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .layers import run_of
 from .walk import named_modules, named_tensors
 
 
@@ -58,7 +59,7 @@ class Still:
         modules: its modules, each by its first name.
         kinds: their classes.
         parameters, buffers: its tensors by all of their names.
-        of_one_op: ids of its modules for which :func:`runs_one_op` holds.
+        of_one_op: by their ids, its modules for which :func:`runs_one_op` holds: what each runs on a tensor.
         plain_backward: whether a forward was seen to leave the backward to PyTorch's own steps, without hooks.
         compares: whether a forward was seen to hold sizes against one another.
         in_training: its modules that are in training mode when nothing runs.
@@ -81,7 +82,7 @@ class Still:
         self.kinds: set[Any] = {type(m) for _, m in self.modules}
         self.parameters = named_tensors(self.every, "_parameters")
         self.buffers = named_tensors(self.every, "_buffers")
-        self.of_one_op = {id(m) for _, m in self.modules if runs_one_op(m)}
+        self.of_one_op = {id(m): run_of(m) for _, m in self.modules if runs_one_op(m)}
 
     def of(self, *kinds: type[nn.Module]) -> list[tuple[str, nn.Module]]:
         """Those of its modules that are of one of ``kinds``."""
@@ -169,6 +170,18 @@ def calls_made_by(modules: Iterable[nn.Module], way: Callable[..., Any]) -> Iter
                 space[_CALL] = before
 
 
+def as_ops(still: Still) -> AbstractContextManager[None]:
+    """Layers of one op run it without what PyTorch does around it."""
+    runs = still.of_one_op
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor:
+            return module._call_impl(*args, **kwargs)
+        return runs[id(module)](module, args[0])
+
+    return calls_made_by([m for _, m in still.modules if id(m) in runs], run)
+
+
 _CALL = "_compiled_call_impl"
 _OF_ONE_OP = {
     f"torch.nn.modules.{part}"
@@ -202,7 +215,7 @@ class _Contents:
             alike.setdefault((t.dtype, t.device) if plain else id(t), []).append(t)
         with torch.no_grad():
             for same in alike.values():
-                held = torch.cat([t.reshape(-1) for t in same]) if len(same) > 1 else same[0].clone()
+                held = torch.cat([_end_to_end(t) for t in same]) if len(same) > 1 else same[0].clone()
                 self._together.append((same, held))
 
     def restore(self, look: bool) -> None:
@@ -224,18 +237,21 @@ class _Contents:
                     t.data.copy_(before[id(t)])
 
 
+def _end_to_end(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 1 else tensor.reshape(-1)
+
+
 class _Snapshot:
-    """The attributes of modules (their hooks, parameters and children among them), with copies of lists and dicts."""
+    """The attributes of modules (hooks, parameters and children among them), and what their lists and dicts hold."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         spaces = [vars(m) for m in modules]
         held = [v for space in spaces for v in space.values() if type(v) in _HELD]
         self._empty = [v for v in held if not v]
-        self._now: list[Any] = [*spaces, *(v for v in held if v)]
-        self._before = [value.copy() for value in self._now]
-        self._sizes = list(map(len, self._now))
-        self._dicts = [v for v in self._now if isinstance(v, dict)]
-        self._others = [v for v in self._now if not isinstance(v, dict)]
+        full = [v for v in held if v]
+        self._dicts = [*spaces, *(v for v in full if isinstance(v, dict))]
+        self._others = [v for v in full if not isinstance(v, dict)]
+        self._sizes = self._sizes_now()
         self._keys = [*chain.from_iterable(self._dicts)]
         self._values = [*self._values_now()]
 
@@ -246,7 +262,10 @@ class _Snapshot:
                 value.clear()
         if self._is_true():
             return
-        for now, before in zip(self._now, self._before, strict=True):
+        keys, values = iter(self._keys), iter(self._values)
+        for now, size in zip((*self._dicts, *self._others), self._sizes, strict=True):
+            own = list(islice(values, size))
+            before = dict(zip(islice(keys, size), own, strict=True)) if isinstance(now, dict) else own
             if not _same(now, before):
                 if isinstance(now, list):
                     now[:] = before
@@ -256,9 +275,12 @@ class _Snapshot:
 
     def _is_true(self) -> bool:
         """Whether nothing has changed, found out for all at once."""
-        if list(map(len, self._now)) != self._sizes or [*chain.from_iterable(self._dicts)] != self._keys:
+        if self._sizes_now() != self._sizes or [*chain.from_iterable(self._dicts)] != self._keys:
             return False
         return all(map(is_, self._values, self._values_now()))
+
+    def _sizes_now(self) -> list[int]:
+        return [*map(len, self._dicts), *map(len, self._others)]
 
     def _values_now(self) -> Iterator[Any]:
         return chain.from_iterable(chain(map(dict.values, self._dicts), self._others))

@@ -9,7 +9,7 @@ over the channels that the small tensor has, as they do once the others are gone
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError
 from .labels import IntArray
+from .layers import Run
 
 LEAST = 2**14  # elements below which a weight is simply filled in
 POOL = 32771  # a prime, so that rows of a longer tensor do not repeat
@@ -50,14 +51,15 @@ class Thin:
 
     def positions(self) -> IntArray:
         """Where the elements of the small tensor stand in the large one's memory."""
-        shape, places = self.small.shape, {d: p.numpy(force=True) for d, p in self.places.items()}
+        shape, places = self.small.shape, {d: _array(p) for d, p in self.places.items()}
         if len(shape) == 1:
             return places[0] if places else np.arange(shape[0])
         if self.columns is not None:
-            places[1] = np.repeat(self.columns.numpy(force=True), shape[0] // len(self.columns), axis=0)
-        found: IntArray = np.zeros(1, dtype=np.int64)
-        stride = 1
-        for dim in range(len(shape))[::-1]:
+            places[1] = np.repeat(_array(self.columns), shape[0] // len(self.columns), axis=0)
+        last = max(places, default=-1)
+        stride = math.prod(shape[last + 1 :])  # what is behind is as it is
+        found: IntArray = np.arange(stride)
+        for dim in range(last + 1)[::-1]:
             if dim in places or shape[dim] > 1:
                 own = places.get(dim, np.arange(shape[dim]))
                 found = ((own * stride)[..., None] + found).reshape(*own.shape[:-1], -1)
@@ -80,6 +82,10 @@ class Thin:
         return value.new_full(shape, self.fill).index_copy_(dim, places, value)
 
 
+def _array(places: Tensor) -> IntArray:
+    return places.numpy() if places.is_cpu else places.numpy(force=True)  # which takes three times as long
+
+
 def fill(thin: Sequence[Thin]) -> None:
     """Make the large tensors of ``thin``, all at once."""
     alike: dict[Any, list[Thin]] = {}
@@ -90,7 +96,7 @@ def fill(thin: Sequence[Thin]) -> None:
         starts = np.cumsum([0, *sizes])
         together: dict[Any, list[int]] = {}  # the tensors of a norm stand in the same places
         for i, one in enumerate(ones):
-            key = one if one.columns is not None else (one.shape, *((d, id(p)) for d, p in one.places.items()))
+            key = one if one.columns is not None else (one.shape, id(one.places))
             together.setdefault(key, []).append(i)
         where = [(ones[same[0]].positions() + starts[same][:, None]).reshape(-1) for same in together.values()]
         smalls = [ones[i].small for same in together.values() for i in same]
@@ -99,7 +105,7 @@ def fill(thin: Sequence[Thin]) -> None:
             own = [i for i, one in enumerate(ones) if one.fill == value]
             flat[starts[own[0]] : starts[own[-1] + 1]] = value
         values = torch.cat([small if small.ndim == 1 else small.reshape(-1) for small in smalls])
-        flat.index_copy_(0, torch.from_numpy(np.concatenate(where)).to(flat.device), values)
+        flat.scatter_(0, torch.from_numpy(np.concatenate(where)).to(flat.device), values)
         for one, part in zip(ones, flat.split(sizes), strict=True):
             one._full = part if len(one.shape) == 1 else part.view(one.shape)
 
@@ -111,18 +117,23 @@ class Standing(TorchFunctionMode):
         super().__init__()
         self._stand_ins = stand_ins
 
-    def may_pass(self, module: nn.Module, others: Set[int]) -> bool:
-        """Whether :meth:`passed` does for ``module``: ``others`` are the ids of tensors that have to be replaced."""
-        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-            return False  # its statistics are to be those of fewer channels
-        return others.isdisjoint(map(id, (*module._parameters.values(), *module._buffers.values())))
+    def calls(self, layers: Sequence[nn.Module], others: Set[int], runs: Mapping[int, Run]) -> Callable[..., Any]:
+        """A way to call ``layers``, each by its one op of ``runs``, past this mode where nothing has to be replaced.
 
-    def passed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of a layer that computes with tensors which are as they should be, past this mode."""
-        if len(args) != 1 or kwargs or type(args[0]) is not Tensor or id(args[0]) in self._stand_ins:
-            return module._call_impl(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            return module._call_impl(args[0])
+        Args:
+            others: the ids of tensors that have to be, which are not in their places.
+        """
+        passing = {id(m) for m in layers if not isinstance(m, _NORMS) and others.isdisjoint(map(id, _held(m)))}
+
+        def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if len(args) != 1 or kwargs or type(args[0]) is not Tensor or id(args[0]) in self._stand_ins:
+                return layer._call_impl(*args, **kwargs)
+            if id(layer) not in passing:
+                return runs[id(layer)](layer, args[0])
+            with torch._C.DisableTorchFunction():
+                return runs[id(layer)](layer, args[0])
+
+        return call
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -147,10 +158,18 @@ class Standing(TorchFunctionMode):
             thin = self._stand_ins.get(id(value))
             return value if thin is None else thin.full()
         if type(value) in (tuple, list):
-            return type(value)(self._filled(v) for v in value)
+            return value if _NUMBERS.issuperset(map(type, value)) else type(value)([self._filled(v) for v in value])
         if type(value) is dict:
             return {k: self._filled(v) for k, v in value.items()}
         return value
+
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # whose statistics are to be those of fewer channels
+
+
+def _held(module: nn.Module) -> tuple[Tensor | None, ...]:
+    return (*module._parameters.values(), *module._buffers.values())
 
 
 def _linear(func: Any, thin: Thin, before: Any, after: Any, kwargs: Any) -> Tensor | None:
@@ -222,7 +241,7 @@ def _in_blocks(thin: Thin, blocks: int) -> bool:
     """Whether each of equal ``blocks`` of the first dimension has as many places as the others, and its own."""
     if 0 not in thin.places:
         return True
-    places = thin.places[0].numpy(force=True)
+    places = _array(thin.places[0])
     own = np.arange(len(places)) * blocks // len(places)
     return len(places) % blocks == 0 and bool((places * blocks // thin.shape[0] == own).all())
 

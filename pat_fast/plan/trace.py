@@ -98,8 +98,7 @@ class Mark(NamedTuple):
 _UNMARKED = Mark(())
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Multiply-accumulates of one op: ``scale * prod(number of kept positions of each axis)``."""
 
     scale: float
@@ -447,7 +446,8 @@ class Tracer(TorchDispatchMode):
         """
         names = {id(module): name for name, module in self._modules.items()}
         path, order = self._path, self.module_order
-        plain = self._of_one_op.difference(id(module) for _, module in self._replaced)
+        replaced = {id(module) for _, module in self._replaced}
+        plain = {key: run for key, run in self._of_one_op.items() if key not in replaced}
 
         def named(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             name = names[id(module)]
@@ -456,9 +456,10 @@ class Tracer(TorchDispatchMode):
             if isinstance(module, nn.RMSNorm) and args:
                 self._root_mean_square(module, args[0])
             try:
-                if id(module) in plain and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+                run = plain.get(id(module))
+                if run is not None and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
                     with torch._C.DisableTorchFunction():
-                        out = module._call_impl(args[0])
+                        out = run(module, args[0])
                 else:
                     out = module._call_impl(*args, **kwargs)
             finally:

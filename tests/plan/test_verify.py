@@ -49,7 +49,7 @@ def change(plan: Plan, number: int, axis: int, channels: np.ndarray) -> Plan:
     tensors = list(plan.tensors)
     axes = list(tensors[number].axes)
     axes[axis] = replace(axes[axis], channels=channels.astype(np.int32))
-    tensors[number] = replace(tensors[number], axes=tuple(axes))
+    tensors[number] = tensors[number]._replace(axes=tuple(axes))
     return replace(plan, tensors=tuple(tensors))
 
 

@@ -178,7 +178,7 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """Any convolution, grouped, depthwise or transposed."""
     x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     c_in, c_out = x.shape[1], out.shape[1]
-    label, beside = _conv_input(tr, x, _still(x, out, weight, args[3], args[4]))
+    label, beside = _conv_input(tr, x, out, weight, args[3], args[4])
     row, col = (0, 1) if not transposed else (1, 0)
     leaf = tr.leaves.get(id(weight))
     if leaf is not None and not leaf.axes and groups == 1 and label is not None and c_out > 1:
@@ -186,29 +186,29 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         leaf.axes[row], leaf.axes[col] = tr.slots.new(c_out), label
     outs, ins = _conv_slots(tr, weight, groups, row, col)
     per_in, per_out = c_in // groups, c_out // groups
-    positions = math.prod((x if transposed else out).shape[2:])
-    scale = x.shape[0] * positions * math.prod(weight.shape[2:])
+    scale = float(x.shape[0] * math.prod((x if transposed else out).shape[2:]) * math.prod(weight.shape[2:]))
     if groups > 1 and 1 in (per_in, per_out):
         if outs is None and per_in == 1:  # transposed: the weight has the input's channels alone
             outs = ins
         _remove_groups(tr, label, outs, ins, groups)
-        if id(weight) in tr.leaves:
-            tr.leaves[id(weight)].whole_groups = True
+        if leaf is not None:
+            leaf.whole_groups = True
         counted = [(outs, c_out)] if per_in == 1 else [(ins if ins is not None else label, c_in)]
     else:
         _join(tr, label, ins)
-        for slots in (outs, ins):
+        for slots in (outs, ins) if groups > 1 else ():
             if slots is not None:
                 tr.slots.couple_blocks(slots, groups)
         scale /= groups
         counted = [(outs, c_out), (ins if ins is not None else label, c_in)]
     if groups > 1:
         _count_sizes(tr, weight, groups, ins if ins is not None else label, outs, 1 in (per_in, per_out))
+    scale *= math.prod(n for slots, n in counted if slots is None)
+    axes = [slots for slots, _ in counted if slots is not None]
     for factor in beside:
-        counted.append((factor.reshape(-1), factor.size))
+        axes.append(flat(factor))
         scale /= factor.size
-    axes = [place(slots, d, len(counted)) for d, (slots, _) in enumerate(counted) if slots is not None]
-    tr.count_work(tuple(axes), [n for _, n in counted], scale)
+    tr.work.append(Work(scale, tuple(axes)))
     factors: Factors = () if outs is None else (place(outs, 1, out.ndim),)
     if bias is not None and not _adopted(tr, bias, factors, 1):
         shape = [1, c_out] + [1] * (out.ndim - 2)
@@ -217,13 +217,19 @@ def convolution(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     tr.set(out, (*factors, *beside))
 
 
-def _conv_input(tr: Tracer, x: Tensor, still: Sequence[int]) -> tuple[IntArray | None, list[IntArray]]:
+def _conv_input(
+    tr: Tracer, x: Tensor, out: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> tuple[IntArray | None, list[IntArray]]:
     """The labels of the channels that enter, and those of dimensions that a convolution leaves alone.
 
-    These are the batch and, of ``still``, places that meet only themselves; what it mixes otherwise keeps its size.
+    These are the batch and places that meet only themselves; what it mixes otherwise keeps its size.
     """
     label, beside = None, []
     for factor in tr.mark(x).factors:
+        if varying(factor) == (1,):
+            label = flat(factor)
+            continue
+        still = _still(x, out, weight, stride, padding)
         mixed = [d for d in varying(factor) if d > 1 and d not in still]
         alone = [d for d in varying(factor) if d != 1 and factor.shape[1] > 1 and d not in mixed]
         for left in held(tr, (factor,), [*mixed, *alone], "is convolved along the channels"):
