@@ -6,6 +6,7 @@ from __future__ import annotations
 _HINTS = {
     "no rule for this op": "pat.register_layer(type, forward=...) can say in PyTorch ops what the layer computes",
     "is an output of the model": "what reads the model's outputs expects this size",
+    "no output of this forward": "give example inputs (longer ones, say) with which the model uses it",
     "is looked up by number": "rows of a table (tokens, positions, experts), or channels that an index names",
     "taken by number": "keep the bound as an integer attribute of the module (self.size) and slice by that",
     "is split into parts": "keep the sizes as integer attributes of the module (self.sizes) and split by these",

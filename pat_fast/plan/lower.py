@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import SCRIPTED, PlanError
-from .backward import is_pytorchs
+from .backward import is_pytorchs, reached
 from .configs import follow_config
 from .hollow import Hollow, ValuesRead
 from .labels import IntArray, Solution, varying
@@ -58,7 +58,7 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
             order = attempt.run(with_graph, notes)
             if attempt.failure is None:
                 notes += attempt.notes
-                return _number(model, still, attempt.tracer, order, batch, tuple(notes))
+                return _number(model, still, attempt.tracer, order, attempt.outputs, batch, tuple(notes))
         finally:
             attempt.tracer.forget()
         failure = failure or (None if hollow else attempt.failure)
@@ -120,6 +120,7 @@ class _Attempt:
         self.tracer = Tracer(still, hollow)
         self.failure: Exception | None = None
         self.notes: list[str] = []
+        self.outputs: list[torch.Tensor] = []
         self._model, self._inputs, self._with_numbers, self._still = model, example_inputs, with_numbers, still
 
     def run(self, with_graph: bool, notes: list[str]) -> list[str]:
@@ -164,6 +165,7 @@ class _Attempt:
             self.failure = TypeError(f"it returned a {type(out).__name__} in which no tensor was found")
         for tensor in outputs:
             tracer.give_out(tensor)
+        self.outputs += outputs
         return [t for t in outputs if t.grad_fn is not None]
 
     def _trace_what_only_training_runs(self) -> None:
@@ -177,6 +179,7 @@ class _Attempt:
         try:
             for tensor in fixed_outputs(call(self._model, self._inputs)):
                 tracer.give_out(tensor)
+                self.outputs.append(tensor)
             still.trains_more = tracer.unused() != unused
         except Exception:  # without targets there is no loss, say: then these weights stay unknown
             return
@@ -205,7 +208,13 @@ def _batch(inputs: Any) -> int:
 
 
 def _number(
-    model: nn.Module, still: Still, tracer: Tracer, order: list[str], batch: int, notes: tuple[str, ...]
+    model: nn.Module,
+    still: Still,
+    tracer: Tracer,
+    order: list[str],
+    outputs: list[torch.Tensor],
+    batch: int,
+    notes: tuple[str, ...],
 ) -> Plan:
     leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
     _freeze_unknown_owners(model, still, tracer, leaves)
@@ -247,6 +256,7 @@ def _number(
         other_params=other,
         notes=notes,
     )
+    dead = _dead_ends(plan, numbers.consumed, leaves, outputs)
     known = {(w.module, w.attribute) for w in plan.widths}
     heads = [(path, channel(slots)) for path, slots in _heads(tracer, solution)]
     told = follow_config(model, tracer.numbers, plan.tensors, plan.unit, heads)
@@ -256,8 +266,19 @@ def _number(
         plan = _in_multiples(plan, [(channel(slots.reshape(-1)), m) for slots, m in tracer.multiples])
     if projected:
         plan = _above_projections(plan, projected)
+    ends = [i for i, g in enumerate(plan.groups) if g.root in dead]
+    plan = plan.freeze(ends, "no output of this forward depends on it")
     alone = np.flatnonzero(plan.group_units == 1).tolist()
     return plan.freeze(alone, "its channels all go together: nothing of it can be removed")
+
+
+def _dead_ends(plan: Plan, consumed: set[int], leaves: list[Leaf], outputs: list[torch.Tensor]) -> set[str]:
+    """Roots of groups that nothing sums over and that no output depends on: who else reads them is not seen."""
+    if len(consumed) == len(plan.groups):
+        return set()
+    met = reached(outputs)
+    used = {leaf.name for leaf in leaves if id(leaf.tensor) in met}
+    return {g.root for i, g in enumerate(plan.groups) if i not in consumed and used.isdisjoint(n for n, _ in g.members)}
 
 
 def _in_multiples(plan: Plan, needed: list[tuple[ChannelArray, int]]) -> Plan:

@@ -26,6 +26,7 @@ class Numbering:
         self.solution = solution
         self.roots = roots
         self.frozen: list[Frozen] = []
+        self.consumed: set[int] = set()  # groups that some layer sums over
         self._is_frozen = solution.frozen.mask[solution.unit]
         claims = self._claim()
         claims = self._merge_coupled(claims)
@@ -183,6 +184,8 @@ class Numbering:
                     members[i].append((tensor.name, axis.dim))
                     if axis.role == "out":
                         layers[i].append(layer_of(tensor.name))
+                    elif axis.role == "in":
+                        self.consumed.add(i)
         found: list[Group] = []
         roots: set[str] = set()
         is_noted = self.solution.noted.mask

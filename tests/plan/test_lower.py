@@ -161,6 +161,30 @@ def test_what_only_training_runs_is_pruned_along_and_what_nothing_runs_is_noted(
     sum(out.sum() for out in model(x)).backward()
 
 
+@pytest.mark.parametrize("used", [False, True])
+def test_what_no_output_depends_on_stays(used: bool) -> None:
+    """Of inputs shorter than a window nothing is made of the keys: what longer ones do with them is not seen."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.keys, self.leave = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(6, 3)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x).relu()
+            keys = self.keys(x)
+            if used:
+                return self.leave(x) * (keys @ keys.mT).sum(2, keepdim=True)
+            keys = keys[:, : x.shape[1] // 16]
+            return torch.cat([self.leave(x), self.norm(keys)[..., :3]], 1) if keys.numel() else self.leave(x)
+
+    plan = build_plan(Windows(), torch.randn(2, 7, 5))
+    roots = {g.root for g in plan.groups}
+    assert roots == {"enter", "keys"} if used else roots == {"enter"}
+    assert used or {f.layer: f.reason for f in plan.frozen}["keys"] == "no output of this forward depends on it"
+
+
 def test_failing_forward_says_which_inputs() -> None:
     with pytest.raises(PlanError, match=r"fails on the example inputs \(\(4, 5, 8, 8\)\)"):
         build_plan(Small(), torch.randn(4, 5, 8, 8))
