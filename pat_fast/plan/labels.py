@@ -177,10 +177,13 @@ class Slots:
         self._followers.append((int(slots[0]), n))
         return slots
 
-    def follows(self, factor: IntArray) -> bool:
-        """Whether ``factor`` is made of followers."""
+    def waits(self, factor: IntArray) -> bool:
+        """Whether it is for later to say what ``factor`` counts of labels that vary along more dimensions.
+
+        Of units it does not wait: these are what it stands for. Of followers it does.
+        """
         first = int(factor.flat[0])
-        return any(start <= first < start + n for start, n in self._followers)
+        return not is_phantom(factor) or any(start <= first < start + n for start, n in self._followers)
 
     def unify(self, a: IntArray, b: IntArray) -> None:
         """Say that ``a`` and ``b`` (broadcast against each other) are the same channels."""

@@ -287,6 +287,8 @@ class NumberWatch(TorchFunctionMode):
             if isinstance(number, Number) and number.watch is self and out.shape[dim] == int(number):
                 if name in _FRESH:
                     self.tracer.add_factor(out, dim)
+                elif name == "expand" and not any(dim in varying(f) for f in self.tracer.mark(out).factors):
+                    self.tracer.add_factor(out, dim, following=True)
                 self.use(number, self.tracer.mark(out).factors, dim)
 
     def use(self, number: Number, factors: Sequence[IntArray], dim: int) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .hollow import Hollow
-from .labels import Factors, IntArray, Slots, flat, is_phantom, place, varying
+from .labels import Factors, IntArray, Slots, flat, place, varying
 from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
 from .running import Still, calls_made_by
@@ -223,10 +223,11 @@ class Tracer(TorchDispatchMode):
             for dim in inner if len(inner) < len(varying(factor)) else ():  # of heads that are normalised one by one
                 self.pin(factor, dim, "")
 
-    def add_factor(self, tensor: Tensor, dim: int) -> None:
-        """Label ``dim`` of a new tensor, whose size was given: it follows what it meets."""
-        if tensor.shape[dim] > 1:
-            self.set(tensor, (*self.mark(tensor).factors, place(self.slots.new(tensor.shape[dim]), dim, tensor.ndim)))
+    def add_factor(self, tensor: Tensor, dim: int, following: bool = False) -> None:
+        """Label ``dim`` of a new tensor, whose size was given: it is, or if ``following`` goes with, what it meets."""
+        if (n := tensor.shape[dim]) > 1:
+            slots = self.slots.followers(n) if following else self.slots.new(n)
+            self.set(tensor, (*self.mark(tensor).factors, place(slots, dim, tensor.ndim)))
 
     def where(self) -> str:
         """The op being traced and the module that called it, for messages."""
@@ -368,9 +369,9 @@ class Tracer(TorchDispatchMode):
             if not shared & set(dims):
                 continue
             covered |= shared
-            if shared < set(dims) and (not is_phantom(other) or self.slots.follows(other)):
+            if shared < set(dims) and self.slots.waits(other):
                 self.shares.append((factor, other))  # one for each head, or one for all: see _choose_units
-            elif once and not (set(dims) < shared and not is_phantom(factor)):
+            elif once and not (set(dims) < shared and self.slots.waits(factor)):
                 self.slots.unify(factor, other)
         for dim in dims:
             if shape[dim] > 1 and dim not in covered:

@@ -234,12 +234,41 @@ def _matching(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[i
 
 @rule("as_strided")
 def restride(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Pooling to 1 x 1 in channels_last rewrites the strides of its size-1 dimensions; that moves nothing."""
-    extents = [(n, s) for n, s in zip(out.shape, out.stride(), strict=True) if n > 1]
-    dense = all(extents[i][1] == math.prod(n for n, _ in extents[i + 1 :]) for i in range(len(extents)))
-    if out is args[0] and dense and len(extents) <= 2:
+    """Dimensions with labels stay what they are; the others may be seen in windows that overlap."""
+    x = args[0]
+    if out is x and _is_dense(out):
+        return  # pooling to 1 x 1 in channels_last rewrites the strides of its size-1 dimensions; that moves nothing
+    factors = [_in_windows(f, x, out) for f in tr.mark(x).factors]
+    if any(f is None for f in factors) or out.storage_offset() != x.storage_offset():
+        tr.barrier([x], "is viewed with strides written in the code")
         return
-    tr.barrier([args[0]], "is viewed with strides written in the code")
+    tr.set(out, [f for f in factors if f is not None])
+
+
+def _is_dense(x: Tensor) -> bool:
+    extents = [(n, s) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
+    dense = all(extents[i][1] == math.prod(n for n, _ in extents[i + 1 :]) for i in range(len(extents)))
+    return dense and len(extents) <= 2
+
+
+def _in_windows(factor: IntArray, x: Tensor, out: Tensor) -> IntArray | None:
+    """``factor`` of ``x`` for ``out``, which has what it varies along in the same order; None if it has not."""
+    sizes = list(zip(out.shape, out.stride(), strict=True))
+    places: list[int] = []
+    for dim in varying(factor):
+        n, stride = x.shape[dim], x.stride(dim)
+        found = [d for d, size in enumerate(sizes) if size == (n, stride)]
+        others = [size for size in sizes if size != (n, stride)]
+        within = sum((m - 1) * s for m, s in others if s < stride)
+        if len(found) != 1 or within >= stride or any(s % (n * stride) for m, s in others if s >= stride and m > 1):
+            return None
+        places += found
+    if places != sorted(places):
+        return None
+    shape = [1] * out.ndim
+    for place_, dim in zip(places, varying(factor), strict=True):
+        shape[place_] = factor.shape[dim]
+    return factor.reshape(shape)
 
 
 @rule("repeat", "tile")
