@@ -358,6 +358,31 @@ def test_a_config_that_cannot_is_told(tmp_path: Path) -> None:
     assert torch.equal(loaded(ids()).last_hidden_state, model(ids()).last_hidden_state)
 
 
+@pytest.mark.parametrize("kind", ["number", "table"])
+def test_what_a_config_would_make_otherwise_is_told(kind: str, tmp_path: Path) -> None:
+    """Of the width at first, an embedding's scale or a table of positions: no shape shows it, and no file holds it."""
+    import transformers
+
+    small = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 16}
+    x: Any = {"input_ids": torch.arange(3, 13).reshape(2, 5)}
+    if kind == "number":
+        more = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.Gemma2Config(**small, **more, head_dim=8, intermediate_size=32)
+        model: Any = transformers.Gemma2ForCausalLM(config)
+        message = r"model.embed_tokens.\w*embed_scale is 5.6569, the config makes it 4: .*use pat_fast.save"
+    else:
+        more = {f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in
+                (("layers", 1), ("attention_heads", 4), ("ffn_dim", 32))}  # fmt: skip
+        model = transformers.MarianMTModel(transformers.MarianConfig(**small, d_model=32, **more))
+        x["decoder_input_ids"] = x["input_ids"]
+        message = r"embed_positions.weight \(16, 16\) holds other values than the config .*use pat_fast.save"
+    pruner = pat.Pruner(model.eval(), 0.5, end_epoch=1, example_inputs=x, ranking="local")
+    pruner.step()
+    with pytest.raises(pat.CheckpointError, match=message):
+        save_pretrained(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_what_is_no_model_of_transformers(tmp_path: Path) -> None:
     with pytest.raises(pat.CheckpointError, match=r"expected a model of Transformers, got Small; use pat_fast.save"):
         save_pretrained(Small(), tmp_path)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +40,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "activation": {"importance": "activation"},
     "activation_taylor": {"importance": "activation_taylor"},
 }
+
+
+def test_a_model_that_was_saved_whole_needs_no_pat_fast(tmp_path: Path) -> None:
+    """In another process, which could not even import it; before the first forward, while a hook waits for one."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    pruners = [pat.Pruner(model, 0.5), pat.Pruner(model, 0.5, importance="activation", example_inputs=torch.ones(2, 4))]
+    assert any(m._forward_pre_hooks for m in model)
+    assert model._forward_pre_hooks
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys; sys.modules['pat_fast'] = None; import torch; "
+        f"print(torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)(torch.ones(1, 4)).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for pruner in pruners:
+        pruner.close()
+    assert json.loads(done.stdout)[0] == pytest.approx(model(torch.ones(1, 4))[0].tolist())
 
 
 @pytest.mark.parametrize("how", COPIES)
