@@ -64,4 +64,5 @@ _RUNS: dict[type[nn.Module], Run] = {
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
     nn.ReLU: _relu,
+    nn.ReLU6: lambda layer, x: F.hardtanh(x, layer.min_val, layer.max_val, layer.inplace),
 }

@@ -20,6 +20,7 @@ LAYERS = [
     (nn.BatchNorm2d(4, track_running_stats=False), (2, 4, 3, 3)),
     (nn.BatchNorm3d(4, momentum=None, eps=0.1), (2, 4, 2, 2, 2)),
     (nn.ReLU(), (3,)),
+    (nn.ReLU6(inplace=True), (3,)),
     (nn.GELU(), (3,)),
 ]
 

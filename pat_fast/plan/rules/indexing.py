@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,7 +62,7 @@ def rows(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], o
     dim, width = (0, args[1].ndim) if of_table else (nth(args[1], x), 1)
     leaf = tr.leaves.get(id(x)) if of_table else None
     if leaf is not None and not leaf.axes and len(x) > 1:
-        leaf.axes[0] = np.broadcast_to(tr.slots.new(1), len(x))  # all of these stay: one slot will do for a vocabulary
+        leaf.axes[0] = tr.slots.new(1).repeat(len(x))  # all of these stay: one slot will do for a vocabulary
     mark = tr.mark(x)
     factors = _looked_up(tr, mark.factors, [dim], dim, width, x.ndim)
     if mark.leaf is not None and of_table:  # any other table follows what it is added to
