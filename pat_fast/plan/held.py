@@ -45,15 +45,24 @@ class Parts(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What tensors were when they were looked at, side by side: their strides, their devices and dtypes."""
+    """What tensors were when they were looked at.
+
+    Attributes:
+        strides, kinds: side by side; kinds are devices and dtypes.
+        alike: whether all are of one kind.
+        lazy: whether one is negated or conjugated, which its memory does not show.
+    """
 
     strides: list[tuple[int, ...]]
     kinds: list[Kind]
+    alike: bool
+    lazy: bool
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Seen:
         """What they are now; of those that are of one kind it is one object."""
         tensors = list(tensors)
         one: dict[Kind, Kind] = {}
-        kinds = ((t.device, t.dtype) for t in tensors)
-        return cls([t.stride() for t in tensors], [one.setdefault(kind, kind) for kind in kinds])
+        kinds = [one.setdefault(kind, kind) for kind in ((t.device, t.dtype) for t in tensors)]
+        lazy = any(t.is_neg() or t.is_conj() for t in tensors)
+        return cls([t.stride() for t in tensors], kinds, len(one) <= 1, lazy)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -59,30 +58,28 @@ class Gathering:
         self.plan, self.layout, self.kept, self.joints = plan, layout, kept, joints
         strides = layout.dense(sizes)  # of plain tensors
         self.before = layout.whole
-        starts, counts = np.append(kept.bounds[:-1], 0), np.append(kept.counts, 0)
-        starts[counts == np.append(plan.vectors.lengths, 0)] = NONE
-        self._sides = np.stack([layout.rows, layout.columns], axis=1)
-        self.after = np.concatenate([layout.tiles(sizes, strides), starts[self._sides]], axis=1)
+        starts = np.where(kept.counts == plan.vectors.lengths, NONE, kept.bounds[:-1])
+        self._sides = layout.sides
+        self.after = np.concatenate([layout.tiles(sizes, strides), np.append(starts, NONE)[self._sides]], axis=1)
         self._index = [kept.local.astype(np.int32)]  # lists of indices, by offset; of what every vector keeps first
         self._length = len(self._index[0])
         self.lists: dict[tuple[int, int, int], tuple[int, int]] = {}
         self._joint_pairs: dict[int, list[tuple[bool, Pair]]] = {}
-        ones = np.ones((len(joints), sizes.shape[1]), dtype=np.int64)
-        lengths = [sum(math.prod(part.left(sizes)) * part.per for part in parts) for parts in joints]
-        self.sizes = np.concatenate([sizes, np.insert(ones[:, 1:], 0, lengths, axis=1)])
-        self.strides = np.concatenate([strides, ones])
-        self.ndim = np.append(plan.shapes.ndim, ones[:, 0])
-        self.plain = np.append(layout.plain, ones[:, 0] == 0)
-        self.expected = [*layout.strides, *[(1,) for _ in joints]]
+        self.sizes, self.strides, self.ndim = sizes, strides, plan.shapes.ndim
+        self.plain, self.large, self.expected = layout.plain, layout.large, layout.strides
+        if joints:
+            ones = np.ones((len(joints), sizes.shape[1]), dtype=np.int64)
+            lengths = [sum(math.prod(part.left(sizes)) * part.per for part in parts) for parts in joints]
+            self.sizes = np.concatenate([sizes, np.insert(ones[:, 1:], 0, lengths, axis=1)])
+            self.strides = np.concatenate([strides, ones])
+            self.ndim = np.append(plan.shapes.ndim, ones[:, 0])
+            self.plain = np.append(layout.plain, ones[:, 0] == 0)
+            self.large = np.append(layout.large, ones[:, 0] == 1)
+            self.expected = [*layout.strides, *[(1,) for _ in joints]]
 
     def rows(self, of: IndexArray, numbers: IndexArray) -> list[list[int]]:
         """What ``sizes`` or ``strides`` say of these tensors."""
-        ndim, rows = self.ndim[numbers], of[numbers]
-        starts = [0, *(np.flatnonzero(np.diff(ndim)) + 1).tolist(), len(numbers)]
-        found: list[list[int]] = []
-        for start, stop in pairwise(starts):
-            found += rows[start:stop, : int(ndim[start])].tolist() if stop > start else []
-        return found
+        return [row[:n] for row, n in zip(of[numbers].tolist(), self.ndim[numbers].tolist(), strict=True)]
 
     def index(self) -> Tensor:
         """All lists that the tables made so far point into: int32."""

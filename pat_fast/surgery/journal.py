@@ -6,9 +6,10 @@ are as large as it was. The last batch keeps its old tensors; its new ones are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, compress
+from operator import not_
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..errors import SurgeryError
 from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
 from ..plan.flat import IndexArray
-from ..plan.held import Kind
+from ..plan.held import Kind, Seen
 from .gather import Gathering, Pair, Part, Row, pairs
 from .layout import dense_strides
 from .put import Blanks, blank_like, is_alone, set_tensor
@@ -33,54 +34,70 @@ STEP = 16 * 2**20
 memory where these were; more than 32 MiB at once the C library would ask of the system, page by page."""
 SOME = 2**20  # elements that are put back at once
 MUCH = 2**20  # bytes from which on the small tensors are cut while others are copied
-SHARE = 0.9  # of the bytes, which those others have
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that hold what is moved, by size
 
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
 
 
 class Moves:
-    """Tensors that are to be cut, side by side.
+    """Tensors side by side, some of which are to be cut.
+
+    Those of a binding are all here, in the order of its plan, so that nothing needs to be picked out of its lists.
 
     Attributes:
+        cut: places of those that are cut.
         numbers: of the plan's tensors that they are laid out as; after these, of ``joints``.
         olds: the tensors as they are, until they are let go of.
-        strides, kinds: of these, see :class:`pat_fast.plan.held.Seen`.
+        strides, kinds, alike, lazy: of these, see :class:`pat_fast.plan.held.Seen`.
         holders, keys: where each stands: the data of a tensor, whose key is None, or an entry of a dict or a list.
         joints: the parts of vectors of many tensors.
         made: what makes the new tensor, by the place of one that is of another shape than the plan's.
-        nodes: the gradient accumulators of tensors that have some, by the ``id`` of the tensor, until they are dropped.
+        grads: parameters that have a gradient, which is not with them while both are of different shapes, and where
+            that is meanwhile.
+        accumulated: parameters that autograd may have a gradient accumulator of.
+        nodes: these accumulators, by the ``id`` of the parameter, until they are dropped.
         blanks: empty tensors of other dtypes, by device and dtype.
     """
 
     def __init__(self) -> None:
+        self.cut: list[int] = []
         self.numbers: list[int] = []
         self.olds: list[Tensor | None] = []
         self.strides: list[tuple[int, ...]] = []
         self.kinds: list[Kind] = []
+        self.alike, self.lazy = True, False
         self.holders: list[Any] = []
         self.keys: list[Any] = []
         self.joints: list[list[Part]] = []
         self.made: dict[int, Callable[[], Tensor]] = {}
+        self.grads: list[tuple[Tensor, dict[int, Tensor], int]] = []
+        self.accumulated: list[Tensor] = []
         self.nodes: dict[int, Any] = {}
         self.blanks: Blanks = {}
 
-    def add(
-        self,
-        numbers: Iterable[int],
-        olds: Iterable[Tensor],
-        strides: Iterable[tuple[int, ...]],
-        kinds: Iterable[Kind],
-        holders: Iterable[Any],
-        keys: Iterable[Any],
+    def add_held(self, data: list[Tensor | None], seen: Seen, tensors: list[Tensor], cut: Iterable[int]) -> None:
+        """Take up all that a binding's ``tensors`` hold, of which those at ``cut`` are cut; it is let go of there."""
+        first = len(self.olds)
+        self.cut += [first + place for place in cut] if first else cut
+        self._add(range(len(tensors)), data, seen, tensors, [None] * len(tensors))
+        data.clear()
+
+    def add(self, number: int, old: Tensor, holder: Any, key: Any) -> None:
+        """Take up one that is cut and stands in a dict or list."""
+        self.cut.append(len(self.olds))
+        self._add([number], [old], Seen.of([old]), [holder], [key])
+
+    def _add(
+        self, numbers: Iterable[int], olds: Iterable[Tensor | None], seen: Seen, holders: list[Any], keys: list[Any]
     ) -> None:
-        """Take up some more."""
-        self.numbers.extend(numbers)
-        self.olds.extend(olds)
-        self.strides.extend(strides)
-        self.kinds.extend(kinds)
-        self.holders.extend(holders)
-        self.keys.extend(keys)
+        self.alike = self.alike and seen.alike and self.kinds[:1] in ([], seen.kinds[:1])
+        self.lazy = self.lazy or seen.lazy
+        self.numbers += numbers
+        self.olds += olds
+        self.strides += seen.strides
+        self.kinds += seen.kinds
+        self.holders += holders
+        self.keys += keys
 
     def put(self, place: int, new: Tensor) -> None:
         """Let ``new`` stand where the tensor of this place stood."""
@@ -103,12 +120,12 @@ class Moves:
             for place, tensor in zip(places, new, strict=True):
                 self.put(place, tensor)
             return
+        holders, keys = self.holders, self.keys
         for place, tensor in zip(places, new, strict=True):
-            holder, key = self.holders[place], self.keys[place]
-            if key is None:
-                holder.data = tensor
+            if keys[place] is None:
+                holders[place].data = tensor
             else:
-                holder[key] = tensor
+                holders[place][keys[place]] = tensor
 
     def frees(self, place: int) -> bool:
         """Whether the memory of a tensor is free when it is let go of, and can be laid out again as it was."""
@@ -131,11 +148,11 @@ class Copy:
         gathering: says what stays of them.
         moves: the tensors.
         places: which of them.
+        numbers: what these are laid out as.
     """
 
-    def __init__(self, gathering: Gathering, moves: Moves, places: list[int]) -> None:
-        self._gathering, self._moves, self._places = gathering, moves, places
-        self._numbers = np.array([moves.numbers[place] for place in places], dtype=np.int64)
+    def __init__(self, gathering: Gathering, moves: Moves, places: list[int], numbers: IndexArray) -> None:
+        self._gathering, self._moves, self._places, self._numbers = gathering, moves, places, numbers
         self._outs: list[Tensor] = []  # what stays of each; then what goes of all, if that is copied
         self._layouts: list[tuple[torch.Size, tuple[int, ...]]] = []
         self._plain: IndexArray = np.zeros(0, dtype=np.int64)  # places of tensors that are one dense tile
@@ -150,7 +167,7 @@ class Copy:
         """
         xs: list[Any] = [self._moves.olds[place] for place in self._places]
         strides = [self._moves.strides[place] for place in self._places]
-        if any(map(Tensor.is_neg, xs)) or (xs[0].is_complex() and any(map(Tensor.is_conj, xs))):
+        if self._moves.lazy:
             xs = [x.resolve_neg().resolve_conj() for x in xs]
             strides = list(map(Tensor.stride, xs))
         self._lay_out(xs, strides)
@@ -200,9 +217,10 @@ class Copy:
             moves.put(place, new)
             moves.olds[place] = None
 
-    def let_go(self) -> None:
-        """Let go of the old tensors."""
-        for place in self._places:
+    def let_go(self, olds: bool) -> None:
+        """Let go of the new tensors, which are in their places, and of the ``olds``, too."""
+        self._outs.clear()
+        for place in self._places if olds else ():
             self._moves.olds[place] = None
 
     def back(self) -> None:
@@ -278,15 +296,22 @@ class Batch:
         gathering: says what stays of them.
         moves: the tensors.
         places: which of them.
-        left: bytes that stay of each of all tensors.
+        numbers: what each of all tensors is laid out as.
+        left: bytes that stay of each.
         lets_go: whether the old tensors are let go of; they are made again if need be.
     """
 
     def __init__(
-        self, gathering: Gathering, moves: Moves, places: Sequence[int], left: IndexArray, lets_go: bool
+        self,
+        gathering: Gathering,
+        moves: Moves,
+        places: list[int],
+        numbers: IndexArray,
+        left: IndexArray,
+        lets_go: bool,
     ) -> None:
-        self._gathering, self._moves, self._places, self._left = gathering, moves, places, left
-        self._lets_go = lets_go
+        self._gathering, self._moves, self._places, self._lets_go = gathering, moves, places, lets_go
+        self._numbers, self._left = numbers, left
         self._copies: list[Copy] = []
         self._small: list[Copy] = []  # of these, what is copied beside the largest
 
@@ -296,7 +321,9 @@ class Batch:
         Old ones that stay are replaced, and ``meanwhile`` is called, while other threads copy the largest.
         """
         moves, lets_go = self._moves, self._lets_go
-        others, self._small, large = ([Copy(self._gathering, moves, some) for some in part] for part in self._parts())
+        others, self._small, large = (
+            [Copy(self._gathering, moves, some, self._numbers[some]) for some in part] for part in self._parts()
+        )
         self._copies = [*others, *self._small, *large]
 
         def put() -> None:
@@ -330,21 +357,19 @@ class Batch:
         """
         moves, kinds = self._moves, dict[Kind, list[int]]()
         gathered = [place for place in self._places if place not in moves.made] if moves.made else self._places
-        for kind, places in groupby(gathered, moves.kinds.__getitem__):
-            kinds.setdefault(kind, []).extend(places)
-        *others, most = sorted(kinds.values(), key=len) or [[]]
-        left = self._left[most]
-        if not most or self._lets_go or left.sum() < MUCH or moves.kinds[most[0]][0].type != "cpu":
+        for place in gathered if not moves.alike else ():
+            kinds.setdefault(moves.kinds[place], []).append(place)
+        *others, most = sorted(kinds.values(), key=len) or [gathered]
+        if not most or self._lets_go or moves.kinds[most[0]][0].type != "cpu" or self._left[most].sum() < MUCH:
             return others, [], [most] if most else []
-        order = np.argsort(-left, kind="stable")
-        count = int(np.searchsorted(np.cumsum(left[order]), SHARE * left.sum())) + 1
-        large, small = (np.array(most)[np.sort(part)].tolist() for part in (order[:count], order[count:]))
-        return others, [small] if small else [], [large]
+        is_large = self._gathering.large[self._numbers[most]].tolist()
+        large, small = ([*compress(most, some)] for some in (is_large, map(not_, is_large)))
+        return others, [small] if small else [], [large] if large else []
 
     def let_go(self) -> None:
-        """Let go of the old tensors of what has been copied beside the largest; it cannot go back then."""
-        for copy in self._small:
-            copy.let_go()
+        """Let go of all but the largest old tensors, which are read still; it cannot go back then."""
+        for copy in self._copies:
+            copy.let_go(olds=copy in self._small)
 
     def back(self) -> None:
         """Put the old tensors in their places, however many of them have been replaced."""
@@ -368,22 +393,25 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
         SurgeryError: a dtype that cannot be moved.
     """
     olds: list[Any] = moves.olds
-    for dtype in {dtype for _, dtype in moves.kinds}:
+    kinds = moves.kinds[:1] if moves.alike else moves.kinds
+    for _, dtype in set(kinds):
         if dtype.itemsize not in INTEGERS:
             raise SurgeryError(f"expected elements of {(*INTEGERS,)} bytes, got {dtype}; convert the model first")
-    left = gathering.sizes.prod(1)[moves.numbers] * np.array([dtype.itemsize for _, dtype in moves.kinds], np.int64)
-    everything = range(len(olds))
-    before = [] if left.sum() <= room else [old.nbytes for old in olds]
-    largest = max(before, default=0)
-    if left.sum() <= max(room, largest):
-        return [Batch(gathering, moves, everything, left, lets_go=False)]
+    numbers = np.array(moves.numbers, dtype=np.int64)
+    left = gathering.sizes.prod(1)[numbers] * np.array([dtype.itemsize for _, dtype in kinds], dtype=np.int64)
+    total = left[moves.cut].sum()
+    before = {} if total <= room else {place: olds[place].nbytes for place in moves.cut}
+    largest = max(before.values(), default=0)
+    if total <= max(room, largest):
+        return [Batch(gathering, moves, moves.cut, numbers, left, lets_go=False)]
     # Of what frees nothing the old tensor may as well stay.
-    extra = np.where([moves.frees(place) for place in everything], left, 0)
-    smallest_first = np.argsort(extra, kind="stable")
-    stay = set(smallest_first[np.cumsum(extra[smallest_first]) <= max(room, largest)].tolist())
+    extra = {place: int(left[place]) if moves.frees(place) else 0 for place in moves.cut}
+    smallest_first = sorted(moves.cut, key=extra.__getitem__)
+    together = accumulate(extra[place] for place in smallest_first)
+    stay = {place for place, bytes_ in zip(smallest_first, together, strict=True) if bytes_ <= max(room, largest)}
     found: list[list[int]] = [[]]
     size = 0
-    for place in everything:
+    for place in moves.cut:
         if place not in stay:
             size += before[place]
             if size > max(min(STEP, room), largest):
@@ -391,6 +419,6 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
                 size = before[place]
             found[-1].append(place)
     return [
-        *(Batch(gathering, moves, some, left, lets_go=True) for some in found),
-        Batch(gathering, moves, sorted(stay), left, lets_go=False),
+        *(Batch(gathering, moves, some, numbers, left, lets_go=True) for some in found),
+        Batch(gathering, moves, sorted(stay), numbers, left, lets_go=False),
     ]

@@ -18,6 +18,8 @@ from ..ops.tiles import NONE
 from ..plan.flat import IndexArray
 from ..plan.types import Plan, is_grouped
 
+SHARE = 0.9
+
 
 def dense_strides(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
     """Strides of a dense tensor of ``shape`` whose dimensions lie in the order of the strides ``like``."""
@@ -158,6 +160,20 @@ class Layout:
             np.where(kernel < 0, one, strides + kernel),
         ]
         return np.stack(picked, axis=1), np.append(self.places[:, 3:].T.reshape(-1), 1)
+
+    @cached_property
+    def sides(self) -> IndexArray:
+        """The channel vectors of rows and columns ``[T, 2]``."""
+        return np.stack([self.rows, self.columns], axis=1)
+
+    @cached_property
+    def large(self) -> NDArray[np.bool_]:
+        """Which tensors are the largest, that hold ``SHARE`` of all elements together ``[T]``."""
+        elements = self.sizes.prod(1)
+        order = np.argsort(-elements, kind="stable")
+        found = np.zeros(len(order), dtype=np.bool_)
+        found[order[: int(np.searchsorted(np.cumsum(elements[order]), SHARE * elements.sum())) + 1]] = True
+        return found
 
     @cached_property
     def whole(self) -> IndexArray:

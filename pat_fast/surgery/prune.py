@@ -70,23 +70,24 @@ class Held:
     Attributes:
         tensors: parameters and buffers.
         data: what they hold.
-        grads: their gradients.
-        alone: whether autograd surely has no gradient accumulator of theirs.
+        grads: the gradients that there are, by the places of their tensors.
+        accumulated: places of tensors of which autograd may have a gradient accumulator.
         seen: their strides, devices and dtypes.
     """
 
     tensors: list[Tensor]
-    data: list[Tensor]
-    grads: list[Tensor | None]
-    alone: list[bool]
+    data: list[Tensor | None]
+    grads: dict[int, Tensor]
+    accumulated: set[int]
     seen: Seen
 
     @classmethod
     def of(cls, binding: Binding) -> Held:
         """Look at all that a prune may cut."""
         tensors = list(binding.tensors.values())
-        alone = [*map(is_alone, tensors)]
-        return cls(tensors, [t.data for t in tensors], [t.grad for t in tensors], alone, binding.look())
+        accumulated = {place for place, t in enumerate(tensors) if not is_alone(t)}
+        grads = {place: grad for place, t in enumerate(tensors) if (grad := t.grad) is not None}
+        return cls(tensors, [t.data for t in tensors], grads, accumulated, binding.look())
 
 
 def prune(
@@ -150,20 +151,20 @@ def prune_checked(
     for bound in bindings if held is None else bindings[1:]:
         bound.check()
     every = [held or Held.of(binding), *map(Held.of, bindings[1:])]
-    moves, cut = _moves(binding.plan, every, sizes, kept, optimizers)
+    moves = _moves(binding.plan, every, sizes, kept, optimizers)
     counted = counts(optimizers)
     undo: list[Undo] = []
     try:
         gathering = Gathering(binding.plan, layout_of(binding, every[0].seen.strides), kept, sizes, moves.joints)
         parts = batches(gathering, moves, room)
         with uninterrupted():
-            _cut(moves, cut, parts, undo, partial(_follow, counted, bindings, kept, undo), final=then is None)
+            _cut(moves, parts, undo, partial(_follow, counted, bindings, kept, undo), final=then is None)
             smaller = Smaller(binding, kept)
             if then is not None:
                 then(smaller)
             # An interrupt that has waited is raised at the end of this block: the prune is done. What it needed may not
             # live on in the traceback.
-            for needed in (undo, parts, moves.olds, moves.made, cut):
+            for needed in (undo, parts, moves.olds, moves.made, moves.grads):
                 needed.clear()
     except BaseException as error:
         take_back(undo, error)
@@ -171,24 +172,20 @@ def prune_checked(
     return smaller
 
 
-def _cut(
-    moves: Moves, cut: list[Cut], parts: list[Batch], undo: list[Undo], follow: Callable[[], None], final: bool
-) -> None:
+def _cut(moves: Moves, parts: list[Batch], undo: list[Undo], follow: Callable[[], None], final: bool) -> None:
     """Cut the tensors, and ``follow``; what takes each step back is appended to ``undo`` first.
 
     If that is ``final``, there is nothing left that could fail, and no way back.
     """
-    alone = [(tensor, yes) for some in cut for tensor, yes in zip(some.tensors, some.alone, strict=True)]
-    moves.nodes = accumulators([tensor for tensor, yes in alone if not yes])
-    with_grad = [(some, i) for some in cut for i, grad in enumerate(some.grads) if grad is not None]
+    moves.nodes = accumulators(moves.accumulated)
 
     def attach() -> None:
-        for some, i in with_grad:
-            some.tensors[i].grad = some.grads[i]
+        for tensor, grads, place in moves.grads:
+            tensor.grad = grads[place]
 
     undo.append(attach)
-    for some, i in with_grad:
-        some.tensors[i].grad = None
+    for tensor, _, _ in moves.grads:
+        tensor.grad = None
 
     def finish() -> None:
         attach()
@@ -217,7 +214,8 @@ def _follow(counted: list[Change], bindings: list[Binding], kept: Kept, undo: li
 def prepare(binding: Binding) -> None:
     """Work out ahead what the first prune needs of the plan and of the model; later ones find it there."""
     binding.remember()
-    _ = layout_of(binding, binding.look().strides).whole
+    layout = layout_of(binding, binding.look().strides)
+    _ = layout.whole, layout.sides, layout.large
     tabulate(binding)
     note_dense(binding)
     plan = binding.plan
@@ -232,59 +230,45 @@ def layout_of(binding: Binding, strides: list[tuple[int, ...]]) -> Layout:
     return known
 
 
-@dataclass(slots=True)
-class Cut:
-    """Parameters and buffers that shrink.
-
-    Attributes:
-        grads: their gradients, which are not with them while both are of different shapes.
-        alone: see :class:`Held`.
-    """
-
-    tensors: list[Tensor]
-    grads: list[Tensor | None]
-    alone: list[bool]
-
-
 def _moves(
     plan: Plan, every: list[Held], sizes: NDArray[np.int64], kept: Kept, optimizers: list[Optimizer]
-) -> tuple[Moves, list[Cut]]:
+) -> Moves:
     """All that is cut: those of the plan's tensors that come to have other ``sizes [T, D]``, and what follows them.
 
     Raises:
         SurgeryError: a gradient or an optimizer's state cannot be shrunk.
     """
     check_state(optimizers)
-    smaller = np.flatnonzero((sizes != plan.shapes.sizes).any(1))
-    ordered = smaller[np.argsort(plan.shapes.ndim[smaller], kind="stable")].tolist()  # what is alike is made in one go
-    moves, cut = Moves(), []
+    smaller = np.flatnonzero((sizes != plan.shapes.sizes).any(1)).tolist()
+    moves = Moves()
     seen: set[int] = set()
-    for held in every:
-        numbers = [number for number in ordered if id(held.tensors[number]) not in seen]  # a copy may share some
-        of_each = held.tensors, held.grads, held.alone
-        tensors, grads, alone = ([of[number] for number in numbers] for of in of_each)
-        data, strides, kinds = ([of[number] for number in numbers] for of in (held.data, *held.seen))
-        seen.update(map(id, tensors))
-        cut.append(Cut(tensors, grads, alone))
-        moves.add(numbers, data, strides, kinds, tensors, [None] * len(tensors))
-        _add_grads(moves, plan, numbers, grads)
-        for number, tensor in sorted(zip(numbers, tensors, strict=True), key=lambda of: of[0]) if optimizers else ():
-            if isinstance(tensor, nn.Parameter):
+    for place, held in enumerate(every):
+        # A copy may share some.
+        numbers = [n for n in smaller if id(held.tensors[n]) not in seen] if place else smaller
+        moves.add_held(held.data, held.seen, held.tensors, numbers)
+        if len(every) > 1 or optimizers:
+            seen.update(id(held.tensors[n]) for n in numbers)
+        if held.accumulated:
+            moves.accumulated += [held.tensors[n] for n in numbers if n in held.accumulated]
+        if held.grads:
+            _add_grads(moves, plan, numbers, held)
+        for number in numbers if optimizers else ():
+            if isinstance(tensor := held.tensors[number], nn.Parameter):
                 _add_states(moves, plan, number, tensor, kept, optimizers)
-        held.data.clear()  # what is cut is let go of on the way
-        held.grads.clear()
     _add_joints(moves, plan, every, seen, optimizers)
-    return moves, cut
+    return moves
 
 
-def _add_grads(moves: Moves, plan: Plan, numbers: list[int], grads: list[Tensor | None]) -> None:
-    for place, (number, grad) in enumerate(zip(numbers, grads, strict=True)):
+def _add_grads(moves: Moves, plan: Plan, numbers: list[int], held: Held) -> None:
+    for number in numbers:
+        grad = held.grads.get(number)
         if grad is not None:
             if grad.layout != torch.strided:
                 raise SurgeryError(
                     f"{plan.tensors[number].name} has a sparse gradient; call zero_grad() before pruning"
                 )
-            moves.add([number], [grad], *Seen.of([grad]), [grads], [place])
+            moves.grads.append((held.tensors[number], held.grads, number))
+            moves.add(number, grad, held.grads, number)
 
 
 def _add_states(
@@ -294,7 +278,7 @@ def _add_states(
     for state in state_tensors(optimizers, parameter, tensor.name):
         if state.factored:
             moves.made[len(moves.numbers)] = partial(_gathered, tensor, state, kept)
-        moves.add([number], [state.tensor], *Seen.of([state.tensor]), *([x] for x in state.slot(parameter)))
+        moves.add(number, state.tensor, *state.slot(parameter))
 
 
 def _add_joints(
@@ -308,7 +292,7 @@ def _add_joints(
         number = len(plan.tensors) + len(moves.joints)
         moves.joints.append([Part(known.get(id(p)), tuple(p.shape), numbers_in(p)) for p in joint.parameters])
         for under, state in joint.states:
-            moves.add([number], [state.tensor], *Seen.of([state.tensor]), *([x] for x in state.slot(under)))
+            moves.add(number, state.tensor, *state.slot(under))
 
 
 def _gathered(tensor: TensorMap, state: StateTensor, keep: Kept) -> Tensor:

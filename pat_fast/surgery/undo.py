@@ -13,6 +13,10 @@ from ..errors import PatError, SurgeryError
 
 Undo = Callable[[], None]
 
+# The functions in C: those of Python take ten times as long, to find that a handler is no member of an enum.
+_get: Any = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_set: Any = getattr(signal.signal, "__wrapped__", signal.signal)
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
@@ -40,16 +44,16 @@ def uncollected() -> Iterator[None]:
 @contextmanager
 def _unsignalled() -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if main else None
+    before = _get(signal.SIGINT) if main else None
     if before is None:
         yield
         return
     waiting: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+    _set(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _set(signal.SIGINT, before)
         if waiting and callable(before):
             before(*waiting[0])
 
