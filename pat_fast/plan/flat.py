@@ -228,6 +228,11 @@ class Shapes:
         )
 
     @cached_property
+    def by_ndim(self) -> IndexArray:
+        """The tensors with few dimensions first ``[T]``."""
+        return np.argsort(self.ndim, kind="stable")
+
+    @cached_property
     def grouped(self) -> BoolArray:
         """Whether an axis is dimension 1 of a grouped convolution ``[A]``."""
         return (self.groups[self.tensor] > 1) & (self.dim == 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +80,12 @@ class Gathering:
 
     def rows(self, of: IndexArray, numbers: IndexArray) -> list[list[int]]:
         """What ``sizes`` or ``strides`` say of these tensors."""
-        return [row[:n] for row, n in zip(of[numbers].tolist(), self.ndim[numbers].tolist(), strict=True)]
+        ndim, rows = self.ndim[numbers], of[numbers]
+        starts = [0, *(np.flatnonzero(np.diff(ndim)) + 1).tolist(), len(numbers)]
+        found: list[list[int]] = []
+        for start, stop in pairwise(starts):
+            found += rows[start:stop, : int(ndim[start])].tolist() if stop > start else []
+        return found
 
     def index(self) -> Tensor:
         """All lists that the tables made so far point into: int32."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import accumulate, compress
-from operator import not_
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -151,8 +150,8 @@ class Copy:
         numbers: what these are laid out as.
     """
 
-    def __init__(self, gathering: Gathering, moves: Moves, places: list[int], numbers: IndexArray) -> None:
-        self._gathering, self._moves, self._places, self._numbers = gathering, moves, places, numbers
+    def __init__(self, gathering: Gathering, moves: Moves, places: IndexArray, numbers: IndexArray) -> None:
+        self._gathering, self._moves, self._places, self._numbers = gathering, moves, places.tolist(), numbers
         self._outs: list[Tensor] = []  # what stays of each; then what goes of all, if that is copied
         self._layouts: list[tuple[torch.Size, tuple[int, ...]]] = []
         self._plain: IndexArray = np.zeros(0, dtype=np.int64)  # places of tensors that are one dense tile
@@ -305,7 +304,7 @@ class Batch:
         self,
         gathering: Gathering,
         moves: Moves,
-        places: list[int],
+        places: IndexArray,
         numbers: IndexArray,
         left: IndexArray,
         lets_go: bool,
@@ -333,7 +332,7 @@ class Batch:
         def beside() -> None:
             for copy in self._small:
                 copy.run(lets_go)
-            for place in self._places if moves.made else ():
+            for place in self._places.tolist() if moves.made else ():
                 if place in moves.made:
                     moves.put(place, moves.made[place]())
             if not lets_go:
@@ -350,21 +349,21 @@ class Batch:
         if lets_go:
             put()
 
-    def _parts(self) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    def _parts(self) -> tuple[list[IndexArray], list[IndexArray], list[IndexArray]]:
         """Places of what is copied together, of one device and dtype; of the kind with the most, small and large ones.
 
         A GPU copies beside the CPU anyway.
         """
         moves, kinds = self._moves, dict[Kind, list[int]]()
-        gathered = [place for place in self._places if place not in moves.made] if moves.made else self._places
-        for place in gathered if not moves.alike else ():
+        gathered = self._places[~np.isin(self._places, [*moves.made])] if moves.made else self._places
+        for place in gathered.tolist() if not moves.alike else ():
             kinds.setdefault(moves.kinds[place], []).append(place)
-        *others, most = sorted(kinds.values(), key=len) or [gathered]
-        if not most or self._lets_go or moves.kinds[most[0]][0].type != "cpu" or self._left[most].sum() < MUCH:
-            return others, [], [most] if most else []
-        is_large = self._gathering.large[self._numbers[most]].tolist()
-        large, small = ([*compress(most, some)] for some in (is_large, map(not_, is_large)))
-        return others, [small] if small else [], [large] if large else []
+        *others, most = sorted(map(np.array, kinds.values()), key=len) or [gathered]
+        if not len(most) or self._lets_go or moves.kinds[most[0]][0].type != "cpu" or self._left[most].sum() < MUCH:
+            return others, [], [most] if len(most) else []
+        is_large = self._gathering.large[self._numbers[most]]
+        large, small = most[is_large], most[~is_large]
+        return others, [small] if len(small) else [], [large] if len(large) else []
 
     def let_go(self) -> None:
         """Let go of all but the largest old tensors, which are read still; it cannot go back then."""
@@ -375,7 +374,7 @@ class Batch:
         """Put the old tensors in their places, however many of them have been replaced."""
         for copy in self._copies:
             copy.back()
-        for place in self._places:
+        for place in self._places.tolist():
             old = self._moves.olds[place]
             assert old is not None
             self._moves.put(place, old)
@@ -397,13 +396,13 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
     for _, dtype in set(kinds):
         if dtype.itemsize not in INTEGERS:
             raise SurgeryError(f"expected elements of {(*INTEGERS,)} bytes, got {dtype}; convert the model first")
-    numbers = np.array(moves.numbers, dtype=np.int64)
+    numbers, cut = np.array(moves.numbers, dtype=np.int64), np.array(moves.cut, dtype=np.int64)
     left = gathering.sizes.prod(1)[numbers] * np.array([dtype.itemsize for _, dtype in kinds], dtype=np.int64)
-    total = left[moves.cut].sum()
+    total = left[cut].sum()
     before = {} if total <= room else {place: olds[place].nbytes for place in moves.cut}
     largest = max(before.values(), default=0)
     if total <= max(room, largest):
-        return [Batch(gathering, moves, moves.cut, numbers, left, lets_go=False)]
+        return [Batch(gathering, moves, cut, numbers, left, lets_go=False)]
     # Of what frees nothing the old tensor may as well stay.
     extra = {place: int(left[place]) if moves.frees(place) else 0 for place in moves.cut}
     smallest_first = sorted(moves.cut, key=extra.__getitem__)
@@ -419,6 +418,6 @@ def batches(gathering: Gathering, moves: Moves, room: int) -> list[Batch]:
                 size = before[place]
             found[-1].append(place)
     return [
-        *(Batch(gathering, moves, some, numbers, left, lets_go=True) for some in found),
-        Batch(gathering, moves, sorted(stay), numbers, left, lets_go=False),
+        *(Batch(gathering, moves, np.array(some, np.int64), numbers, left, lets_go=True) for some in found),
+        Batch(gathering, moves, np.array(sorted(stay), np.int64), numbers, left, lets_go=False),
     ]

@@ -220,6 +220,7 @@ def prepare(binding: Binding) -> None:
     note_dense(binding)
     plan = binding.plan
     plan.shapes.left(plan.check_keep(np.ones(plan.n_channels, dtype=np.bool_)))
+    _ = plan.shapes.by_ndim
 
 
 def layout_of(binding: Binding, strides: list[tuple[int, ...]]) -> Layout:
@@ -239,7 +240,8 @@ def _moves(
         SurgeryError: a gradient or an optimizer's state cannot be shrunk.
     """
     check_state(optimizers)
-    smaller = np.flatnonzero((sizes != plan.shapes.sizes).any(1)).tolist()
+    order, is_smaller = plan.shapes.by_ndim, (sizes != plan.shapes.sizes).any(1)
+    smaller = order[is_smaller[order]].tolist()  # what is alike is made in one go
     moves = Moves()
     seen: set[int] = set()
     for place, held in enumerate(every):
@@ -252,7 +254,7 @@ def _moves(
             moves.accumulated += [held.tensors[n] for n in numbers if n in held.accumulated]
         if held.grads:
             _add_grads(moves, plan, numbers, held)
-        for number in numbers if optimizers else ():
+        for number in sorted(numbers) if optimizers else ():
             if isinstance(tensor := held.tensors[number], nn.Parameter):
                 _add_states(moves, plan, number, tensor, kept, optimizers)
     _add_joints(moves, plan, every, seen, optimizers)

@@ -25,8 +25,19 @@ def uninterrupted() -> Iterator[None]:
     Python delivers it between any two instructions, those that undo a change included. Only the main thread gets
     it; a handler that is not Python's own is left alone. What a collection finalizes could see a model in pieces, too.
     """
-    with uncollected(), _unsignalled():
-        yield
+    with uncollected():
+        main = threading.current_thread() is threading.main_thread()
+        before = _get(signal.SIGINT) if main else None
+        waiting: list[tuple[int, Any]] = []
+        if before is not None:
+            _set(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
+        try:
+            yield
+        finally:
+            if before is not None:
+                _set(signal.SIGINT, before)
+                if waiting and callable(before):
+                    before(*waiting[0])
 
 
 @contextmanager
@@ -39,23 +50,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-@contextmanager
-def _unsignalled() -> Iterator[None]:
-    main = threading.current_thread() is threading.main_thread()
-    before = _get(signal.SIGINT) if main else None
-    if before is None:
-        yield
-        return
-    waiting: list[tuple[int, Any]] = []
-    _set(signal.SIGINT, lambda number, frame: waiting.append((number, frame)))
-    try:
-        yield
-    finally:
-        _set(signal.SIGINT, before)
-        if waiting and callable(before):
-            before(*waiting[0])
 
 
 def remember(objects: Iterable[Any]) -> Undo:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from ..plan.types import Axis, TensorMap
 from ._groups import LAYERS, NORMS, Item, items, sums, width
 
 WEIGHTED = (*LAYERS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+
+
+@lru_cache(maxsize=64)
+def _key(rule: str, bias: bool, types: tuple[type, ...], skipped: frozenset[str]) -> str:
+    names = [f"{t.__module__}.{t.__qualname__} {id(t)}" for t in types]
+    return f"importance: {rule} bias={bias} {names} without {sorted(skipped)}"
 
 
 class GroupMagnitudeImportance(Importance):
@@ -193,8 +200,7 @@ class GroupMagnitudeImportance(Importance):
         """The tensors that count, and what their indices count for."""
         all_usable = type(self)._usable is GroupMagnitudeImportance._usable
         skipped = set() if all_usable else {name for name in binding.tensors if not self._usable(binding, name)}
-        types = [f"{t.__module__}.{t.__qualname__} {id(t)}" for t in self.target_types]
-        key = f"importance: {self._rule} bias={self.bias} {types} without {sorted(skipped)}"
+        key = _key(self._rule, self.bias, tuple(self.target_types), frozenset(skipped))
 
         def wanted(tensor_map: TensorMap) -> bool:
             return tensor_map.name not in skipped and self._counts(binding, tensor_map)

@@ -7,17 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pat_fast.torch_pruning.engine.ranking import Candidate, choose, choose_heads, nearest, rounded
+from pat_fast.torch_pruning.engine.ranking import Field, choose, choose_heads, nearest, rounded
+
+Group = dict[str, Any]
 
 
-def candidate(scores: Any, scope: str = "all", ratio: float = 0.5, **more: Any) -> Candidate:
+def candidate(scores: Any, scope: str = "all", ratio: float = 0.5, **more: Any) -> Group:
     scores = np.asarray(scores, dtype=np.float32)
-    return Candidate("layer", scope, ratio, scores, more.pop("width", len(scores)), **more)
+    known = {"width": len(scores), "least": 1, "multiple": 1, "cap": 0}
+    return {"scores": scores, "scope": scope, "ratio": ratio, **known, **more}
 
 
-def run(*candidates: Candidate, round_to: int | None = None, initial: dict[str, int] | None = None) -> list[list[int]]:
-    choose(candidates, {} if initial is None else initial, round_to)
-    return [np.flatnonzero(c.gone).tolist() for c in candidates]
+def run(*groups: Group, round_to: int | None = None, initial: dict[str, int] | None = None) -> list[list[int]]:
+    field = Field.of([("layer", g["scope"], len(g["scores"]), g["width"], g["least"], g["multiple"]) for g in groups])
+    scores = np.concatenate([g["scores"] for g in groups])
+    caps, ratios = np.array([g["cap"] for g in groups]), {g["scope"]: g["ratio"] for g in reversed(groups)}
+    gone, going = choose(field, scores, caps, ratios, {} if initial is None else initial, round_to)
+    found = [np.flatnonzero(own).tolist() for own in np.split(gone, field.starts[1:-1])]
+    assert going.tolist() == [len(own) for own in found]
+    return found
 
 
 def test_the_least_important_of_a_scope_go() -> None:
@@ -29,6 +37,11 @@ def test_what_is_gone_already_counts() -> None:
     initial = {"all": 8}
     assert run(candidate([1, 5, 2, 6, 9, 9]), initial=initial) == [[0, 2]]
     assert initial == {"all": 8}
+
+
+def test_scopes_need_not_stand_side_by_side() -> None:
+    groups = [candidate([1, 2, 3, 4], "a"), candidate([5, 6, 7, 8], "b"), candidate([2.5, 9, 9, 9], "a")]
+    assert run(*groups) == [[0, 1, 2], [0, 1], [0]]
 
 
 def test_ties_are_shared_by_the_groups() -> None:
@@ -89,11 +102,8 @@ def test_nearest(units: int, left: int, least: int, width: int, multiple: int, e
 
 @pytest.mark.parametrize(("round_to", "left"), [(None, 16), (3, 24)])
 def test_a_kernel_that_needs_a_multiple_gets_it(round_to: int | None, left: int) -> None:
-    one = candidate(list(range(32)), ratio=0.4)
-    one.multiple = 8
-    choose([one], {}, round_to)
-    assert 32 - len(np.flatnonzero(one.gone)) == left
-    assert np.flatnonzero(one.gone).tolist() == list(range(32 - left))
+    (gone,) = run(candidate(list(range(32)), ratio=0.4, multiple=8), round_to=round_to)
+    assert gone == list(range(32 - left))
 
 
 def test_heads() -> None:

@@ -12,12 +12,13 @@ from torch import nn
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner as MetaPruner
 
 from ...plan import Plan
+from ...plan.types import BoolArray
 from .._groups import member_order
 from ..importance import RandomImportance
 from . import layerwise
 from .graph import LiveGraph
-from .planned import Planned, Standing, unit_means
-from .ranking import Candidate, Scores, choose, choose_heads, head_counts
+from .planned import Decision, Standing, Standings, head_scores, unit_means
+from .ranking import Field, Row, Scores, caps, choose, choose_heads, head_counts
 from .scoring import depends_on_order, only_reads, scores_plans
 from .shaping import Attention
 from .state import Engine
@@ -56,7 +57,7 @@ class Deciding:
         self._heads: dict[str, int] = {}
         self._scopes: dict[tuple[int, str], tuple[str, nn.Module | None]] = {}
         self._open: tuple[int, dict[str, bool]] = (0, {})
-        self._stands: tuple[Plan, list[Standing]] | None = None
+        self._stands: tuple[Plan, tuple[bool, bool], Standings] | None = None
 
     def _is_open(self, number: int) -> bool:
         lowered, known = self._open
@@ -69,28 +70,28 @@ class Deciding:
             known[root] = self.DG.is_open(root, number, ignored, (), self.root_module_types)
         return known[root]
 
-    def _decide(self) -> tuple[list[Planned], list[Any]]:
-        """Groups of the plan with something to remove, and ready groups of layers that no plan expresses."""
-        planned = self._planned()
-        loose = self._loose()
-        choose(
-            [p.candidate for p in planned] + [c for c, _, _ in loose],
-            self._scope_initial_channels,
-            self.round_to or None,
-        )
-        self._choose_heads(planned)
+    def _decide(self) -> tuple[Decision, list[Any]]:
+        """What goes of the plan, and ready groups of layers that no plan expresses."""
+        values = self._scores()
+        stand, loose = self._scored(values), self._loose()
+        field, scores = stand.field, _of_units(stand, values)
+        modules, stay = stand.modules, stand.caps(self.max_pruning_ratio)
+        if loose:
+            field = field + Field.of([row for row, *_ in loose])
+            scores = np.concatenate([scores, *(units for _, units, *_ in loose)])
+            stay = np.append(stay, [cap for _, _, cap, *_ in loose])
+            modules = {**{row[1]: module for row, _, _, module, *_ in loose}, **modules}
+        ratios = {scope: self._ratio(module) for scope, module in modules.items()}
+        gone, _ = choose(field, scores, stay, ratios, self._scope_initial_channels, self.round_to or None)
         ready = []
-        for candidate, group, blocks in loose:
-            if candidate.gone.any():
-                idxs = np.flatnonzero(np.tile(candidate.gone, blocks)).tolist()
+        for place, (*_, group, blocks) in enumerate(loose, start=len(stand.every)):
+            own = gone[field.starts[place] : field.starts[place + 1]]
+            if own.any():
+                idxs = np.flatnonzero(np.tile(own, blocks)).tolist()
                 dep = group[0].dep
                 ready.append(layerwise.group(self.DG, dep.target.module, dep.handler, idxs))
-        order = {"DEFAULT_SCOPE": 0}  # as Torch-Pruning goes
-        for p in planned:
-            order.setdefault(p.candidate.scope, len(order))
-        if len(order) > 1:
-            planned = sorted(planned, key=lambda p: order[p.candidate.scope])
-        return [p for p in planned if p.any_goes(self.prune_head_dims)], ready
+        heads = self._choose_heads(stand, values) if self.prune_num_heads else {}
+        return Decision(stand, values, gone, heads, self.prune_head_dims), ready
 
     def _scores(self) -> Scores:
         """Importance of every channel of the plan ``[N]``; NaN where there is none."""
@@ -121,32 +122,20 @@ class Deciding:
         ours = self._estimates_by_itself() and only_reads(self.importance)
         return ours and not layerwise.any_foreign(self.DG)
 
-    def _planned(self) -> list[Planned]:
-        values = self._scores()
-        born = self.engine.born
-        some = math.isnan(values.sum())
-        unknown = np.isnan(values) if some else np.zeros(0, dtype=np.bool_)
-        step_ratio = self.per_step_pruning_ratio[self.current_step]
-        found = []
-        for s in self._standing():
-            start, stop = s.group.start, s.group.stop
-            if some and unknown[start:stop].all():
-                continue
-            own = values[start:stop]
-            units = own if s.unit is None else unit_means(own[: len(s.unit)], s.unit)
-            scope, module = self._scope(s.number)
-            ratio = step_ratio
-            if module is not None:
-                ratio = self.get_target_pruning_ratio(module, step=self.current_step)
-            cap = s.units if s.attention is not None and s.attention.whole else self._cap(s.root, s.units)
-            candidate = Candidate(s.root, scope, ratio, units, len(s.every), cap, s.least, s.group.multiple)
-            found.append(Planned(s, born[start:stop], s.every, own, candidate))
-        return found
+    def _scored(self, values: Scores) -> Standings:
+        """The groups that may be pruned and have scores."""
+        stand = self._standing()
+        if np.count_nonzero(values < np.inf) == len(values):
+            return stand
+        unknown = np.isnan(values)
+        known = [s for s in stand.every if not unknown[s.own].all()]
+        return stand if len(known) == len(stand.every) else self._side_by_side(known)
 
-    def _standing(self) -> list[Standing]:
+    def _standing(self) -> Standings:
         """The groups that may be pruned."""
         plan = self.engine.plan
-        if self._stands is None or self._stands[0] is not plan:
+        scoping = self.global_pruning, self.isomorphic
+        if self._stands is None or self._stands[0] is not plan or self._stands[1] != scoping:
             all_single = plan.n_units == plan.n_channels
             single = plan.unit_size[plan.unit] == 1
             found = []
@@ -154,8 +143,26 @@ class Deciding:
                 if self._is_open(number):
                     own = slice(group.start, group.stop)
                     found.append(self._stand(number, all_single or bool(single[own].all())))
-            self._stands = (plan, found)
-        return self._stands[1]
+            self._stands = (plan, scoping, self._side_by_side(found))
+        return self._stands[2]
+
+    def _side_by_side(self, every: list[Standing]) -> Standings:
+        scopes = [self._scope(s.number) for s in every]
+        modules: dict[str, nn.Module | None] = {}
+        for scope, module in scopes:
+            modules.setdefault(scope, module)
+        rows = [
+            (s.root, scope, s.units, s.group.channels, s.least, s.group.multiple)
+            for s, (scope, _) in zip(every, scopes, strict=True)
+        ]
+        first = [self._units_at_first.setdefault(s.root, s.units) for s in every]
+        return Standings(every, Field.of(rows), np.array(first, dtype=np.int64), modules)
+
+    def _ratio(self, module: nn.Module | None) -> float:
+        """What is to be gone of a scope after this step, whose ratio is that of ``module`` if it has one."""
+        if module is None:
+            return self.per_step_pruning_ratio[self.current_step]
+        return self.get_target_pruning_ratio(module, step=self.current_step)
 
     def _stand(self, number: int, single: bool) -> Standing:
         plan = self.engine.plan
@@ -168,13 +175,12 @@ class Deciding:
         elif not single:
             unit = np.unique(plan.unit[group.start : group.stop], return_inverse=True)[1]
         units = group.channels if unit is None else int(unit.max()) + 1
-        every = np.arange(group.channels) if unit is None else unit
         root = self.DG.maker.root(group)
         axis = self.engine.axes.of(root.module, root.out)
         assert axis is not None
         side = self.DG.name_of(root.module), root.out, axis
         least = self._least(number, units, group.channels)
-        return Standing(number, group, group.root, unit, every, units, least, attention, side)
+        return Standing(number, group, group.root, unit, units, least, attention, side)
 
     def _least(self, number: int, units: int, channels: int) -> int:
         plan = self.engine.plan
@@ -186,10 +192,6 @@ class Deciding:
         blocks = {name for name, _ in group.members}
         grouped = (t.groups > 1 and not t.whole_groups for t in plan.tensors if t.name in blocks)
         return min(units, 2) if any(grouped) else least
-
-    def _cap(self, root: str, units: int) -> int:
-        first = self._units_at_first.setdefault(root, units)
-        return min(units, math.ceil(first * (1 - self.max_pruning_ratio) - 1e-9))
 
     def _scope(self, number: int) -> tuple[str, nn.Module | None]:
         """What the plan's group ``number`` is ranked with, and the layer whose own ratio it has, if any."""
@@ -216,8 +218,8 @@ class Deciding:
             ), None
         return ("DEFAULT_SCOPE" if self.global_pruning else f"layer {root}"), None
 
-    def _loose(self) -> list[tuple[Candidate, Any, int]]:
-        """Candidates for what is pruned layer by layer, with their whole groups and blocks."""
+    def _loose(self) -> list[tuple[Row, Scores, int, nn.Module | None, Any, int]]:
+        """For what is pruned layer by layer its row of a field, scores, cap, whose ratio it has, group and blocks."""
         if not layerwise.any_foreign(self.DG):
             return []
         ignored = {id(m) for m in self.ignored_layers}
@@ -230,30 +232,33 @@ class Deciding:
             blocks = self._get_channel_groups(group)
             units = scores.detach().cpu().view(blocks, -1).mean(0).numpy()
             scope, module = self._scope_of([dep for dep, _ in group], root)
-            ratio = self.per_step_pruning_ratio[self.current_step]
-            if module is not None:
-                ratio = self.get_target_pruning_ratio(module, step=self.current_step)
-            found.append(
-                (Candidate(root, scope, ratio, units, len(scores), self._cap(root, len(units))), group, blocks)
-            )
+            first = np.array([self._units_at_first.setdefault(root, len(units))])
+            cap = int(caps(first, np.array([len(units)]), self.max_pruning_ratio)[0])
+            found.append(((root, scope, len(units), len(scores), 1, 1), units, cap, module, group, blocks))
         return found
 
-    def _choose_heads(self, planned: Sequence[Planned]) -> None:
-        if not self.prune_num_heads:
-            return
-        chosen = [p for p in planned if (a := p.standing.attention) is not None and self._head_ratio(a) > 0]
-        scores = [p.head_scores() for p in chosen]
+    def _choose_heads(self, stand: Standings, values: Scores) -> dict[int, BoolArray]:
+        """The heads that go, by the numbers of their groups."""
+        chosen = [s for s in stand.every if (a := s.attention) is not None and self._head_ratio(a) > 0]
+        scores = [head_scores(s, values[s.own]) for s in chosen]
         counts = []
         if self.global_pruning and chosen:
             ratio = self.per_step_head_pruning_ratio[self.current_step]
             counts = head_counts(scores, int(self.initial_total_heads * (1 - ratio)))
         else:
-            for p, own in zip(chosen, scores, strict=True):
-                assert p.standing.attention is not None
-                first = self._heads_at_first.setdefault(p.standing.root, len(own))
-                counts.append(len(own) - (first - math.ceil(self._head_ratio(p.standing.attention) * first)))
-        for p, mask in zip(chosen, choose_heads(scores, counts), strict=True):
-            p.heads_gone = mask
+            for s, own in zip(chosen, scores, strict=True):
+                assert s.attention is not None
+                first = self._heads_at_first.setdefault(s.root, len(own))
+                counts.append(len(own) - (first - math.ceil(self._head_ratio(s.attention) * first)))
+        return {s.number: mask for s, mask in zip(chosen, choose_heads(scores, counts), strict=True)}
 
     def _head_ratio(self, attention: Attention) -> float:
         return self.get_target_head_pruning_ratio(self.model.get_submodule(attention.projections[0]))
+
+
+def _of_units(stand: Standings, values: Scores) -> Scores:
+    """Scores of all units ``[U]`` from those of the plan's channels ``[N]``."""
+    if stand.single:
+        return values[stand.channels]
+    own = ((s.unit, values[s.own][: s.width]) for s in stand.every)
+    return np.concatenate([scores if unit is None else unit_means(scores, unit) for unit, scores in own])

@@ -15,10 +15,11 @@ from torch_pruning.dependency import DependencyGraph, Group, Node
 from ...errors import ConfigError, PatError, PlanError
 from ...plan.running import undisturbed
 from ...plan.trace import output_tensors
-from ...plan.types import BoolArray, ChannelArray
+from ...plan.types import BoolArray
 from . import layerwise
 from .arguments import check_customized, checked_indices
 from .groups import GroupMaker, Root
+from .planned import Standings
 from .shaping import Spec, run
 from .state import Engine, whole_units
 
@@ -27,21 +28,20 @@ History = list[list[Any]]
 
 @dataclass(frozen=True)
 class Noted:
-    """The prunes of a step, group by group.
+    """The prunes of a step: of which groups, and the channels of the plan that went ``[N]``."""
 
-    ``prunes``: name of the root layer, whether its outputs went, channels along that side ``[n]``, where the group's
-    channels start, and which of them went ``[channels]``. ``n_channels``: of the plan.
-    """
-
-    prunes: Sequence[tuple[str, bool, ChannelArray, int, BoolArray]]
-    n_channels: int
+    of: Standings
+    lost: BoolArray
 
     def entries(self) -> History:
         """As Torch-Pruning has them: indices are those after the prunes that stand before."""
-        keep = np.ones(self.n_channels, dtype=np.bool_)
+        keep = np.ones(len(self.lost), dtype=np.bool_)
         found: History = []
-        for name, out, axis, start, gone in self.prunes:
-            stop = start + len(gone)
+        for stands in self.of.in_order:
+            (name, out, axis), gone = stands.side, self.lost[stands.own]
+            start, stop = stands.group.start, stands.group.stop
+            if not gone.any():
+                continue
             if len(axis) == len(gone) and axis[0] == start and (np.diff(axis) == 1).all():
                 idxs = np.flatnonzero(gone)
             else:

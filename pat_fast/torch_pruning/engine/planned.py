@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...plan.types import BoolArray, ChannelArray, Group, IndexArray
-from .ranking import Candidate, Scores
+from .ranking import Field, Scores, caps
 from .shaping import Attention
+
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +25,10 @@ class Standing:
         number: among the plan's groups.
         group: of the plan.
         root: its root layer.
-        unit: see :class:`Planned`; None where every channel is one.
-        every: ``unit`` with the channels' numbers in the place of None.
+        unit: the unit of each channel, counted from 0 ``[n]``, an attention's extra channels, the last, have none; None
+            where every channel is a unit.
         units: how many there are.
-        least: see :class:`Candidate`.
+        least: see :class:`Field`.
         attention: set if it is one that the user has named.
         side: name of the layer that a history names, whether it is pruned by its outputs, channels along that side.
     """
@@ -33,66 +37,129 @@ class Standing:
     group: Group
     root: str
     unit: IndexArray | None
-    every: IndexArray
     units: int
     least: int
     attention: Attention | None
     side: tuple[str, bool, ChannelArray]
 
-
-@dataclass(slots=True)
-class Planned:
-    """A group of the plan in a ranking.
-
-    Attributes:
-        standing: what was known of it.
-        born: lifelong names of its channels ``[n]``.
-        unit: the unit of each, counted from 0 ``[n]``; an attention's extra channels, the last, have none.
-        scores: importance of each ``[n]``.
-        candidate: its units in the ranking.
-        heads_gone: bool ``[heads]``, if heads are pruned.
-    """
-
-    standing: Standing
-    born: IndexArray
-    unit: IndexArray
-    scores: Scores
-    candidate: Candidate
-    heads_gone: BoolArray | None = None
-
     @property
-    def plain(self) -> bool:
-        """Whether a unit is a channel."""
-        return self.standing.attention is None and self.standing.unit is None
+    def own(self) -> slice:
+        """Its channels."""
+        return slice(self.group.start, self.group.stop)
 
     @property
     def is_whole(self) -> bool:
         """Whether a unit is a head, of which no dimension goes by itself."""
-        return self.standing.attention is not None and self.standing.attention.whole
+        return self.attention is not None and self.attention.whole
 
-    def gone(self, prune_dims: bool) -> BoolArray:
-        """Its channels that go: bool ``[n]``; none if nothing would be left."""
-        if self.plain:
-            return self.candidate.gone
-        mask = self.candidate.gone[self.unit] & (self.standing.attention is None or prune_dims)
-        extra = np.zeros(len(self.born) - len(mask), dtype=np.bool_)
-        if self.heads_gone is not None and self.is_whole:
-            mask = self.heads_gone[self.unit]
-        elif self.heads_gone is not None:
-            mask = mask | np.repeat(self.heads_gone, len(mask) // len(self.heads_gone))
-            extra = np.tile(self.heads_gone, len(extra) // len(self.heads_gone))
+    @property
+    def every(self) -> IndexArray:
+        """``unit``, with the channels' numbers in the place of None."""
+        return np.arange(self.group.channels) if self.unit is None else self.unit
+
+    @property
+    def width(self) -> int:
+        """Channels that have a unit."""
+        return self.group.channels if self.unit is None else len(self.unit)
+
+
+@dataclass(frozen=True)
+class Standings:
+    """The groups that may be pruned, side by side.
+
+    Attributes:
+        every: of them.
+        field: the same in a ranking.
+        first: units that each had before the first step ``[C]``.
+        modules: for each scope the layer whose own ratio it has, if any.
+    """
+
+    every: list[Standing]
+    field: Field
+    first: IndexArray
+    modules: dict[str, nn.Module | None]
+
+    def caps(self, most: float) -> IndexArray:
+        """Units that must stay when no more than ``most`` of the first may go, and heads, which others choose ``[C]``.
+        """
+        return np.maximum(caps(self.first, self.field.units, most), self._whole) if most < 1 else self._whole
+
+    @cached_property
+    def _whole(self) -> IndexArray:
+        """How many units the groups have whose units are heads; none of others ``[C]``."""
+        return np.where([s.is_whole for s in self.every], self.field.units, 0)
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether every channel is a unit."""
+        return all(s.unit is None for s in self.every)
+
+    @cached_property
+    def channels(self) -> IndexArray:
+        """All channels that have a unit ``[n]``."""
+        return np.concatenate([_NONE, *(np.arange(s.group.start, s.group.start + s.width) for s in self.every)])
+
+    @cached_property
+    def units(self) -> IndexArray:
+        """The unit of each of these, among all units ``[n]``."""
+        firsts = self.field.starts.tolist()
+        return np.concatenate([_NONE, *(s.every + first for s, first in zip(self.every, firsts, strict=False))])
+
+    @cached_property
+    def in_order(self) -> list[Standing]:
+        """As Torch-Pruning goes: scope by scope."""
+        order = {"DEFAULT_SCOPE": 0}
+        places = [order.setdefault(scope, len(order)) for scope in self.field.scopes]
+        return [s for _, s in sorted(zip(places, self.every, strict=True), key=lambda of: of[0])]
+
+    def prepare(self) -> None:
+        """Work out ahead what a step needs."""
+        _ = self.caps(1.0), self.single, self.channels, self.units, self.field.parts
+
+
+@dataclass(slots=True)
+class Decision:
+    """What goes in a step.
+
+    Attributes:
+        of: the groups that were ranked.
+        scores: importance of all channels of the plan ``[N]``.
+        gone: units that go: bool ``[U]``.
+        heads: heads that go, by the numbers of groups: bool ``[heads]``, if heads are pruned.
+        prune_dims: whether the channels of an attention go.
+    """
+
+    of: Standings
+    scores: Scores
+    gone: BoolArray
+    heads: dict[int, BoolArray]
+    prune_dims: bool
+
+    def lost(self) -> BoolArray:
+        """The channels of the plan that go: bool ``[N]``; none of a group of which nothing would be left."""
+        found = np.zeros(len(self.scores), dtype=np.bool_)
+        found[self.of.channels] = self.gone[self.of.units]
+        for s in self.of.every if self.heads or not self.prune_dims else ():
+            if s.attention is not None:
+                found[s.own] = self._of_attention(s, found[s.own])
+        return found
+
+    def _of_attention(self, s: Standing, lost: BoolArray) -> BoolArray:
+        mask, extra = lost[: s.width] & self.prune_dims, lost[s.width :]
+        heads = self.heads.get(s.number)
+        if heads is not None and s.is_whole:
+            mask = heads[s.every]
+        elif heads is not None:
+            mask = mask | np.repeat(heads, len(mask) // len(heads))
+            extra = np.tile(heads, len(extra) // len(heads))
         return np.concatenate([mask, extra]) & ~mask.all()
 
-    def any_goes(self, prune_dims: bool) -> bool:
-        """Whether a channel goes."""
-        return self.candidate.going > 0 if self.plain else bool(self.gone(prune_dims).any())
 
-    def head_scores(self) -> Any:
-        """Mean score of each head: ``[heads]``."""
-        if self.is_whole:
-            return self.candidate.scores
-        scores = torch.from_numpy(self.scores[: len(self.unit)])
-        return scores.view(-1, self.candidate.units).mean(1).numpy()
+def head_scores(standing: Standing, scores: Scores) -> Any:
+    """Mean score of each head of an attention, from those of its channels: ``[heads]``."""
+    if standing.is_whole:
+        return unit_means(scores, standing.every)
+    return torch.from_numpy(scores[: standing.width]).view(-1, standing.units).mean(1).numpy()
 
 
 def unit_means(scores: Scores, unit: IndexArray) -> Any:

@@ -9,142 +9,182 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...plan.types import BoolArray
+from ...plan.types import BoolArray, IndexArray
 
 Scores = NDArray[np.floating]
+Row = tuple[str, str, int, int, int, int]  # of a field
 NEAR = 1e-6  # relative distance of scores that count as tied, where ties matter
 
 
-@dataclass(slots=True)
-class Candidate:
-    """A group that takes part in a ranking.
+class Part(NamedTuple):
+    """The groups of a scope: which these are, where their units are among all; of each its units, and the first of
+    these among the scope's."""
+
+    scope: str
+    members: IndexArray | slice
+    places: IndexArray | slice
+    sizes: IndexArray
+    starts: IndexArray
+
+
+@dataclass(frozen=True)
+class Field:
+    """Groups that are ranked, side by side: what is known of them before their units are scored.
 
     Attributes:
-        name: its root layer, for messages.
-        scope: what it is ranked with.
-        ratio: of its scope's units that are to be gone after this step, of those that it began with.
-        scores: ``[U]``, one for each unit.
-        width: channels of its root layer.
-        cap: units that must stay because of ``max_pruning_ratio``.
-        least: units that must stay if any goes.
-        multiple: what its channels must stay a multiple of, because a kernel needs it.
-        gone: bool ``[U]``, what was chosen.
-        going: how many these are.
+        names: their root layers, for messages.
+        scopes: what each is ranked with.
+        units: how many each has ``[C]``.
+        widths: channels of their root layers ``[C]``.
+        least: units that must stay of each if any goes ``[C]``.
+        multiples: what the channels of each must stay a multiple of, because a kernel needs it ``[C]``.
     """
 
-    name: str
-    scope: str
-    ratio: float
-    scores: Scores
-    width: int
-    cap: int = 0
-    least: int = 1
-    multiple: int = 1
-    gone: BoolArray = field(init=False)
-    going: int = field(default=0, init=False)
+    names: list[str]
+    scopes: list[str]
+    units: IndexArray
+    widths: IndexArray
+    least: IndexArray
+    multiples: IndexArray
 
-    @property
-    def units(self) -> int:
-        return len(self.scores)
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Field:
+        """Groups of (name, scope, units, width, least, multiple)."""
+        numbers = np.array([row[2:] for row in rows], dtype=np.int64).reshape(len(rows), 4).T
+        return cls([row[0] for row in rows], [row[1] for row in rows], *numbers)
 
-    def ranked(self) -> NDArray[np.int64]:
-        """Units from the least important to the most, those without a score last; ties in order."""
-        return np.argsort(self.scores, kind="stable")
+    def __add__(self, other: Field) -> Field:
+        arrays = ((self.units, other.units), (self.widths, other.widths), (self.least, other.least))
+        more = (self.multiples, other.multiples)
+        return Field(self.names + other.names, self.scopes + other.scopes, *map(np.concatenate, (*arrays, more)))
+
+    @cached_property
+    def starts(self) -> IndexArray:
+        """Where the units of each begin among the units of all, and the end ``[C + 1]``."""
+        return np.append(0, np.cumsum(self.units))
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The scopes, in the order of their first groups."""
+        scopes = list(dict.fromkeys(self.scopes))
+        if len(scopes) == 1:
+            return [Part(scopes[0], slice(None), slice(None), self.units, self.starts[:-1])]
+        found = []
+        for scope in scopes:
+            members = np.flatnonzero([own == scope for own in self.scopes])
+            sizes = self.units[members]
+            starts = np.cumsum(sizes) - sizes
+            places = np.arange(sizes.sum()) + np.repeat(self.starts[members] - starts, sizes)
+            found.append(Part(scope, members, places, sizes, starts))
+        return found
 
 
-def choose(candidates: Sequence[Candidate], initial: dict[str, int], round_to: int | None) -> None:
-    """Fill ``gone`` of all candidates, scope by scope.
+def ranked(scores: Scores) -> IndexArray:
+    """Units from the least important to the most, those without a score last; ties in order."""
+    return np.argsort(scores, kind="stable")
 
-    ``initial``: units that each scope began with; new scopes are entered.
+
+def caps(first: IndexArray, units: IndexArray, most: float) -> IndexArray:
+    """How many ``units`` must stay when no more than ``most`` of the ``first`` may go ``[C]``."""
+    return np.minimum(units, np.ceil(first * (1 - most) - 1e-9).astype(np.int64))
+
+
+def choose(
+    field: Field,
+    scores: Scores,
+    stay: IndexArray,
+    ratios: Mapping[str, float],
+    initial: dict[str, int],
+    round_to: int | None,
+) -> tuple[BoolArray, IndexArray]:
+    """Which units go, scope by scope, and how many of each group: bool ``[U]``, ``[C]``.
+
+    Args:
+        scores: of all units ``[U]``.
+        stay: units that must stay, see :func:`caps` ``[C]``.
+        ratios: of each scope's units that are to be gone after this step, of those that it began with.
+        initial: units that each scope began with; new scopes are entered.
     """
-    scopes: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        scopes.setdefault(candidate.scope, []).append(candidate)
-    for name, members in scopes.items():
-        sizes = [c.units for c in members]
-        bounds = np.cumsum([0, *sizes])
-        total = sum(sizes)
-        left = int(initial.setdefault(name, total) * (1 - members[0].ratio))
-        gone, going = _taken(members, bounds, total - left)
-        for candidate, units, count, start in zip(members, sizes, going.tolist(), bounds.tolist(), strict=False):
-            candidate.gone, candidate.going = gone[start : start + units], count
-            tight = units - count < max(candidate.least, candidate.cap, 1) or candidate.multiple > 1
-            if count and (tight or round_to):
-                _settle(candidate, round_to)
+    gone, going = np.zeros(len(scores), dtype=np.bool_), np.zeros(len(field.names), dtype=np.int64)
+    for part in field.parts:
+        own = scores[part.places]
+        left = int(initial.setdefault(part.scope, len(own)) * (1 - ratios[part.scope]))
+        gone[part.places], going[part.members] = _taken(own, part, stay[part.members], len(own) - left)
+    tight = (field.units - going < np.maximum(field.least, stay)) | (field.units == going) | (field.multiples > 1)
+    for i in np.flatnonzero((tight | bool(round_to)) & (going > 0)).tolist():
+        settled = _settled(field, i, int(going[i]), int(stay[i]), round_to)
+        if settled != going[i]:
+            start, stop = field.starts[i : i + 2].tolist()
+            gone[start:stop], going[i] = False, settled
+            gone[start + ranked(scores[start:stop])[:settled]] = True
+    return gone, going
 
 
-def _count(gone: BoolArray, bounds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many of each candidate's units are ``gone``."""
-    return np.add.reduceat(gone, bounds[:-1], dtype=np.int64)  # each has some
-
-
-def _taken(
-    members: Sequence[Candidate], bounds: NDArray[np.int64], count: int
-) -> tuple[BoolArray, NDArray[np.int64]]:
-    """The ``count`` least important units of all ``members`` together, whose units ``bounds`` tell apart.
-
-    And how many these are of each member.
-    """
-    scores = np.concatenate([c.scores for c in members])
-    scores[np.isnan(scores)] = np.inf
-    for c, start in zip(members, bounds.tolist(), strict=False):
-        if c.cap:
-            scores[start + c.ranked()[c.units - c.cap :]] = np.inf
-    count = min(count, int(np.count_nonzero(scores < np.inf)))
+def _taken(scores: Scores, part: Part, stay: IndexArray, count: int) -> tuple[BoolArray, IndexArray]:
+    """The ``count`` least important units of a scope, and how many these are of each of its groups."""
+    free = scores
+    if stay.any():
+        free = scores.copy()
+        for cap, own in zip(stay.tolist(), _split(free, part), strict=True):
+            own[ranked(own)[len(own) - cap :]] = np.inf
+    count = min(count, int(np.count_nonzero(free < np.inf)))
     if count <= 0:
-        return np.zeros(len(scores), dtype=np.bool_), np.zeros(len(members), dtype=np.int64)
-    threshold = np.partition(scores, count - 1)[count - 1]
-    gone: BoolArray = scores <= threshold
-    going = _count(gone, bounds)
-    if going.sum() == count and (going < np.diff(bounds)).all():
+        return np.zeros(len(free), dtype=np.bool_), np.zeros(len(part.sizes), dtype=np.int64)
+    threshold = np.partition(free, count - 1)[count - 1]
+    gone: BoolArray = free <= threshold  # what is no number never is
+    going = _count(gone, part)
+    if going.sum() == count and (going < part.sizes).all():
         return gone, going
     # More is tied at the threshold than is asked for, or a group would be gone altogether for a rounding error.
-    near = np.abs(scores - threshold) <= NEAR * abs(threshold)
-    gone = (scores <= threshold) & ~near
+    near = np.abs(free - threshold) <= NEAR * abs(threshold)
+    gone &= ~near
     tied = np.flatnonzero(near)
-    gone[tied[np.argsort(_share(members)[tied], kind="stable")[: count - int(gone.sum())]]] = True
-    return gone, _count(gone, bounds)
+    gone[tied[np.argsort(_share(scores, part)[tied], kind="stable")[: count - int(gone.sum())]]] = True
+    return gone, _count(gone, part)
 
 
-def _share(members: Sequence[Candidate]) -> NDArray[np.float64]:
+def _count(gone: BoolArray, part: Part) -> IndexArray:
+    """How many of each group's units are ``gone``."""
+    return np.add.reduceat(gone, part.starts, dtype=np.int64)  # each has some
+
+
+def _split(scores: Scores, part: Part) -> list[Scores]:
+    return np.split(scores, part.starts[1:])
+
+
+def _share(scores: Scores, part: Part) -> NDArray[np.float64]:
     """For each unit, which part of its group goes before it: the order in which ties are broken."""
     shares = []
-    for c in members:
-        share = np.empty(c.units)
-        share[c.ranked()] = np.arange(1, c.units + 1) / c.units
+    for own in _split(scores, part):
+        share = np.empty(len(own))
+        share[ranked(own)] = np.arange(1, len(own) + 1) / len(own)
         shares.append(share)
     return np.concatenate(shares)
 
 
-def _settle(candidate: Candidate, round_to: int | None) -> None:
-    """Round what is left, and leave the group alone if nothing would be."""
-    if candidate.going == candidate.units:
-        _warn(candidate, "all of its channels are among the least important; it is left as it is in this step")
-        _set(candidate, 0)
-        return
-    least = max(candidate.least, candidate.cap)
-    left = max(candidate.units - candidate.going, least)
-    if candidate.multiple > 1:
-        left = nearest(candidate.units, left, least, candidate.width, math.lcm(round_to or 1, candidate.multiple))
+def _settled(field: Field, i: int, going: int, cap: int, round_to: int | None) -> int:
+    """How many units of a group go in the place of ``going``, so that what is left is a multiple; none if all would."""
+    units, width, multiple = int(field.units[i]), int(field.widths[i]), int(field.multiples[i])
+    if going == units:
+        _warn(field, i, "all of its channels are among the least important; it is left as it is in this step")
+        return 0
+    least = max(int(field.least[i]), cap)
+    left = max(units - going, least)
+    if multiple > 1:
+        left = nearest(units, left, least, width, math.lcm(round_to or 1, multiple))
     elif round_to:
-        left = rounded(candidate.units, left, least, candidate.width, round_to)
-        if left == candidate.units:
-            _warn(candidate, f"it has {candidate.width} channels, and cannot be pruned to a multiple of {round_to}")
-    if left != candidate.units - candidate.going:
-        _set(candidate, candidate.units - left)
-
-
-def _set(candidate: Candidate, going: int) -> None:
-    """Let the ``going`` least important units go."""
-    candidate.gone = np.zeros(candidate.units, dtype=np.bool_)
-    candidate.gone[candidate.ranked()[:going]] = True
-    candidate.going = going
+        left = rounded(units, left, least, width, round_to)
+        if left == units:
+            _warn(field, i, f"it has {width} channels, and cannot be pruned to a multiple of {round_to}")
+    return units - left
 
 
 def rounded(units: int, left: int, least: int, width: int, round_to: int) -> int:
@@ -190,5 +230,5 @@ def choose_heads(scores: Sequence[Scores], counts: Sequence[int]) -> list[BoolAr
     return gone
 
 
-def _warn(candidate: Candidate, what: str) -> None:
-    warnings.warn(f"{candidate.name}: {what}", stacklevel=2)
+def _warn(field: Field, i: int, what: str) -> None:
+    warnings.warn(f"{field.names[i]}: {what}", stacklevel=2)

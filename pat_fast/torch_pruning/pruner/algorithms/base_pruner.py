@@ -22,7 +22,7 @@ from ...engine.arguments import deprecated
 from ...engine.deciding import Deciding
 from ...engine.graph import History, LiveGraph, Noted
 from ...engine.groups import PlanGroup
-from ...engine.planned import Planned, unit_means
+from ...engine.planned import Decision, unit_means
 from ...engine.shaping import Spec
 from ...engine.state import Engine
 
@@ -197,7 +197,8 @@ class BasePruner(Deciding, _Original):
         """What does not change with the weights is worked out before the first step."""
         for group in self.engine.plan.groups:
             self.DG.maker.root(group)
-        self._standing()
+        if not self.isomorphic and not self._layer_to_scope:  # these scopes need Torch-Pruning's graph
+            self._standing().prepare()
         if callable(getattr(self.importance, "prepare", None)):
             self.importance.prepare(self.engine.binding)
         _ = self.engine.axes, self.engine.references(), layerwise.any_foreign(self.DG)
@@ -233,67 +234,65 @@ class BasePruner(Deciding, _Original):
         engine = self.engine
         engine.current()
         ahead = engine.look_ahead() if self._only_reads() else None
-        planned, loose = self._decide()
-        plan = engine.plan
-        keep = np.ones(plan.n_channels, dtype=np.bool_)
-        prunes = []
+        decision, loose = self._decide()
+        lost = decision.lost()
         # Torch-Pruning's own OBDC keeps its sums by layer; what this package's gathers shrinks with the parameters.
         adjusts = hasattr(self.importance, "adjust_fisher") and not hasattr(self.importance, "accumulators")
-        for each in planned:
-            stands, mask = each.standing, each.gone(self.prune_head_dims)
-            start = stands.group.start
-            np.logical_not(mask, out=keep[start : start + len(mask)])
-            prunes.append((*stands.side, start, mask))
-            if adjusts:
-                self.importance.adjust_fisher(self.DG.maker.whole(stands.number), np.flatnonzero(mask).tolist())
-        if planned:
+        for stands in decision.of.in_order if adjusts else ():
+            if lost[stands.own].any():
+                gone = np.flatnonzero(lost[stands.own]).tolist()
+                self.importance.adjust_fisher(self.DG.maker.whole(stands.number), gone)
+        if lost.any():
             try:
-                engine.prune(keep, ahead)
+                engine.prune(~lost, ahead)
             except PlanError:  # an axis that several groups share in part would be left empty
-                engine.prune(self._spared(keep, planned), ahead)
-        self.DG.note(Noted(prunes, plan.n_channels))
+                engine.prune(~lost | self._spared(decision, lost), ahead)
+        self.DG.note(Noted(decision.of, lost))
         for group in loose:
             group.prune()
-        self._count_heads(planned)
+        self._count_heads(decision)
 
-    def _spared(self, keep: BoolArray, planned: Sequence[Planned]) -> BoolArray:
-        """``keep`` with the best of every axis kept as well."""
+    def _spared(self, decision: Decision, lost: BoolArray) -> BoolArray:
+        """The best of every axis of what would be ``lost``: bool ``[N]``."""
         plan = self.engine.plan
         known = np.zeros(plan.n_channels)
-        for each in planned:
-            known[self.engine.now(each.born)] = np.nan_to_num(each.scores.astype(np.float64))
-        spared = protected_units(plan, unit_scores(plan, known), 1)
-        return keep | spared[plan.unit]
+        for stands in decision.of.every:
+            if lost[stands.own].any():
+                known[stands.own] = np.nan_to_num(decision.scores[stands.own].astype(np.float64))
+        return protected_units(plan, unit_scores(plan, known), 1)[plan.unit]
 
     def _yield_groups(self) -> Iterator[Any]:
         if self._exceeded():
             return
         self.engine.current()
         with torch.no_grad():
-            planned, loose = self._decide()
+            decision, loose = self._decide()
         maker, engine = self.DG.maker, self.engine
-        for each in planned:
-            maker.structure(each.standing.number)  # while the graph is that of the model as it is
+        lost, born = decision.lost(), engine.born
+        going = [s for s in decision.of.in_order if lost[s.own].any()]
+        for stands in going:
+            maker.structure(stands.number)  # while the graph is that of the model as it is
         lowered = engine.lowered
-        for each in planned:
+        for stands in going:
             engine.current()
             if engine.lowered != lowered:
                 raise PlanError("the model was changed by other means during an interactive step; call step() again")
-            channels = engine.now(each.born[each.gone(self.prune_head_dims)])
-            number = next((i for i, g in enumerate(engine.plan.groups) if g.root == each.standing.root), None)
+            channels = engine.now(born[stands.own][lost[stands.own]])
+            number = next((i for i, g in enumerate(engine.plan.groups) if g.root == stands.root), None)
             if number is None or not len(channels):
                 continue
-            self._count_heads([each])
+            self._count_heads(decision, stands.number)
             yield maker.part(number, channels)
         yield from loose
 
-    def _count_heads(self, planned: Sequence[Planned]) -> None:
-        for each in planned:
-            stands = each.standing
-            if each.heads_gone is None or stands.attention is None:
+    def _count_heads(self, decision: Decision, only: int | None = None) -> None:
+        """Note how many heads are left, of all attentions or of one group."""
+        for stands in decision.of.every if decision.heads else ():
+            heads = decision.heads.get(stands.number)
+            if heads is None or stands.attention is None or only not in (None, stands.number):
                 continue
-            before = len(each.heads_gone)
-            left = before - int(each.heads_gone.sum())
+            before = len(heads)
+            left = before - int(heads.sum())
             self._heads[stands.root] = left
             for name in stands.attention.projections:
                 layer = self.model.get_submodule(name)
