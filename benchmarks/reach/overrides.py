@@ -154,6 +154,13 @@ def _image_and_text(tokens: Tokens, generator: torch.Generator) -> dict[str, Ten
     return {"input_ids": ids, "token_type_ids": types, "pixel_values": torch.randn(2, 3, 64, 64, generator=generator)}
 
 
+def _two_streams(tokens: Tokens, _: torch.Generator) -> dict[str, Any]:
+    """As ``generate`` calls it: the last token is predicted in a stream of its own."""
+    hidden = torch.zeros(2, 8, 8)
+    hidden[:, :, -1] = 1.0
+    return {"input_ids": tokens(8), "perm_mask": hidden, "target_mapping": hidden[:, -1:]}
+
+
 INPUTS: dict[str, Callable[[Tokens, torch.Generator], dict[str, Any]]] = {
     "blt": lambda tokens, _: {"input_ids": tokens(8), "use_cache": False},
     "imagegpt": lambda tokens, _: {"input_ids": tokens(9)},
@@ -162,6 +169,7 @@ INPUTS: dict[str, Callable[[Tokens, torch.Generator], dict[str, Any]]] = {
     "reformer": lambda tokens, _: {"input_ids": tokens(16)},
     "shieldgemma2": _image_and_text,
     "siglip2": _patches,
+    "xlnet": _two_streams,
 }
 
 OUT_OF_SCOPE: dict[str, str] = {

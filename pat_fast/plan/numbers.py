@@ -190,10 +190,11 @@ Planted = tuple[dict[str, Any], str, Any]  # where, under which name, what was t
 _SIZED = {
     "view": 1, "reshape": 1, "expand": 1, "new_zeros": 1, "new_ones": 1, "new_empty": 1, "new_full": 1, "zeros": 0,
     "ones": 0, "empty": 0, "full": 0, "rand": 0, "randn": 0,
-    "repeat": 1, "tile": 1,
+    "repeat": 1,
 }  # fmt: skip
 _PARTLY = {"unflatten", "rms_norm", "repeat_interleave"}  # that are given sizes of some of the dimensions
 _NO_NUMBERS = {Tensor, nn.Parameter, type(None), int, bool, float, str, torch.dtype, torch.device}
+_REPEATING = {"expand", "repeat", "repeat_interleave"}
 _FRESH = {"new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full", "rand", "randn"}
 
 
@@ -284,12 +285,16 @@ class NumberWatch(TorchFunctionMode):
         if not isinstance(sizes, (tuple, list)):
             return
         for dim, number in enumerate(sizes[: out.ndim - offset], start=offset):
-            if isinstance(number, Number) and number.watch is self and out.shape[dim] == int(number):
-                if name in _FRESH:
-                    self.tracer.add_factor(out, dim)
-                elif name == "expand" and not any(dim in varying(f) for f in self.tracer.mark(out).factors):
-                    self.tracer.add_factor(out, dim, following=True)
-                self.use(number, self.tracer.mark(out).factors, dim)
+            if not isinstance(number, Number) or number.watch is not self:
+                continue
+            times = out.shape[dim] // int(number) if name in _REPEATING else 1
+            if out.shape[dim] != int(number) * times:
+                continue
+            if name in _FRESH:
+                self.tracer.add_factor(out, dim)
+            elif name in _REPEATING and not any(dim in varying(f) for f in self.tracer.mark(out).factors):
+                self.tracer.add_follower(out, dim, times, in_turns=name == "repeat_interleave")
+            self.use(number, self.tracer.mark(out).factors, dim)
 
     def use(self, number: Number, factors: Sequence[IntArray], dim: int) -> None:
         """Note that ``number`` is the size of dimension ``dim`` of a tensor that is labelled by ``factors``."""

@@ -223,11 +223,16 @@ class Tracer(TorchDispatchMode):
             for dim in inner if len(inner) < len(varying(factor)) else ():  # of heads that are normalised one by one
                 self.pin(factor, dim, "")
 
-    def add_factor(self, tensor: Tensor, dim: int, following: bool = False) -> None:
-        """Label ``dim`` of a new tensor, whose size was given: it is, or if ``following`` goes with, what it meets."""
-        if (n := tensor.shape[dim]) > 1:
-            slots = self.slots.followers(n) if following else self.slots.new(n)
-            self.set(tensor, (*self.mark(tensor).factors, place(slots, dim, tensor.ndim)))
+    def add_factor(self, tensor: Tensor, dim: int) -> None:
+        """Label ``dim`` of a new tensor, whose size was given: it is what it meets."""
+        if tensor.shape[dim] > 1:
+            self.set(tensor, (*self.mark(tensor).factors, place(self.slots.new(tensor.shape[dim]), dim, tensor.ndim)))
+
+    def add_follower(self, tensor: Tensor, dim: int, times: int, in_turns: bool) -> None:
+        """Label ``dim`` of what was repeated, ``times`` places at once or ``in_turns``: it goes with what it meets."""
+        slots = self.slots.followers(tensor.shape[dim] // times)
+        slots = np.tile(slots, times) if in_turns else np.repeat(slots, times)
+        self.set(tensor, (*self.mark(tensor).factors, place(slots, dim, tensor.ndim)))
 
     def where(self) -> str:
         """The op being traced and the module that called it, for messages."""

@@ -119,7 +119,18 @@ def rotated(m: Attention, x: Tensor) -> Tensor:
     return joined((turn(m.queries(x)) @ turn(k).mT).softmax(-1) @ v)
 
 
-WAYS = [by_hand, expanded, expanded_as_queries, broadcast, by_einsum, folded, rotated]
+def masked(m: Attention, x: Tensor) -> Tensor:
+    """A mask for every head, written out before heads and examples are one dimension."""
+    t = x.shape[1]
+    allowed = torch.ones(len(x), t, t, dtype=torch.bool).tril()
+    bias = torch.zeros(t, t, dtype=x.dtype).masked_fill(~allowed[0], -1.0).repeat(len(x), m.heads, 1, 1)
+    q, k, v = (t.expand(-1, m.heads, -1, -1).flatten(0, 1) for t in (m.queries(x), *m.pair(x)))
+    scores = (q @ k.mT).masked_fill(~allowed.repeat_interleave(m.heads, dim=0), -9.0) + bias.flatten(0, 1)
+    scores = scores + (allowed[:, None].expand(-1, m.heads, -1, -1).flatten(0, 1) * 2.0)
+    return joined((scores.softmax(-1) @ v).unflatten(0, (len(x), -1)))
+
+
+WAYS = [by_hand, expanded, expanded_as_queries, broadcast, by_einsum, folded, rotated, masked]
 EITHER = [by_sdpa, repeated, interleaved, reckoned, viewed, grouped]
 
 
