@@ -20,7 +20,7 @@ from ..errors import SCRIPTED, PlanError
 from .backward import is_pytorchs, reached
 from .configs import follow_config
 from .hollow import Hollow, ValuesRead
-from .labels import IntArray, Solution, varying
+from .labels import IntArray, Solution, flat, varying
 from .numbering import Numbering, layer_of
 from .numbers import Symbol, resolve
 from .order import After, torch_prunings_order
@@ -58,7 +58,7 @@ def build_plan(model: nn.Module, example_inputs: Any, still: Still | None = None
             order = attempt.run(with_graph, notes)
             if attempt.failure is None:
                 notes += attempt.notes
-                return _number(model, still, attempt.tracer, order, attempt.outputs, batch, tuple(notes))
+                return _number(model, still, attempt, order, batch, tuple(notes))
         finally:
             attempt.tracer.forget()
         failure = failure or (None if hollow else attempt.failure)
@@ -121,6 +121,7 @@ class _Attempt:
         self.failure: Exception | None = None
         self.notes: list[str] = []
         self.outputs: list[torch.Tensor] = []
+        self.left: list[tuple[str, str, IntArray]] = []  # labels of what it left in modules, and where
         self._model, self._inputs, self._with_numbers, self._still = model, example_inputs, with_numbers, still
 
     def run(self, with_graph: bool, notes: list[str]) -> list[str]:
@@ -166,6 +167,7 @@ class _Attempt:
         for tensor in outputs:
             tracer.give_out(tensor)
         self.outputs += outputs
+        self.left = [(n, a, f) for n, a, t in self._still.filled() for f in tracer.mark(t).factors]
         return [t for t in outputs if t.grad_fn is not None]
 
     def _trace_what_only_training_runs(self) -> None:
@@ -208,14 +210,9 @@ def _batch(inputs: Any) -> int:
 
 
 def _number(
-    model: nn.Module,
-    still: Still,
-    tracer: Tracer,
-    order: list[str],
-    outputs: list[torch.Tensor],
-    batch: int,
-    notes: tuple[str, ...],
+    model: nn.Module, still: Still, attempt: _Attempt, order: list[str], batch: int, notes: tuple[str, ...]
 ) -> Plan:
+    tracer = attempt.tracer
     leaves = [leaf for leaf in tracer.leaves.values() if leaf.axes]
     _freeze_unknown_owners(model, still, tracer, leaves)
     projected = _couple_recurrent(still, tracer, leaves)
@@ -255,8 +252,9 @@ def _number(
         batch=batch,
         other_params=other,
         notes=notes,
+        remembered=tuple({(n, a): None for n, a, labels in attempt.left if numbers.live(flat(labels))}),
     )
-    dead = _dead_ends(plan, numbers.consumed, leaves, outputs)
+    dead = _dead_ends(plan, numbers.consumed, leaves, attempt.outputs)
     known = {(w.module, w.attribute) for w in plan.widths}
     heads = [(path, channel(slots)) for path, slots in _heads(tracer, solution)]
     told = follow_config(model, tracer.numbers, plan.tensors, plan.unit, heads)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves
 
 from .layers import run_of
 from .walk import named_modules, named_tensors
@@ -139,6 +140,13 @@ class Still:
         """Whether random numbers have been drawn since the generators were in the states ``before``."""
         return not all(map(torch.equal, before, self.random_states()))
 
+    def filled(self) -> list[tuple[str, str, Tensor]]:
+        """What the forwards of this run left in dicts and lists that were empty: module, attribute, tensor."""
+        filled = self._attributes.filled()
+        spaces = [(name, vars(m)) for name, m in self.modules] if filled else []
+        held = [(n, a, v) for n, space in spaces for a, v in space.items() if id(v) in filled and a not in _STATE]
+        return [(n, a, t) for n, a, v in held for t in tree_leaves(v) if isinstance(t, Tensor)]
+
     def _restore(self) -> None:
         self._attributes.restore()
         for p, flag in self._flags:
@@ -255,6 +263,10 @@ class _Snapshot:
         self._keys = [*chain.from_iterable(self._dicts)]
         self._values = [*self._values_now()]
 
+    def filled(self) -> set[int]:
+        """Ids of dicts and lists that were empty and are not."""
+        return {id(value) for value in self._empty if value} if any(self._empty) else set()
+
     def restore(self) -> None:
         """Put everything back."""
         if any(self._empty):
@@ -286,6 +298,7 @@ class _Snapshot:
         return chain.from_iterable(chain(map(dict.values, self._dicts), self._others))
 
 
+_STATE = ("_parameters", "_buffers", "_modules")
 _HELD = frozenset({dict, OrderedDict, list, set})
 
 

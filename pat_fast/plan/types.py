@@ -56,6 +56,7 @@ class Plan:
     batch: int  # examples in the inputs that were traced
     other_params: int  # elements of parameters that hold no channel
     notes: tuple[str, ...] = ()
+    remembered: tuple[tuple[str, str], ...] = ()  # (module, attribute): forwards leave tensors of channels there
     group_of: ChannelArray = field(init=False)
 
     def __post_init__(self) -> None:

@@ -203,7 +203,10 @@ def attribute_changes(binding: Named, kept: Kept, model: nn.Module) -> list[Chan
     counts, place = kept.counts, plan.vectors.number
     rest = [plan.widths[i] for i in table.rest]
     widths = [(modules[w.module], w, int(counts[place[id(w.channels)]])) for w in rest]
-    return changes + [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
+    changes += [c for c in attributes_from_widths(widths) if getattr(c[0], c[1]) != c[2]]
+    # What a forward has left there has the channels that there were: it is made anew by the next.
+    left = [(modules[path], name, vars(modules[path]).get(name)) for path, name in plan.remembered]
+    return changes + [(module, name, type(value)()) for module, name, value in left if value]
 
 
 @dataclass(frozen=True)
