@@ -16,7 +16,7 @@ from ..plan.bind import Binding, Tiles
 from ..plan.recurrent import weight_or_bias
 from ..plan.types import Axis, Plan, TensorMap
 from .accumulator import Accumulator
-from .group_norm import SCORED
+from .group_norm import SCORED, is_scored
 from .history import History
 from .ledger import Book, book
 from .normalizers import Normalizer, Segments, check_normalizer, normalize
@@ -105,7 +105,8 @@ class MemberCriterion:
     def _counts(self, binding: Binding, tensor_map: TensorMap) -> bool:
         names = ("weight", "bias") if self.bias else ("weight",)
         return tensor_map.is_parameter and any(
-            isinstance(owner, self.types) and weight_or_bias(owner, local) in names
+            (isinstance(owner, self.types) and weight_or_bias(owner, local) in names)
+            or (self.types is SCORED and is_scored(tensor_map, owner, local))
             for owner, local in binding.owners(tensor_map.name)
         )
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from ..errors import check
 from ..ops import channel_reduce
@@ -18,8 +19,32 @@ SCORED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, *RECURRENT, nn.module
 
 
 def is_scored(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
-    """Weights of convolutions, linear and recurrent layers, batch and layer norms count; biases do not."""
-    return isinstance(owner, SCORED) and weight_or_bias(owner, local) == "weight"
+    """Weights of convolutions, linear and recurrent layers, batch and layer norms count; biases do not.
+
+    So do parameters that modules of other kinds multiply with, and the lengths of a weight norm.
+    """
+    if local == "original0":
+        return isinstance(owner, nn.ModuleList) and any(isinstance(m, _WeightNorm) for m in owner)
+    return (isinstance(owner, SCORED) and weight_or_bias(owner, local) == "weight") or is_bare(tensor_map, owner)
+
+
+def is_bare(tensor_map: TensorMap, owner: nn.Module) -> bool:
+    """Whether it is a weight of no layer of PyTorch's (GPT-2's ``Conv1D``, stacked experts): it is multiplied with."""
+    own = not type(owner).__module__.startswith("torch.nn")
+    return own and tensor_map.is_parameter and len(tensor_map.shape) > 1 and any(
+        axis.role in ("out", "in") for axis in tensor_map.axes
+    )
+
+
+def _unscored(binding: Binding) -> Tensor | None:
+    """Channels of groups in which nothing counts: bool ``[N]``; None if there are none."""
+    if "unscored" not in binding.derived:
+        names = {t.name for t in binding.plan.tensors if is_scored(t, *binding.owner(t.name))}
+        of_groups = [names.isdisjoint(name for name, _ in g.members) for g in binding.plan.groups]
+        found = binding.spread(torch.tensor(of_groups, device=binding.device)) if any(of_groups) else None
+        binding.derived["unscored"] = found
+    mask: Tensor | None = binding.derived["unscored"]
+    return mask
 
 
 class GroupNorm:
@@ -41,9 +66,11 @@ class GroupNorm:
         self.p = float(p)
 
     def score(self, binding: Binding) -> Tensor:
-        """Scores ``[N]``: float32, or float64 where the model is."""
+        """Scores ``[N]``: float32, or float64 where the model is; inf where nothing of a group can be scored."""
         found = self._at_once(binding, divided=True)
-        return self._divided(binding) if found is None else found
+        found = self._divided(binding) if found is None else found
+        unscored = _unscored(binding)
+        return found if unscored is None else found.masked_fill(unscored, torch.inf)
 
     @torch.no_grad()
     def _divided(self, binding: Binding) -> Tensor:

@@ -21,7 +21,7 @@ from .backward import is_pytorchs, reached
 from .configs import follow_config
 from .hollow import Hollow, ValuesRead
 from .labels import IntArray, Solution, flat, varying
-from .numbering import Numbering, layer_of
+from .numbering import Numbering
 from .numbers import Symbol, resolve
 from .order import After, torch_prunings_order
 from .recurrent import Packing, couple_layers, is_plain, recurrent_layers
@@ -322,12 +322,14 @@ def _unused_as_they_are(model: nn.Module, leaves: list[Leaf], mapped: set[str], 
     found = []
     for leaf in leaves:
         path, _, local = leaf.name.rpartition(".")
-        if leaf.name in mapped or leaf.producers or local != "weight" or not leaf.is_parameter:
+        if leaf.name in mapped or leaf.producers or local not in ("weight", "weight_orig") or not leaf.is_parameter:
             continue
         if isinstance(model.get_submodule(path), LAYERS):
             units = [u for slots in leaf.axes.values() for u in solution.unit[slots].tolist()]
             why = next((solution.frozen[u] for u in units if u in solution.frozen), "is not multiplied as it is")
-            found.append(Frozen(layer_of(leaf.name), leaf.tensor.shape[0], why))
+            if local == "weight_orig":
+                why = "its weight is made of weight_orig by a hook"
+            found.append(Frozen(path, leaf.tensor.shape[0], why))
     return found
 
 

@@ -48,8 +48,14 @@ def gates(module: nn.RNNBase) -> int:
 
 
 def weight_or_bias(owner: nn.Module, local: str) -> str:
-    """What the tensor ``local`` of ``owner`` is: ``"weight"``, ``"bias"`` or another name."""
-    return local.partition("_")[0] if isinstance(owner, RECURRENT) else local
+    """What the tensor ``local`` of ``owner`` is: ``"weight"``, ``"bias"`` or another name.
+
+    What a hook makes a weight of counts as the weight: what is masked or divided by a norm, and the lengths of a weight
+    norm, which are those of its outputs.
+    """
+    if isinstance(owner, RECURRENT):
+        return local.partition("_")[0]
+    return "weight" if local in ("weight_orig", "weight_g") else local
 
 
 def couple_layers(module: nn.RNNBase, path: str, leaves: dict[str, Leaf], slots: Slots) -> None:

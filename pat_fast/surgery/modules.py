@@ -290,7 +290,8 @@ def _tabulate(binding: Named) -> Ruled:
     rules: dict[type[nn.Module], SizeRule | None] = {}
     for number, tensor in enumerate(binding.plan.tensors):
         for name in binding.aliases(tensor.name):
-            path, _, local = as_published(name).rpartition(".")
+            published = as_published(name) if tensor.is_parameter else name  # spectral norm's weight_v is a vector
+            path, _, local = published.rpartition(".")
             module = binding.modules[path]
             if type(module) not in rules:
                 rules[type(module)] = rule_of(module)
@@ -315,13 +316,13 @@ def _follow(before: Ruled, binding: Named) -> Ruled:
 
 
 def as_published(name: str) -> str:
-    """The weight that a parametrization, or a weight norm's hook, makes of tensor ``name``, if that has its shape."""
-    if not name.endswith(("original", "original1", "weight_v")):
+    """The weight that a parametrization or a hook makes of the parameter ``name``, if that has its shape."""
+    if not name.endswith(("original", "original1", "weight_v", "weight_orig")):
         return name
     path, _, local = name.rpartition(".")
     if local in ("original", "original1"):
         return f".{path}".replace(".parametrizations.", ".", 1)[1:]
-    return name.removesuffix("_v") if local == "weight_v" else name
+    return name.removesuffix("_v").removesuffix("_orig") if local in ("weight_v", "weight_orig") else name
 
 
 def attributes_from_shape(module: nn.Module, local: str, shape: Shape, groups: int) -> list[Change]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as unstructured
 
 from benchmarks.cases import Subject
 from pat_fast import ConfigError
@@ -33,6 +35,76 @@ def _one_thread() -> None:
 @cache
 def subject(name: str) -> Subject:
     return Subject(name, small=True)
+
+
+class Products(nn.Module):
+    """A linear layer whose weight a module of one's own multiplies with, as GPT-2's does."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+WEIGHTS: dict[str, Any] = {
+    "weight norm": parametrizations.weight_norm,
+    "weight norm by hook": nn.utils.weight_norm,
+    "spectral norm by hook": nn.utils.spectral_norm,
+    "a mask": lambda layer: unstructured.random_unstructured(layer, "weight", 0.2),
+    "of no layer": lambda layer: Products(layer.in_features, layer.out_features),
+}
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_weights_that_are_made_of_others_count(how: str) -> None:
+    """Once their groups scored zero: they went first, in channel order, whatever they held."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(WEIGHTS[how](nn.Linear(a, b)) for a, b in ((6, 16), (16, 24), (24, 5))))
+    model = nn.Sequential(model[0], nn.ReLU(), model[1], nn.ReLU(), model[2])
+    with torch.no_grad():
+        for parameter in model[2].parameters():  # the last outputs matter least
+            dim = parameter.ndim - 1 if how == "of no layer" else 0
+            shape = [-1 if d == dim else 1 for d in range(parameter.ndim)]
+            if parameter.shape[dim] == 24:
+                parameter.mul_(torch.linspace(1.5, 0.1, 24).view(shape))
+    binding = bind(build_plan(model, torch.randn(3, 6)), model)
+    assert binding.plan.n_channels == 40
+    scores = GroupNorm().score(binding)
+    assert (scores > 0).all()
+    group = next(g for g in binding.plan.groups if g.channels == 24)
+    own = scores[group.start : group.stop]
+    assert own[:8].mean() > 2 * own[-8:].mean()
+
+
+def test_groups_in_which_nothing_counts_stay() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(7, 8), nn.Linear(8, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.table(ids))
+
+    model = Scaled()
+    model.out.weight.requires_grad_(False)
+    binding = bind(build_plan(model, torch.arange(6).view(2, 3)), model)
+    assert GroupNorm().score(binding).isfinite().all()
+    model.out = unscored(model.out)
+    binding = bind(build_plan(model, torch.arange(6).view(2, 3)), model)
+    assert GroupNorm().score(binding).isposinf().all()
+
+
+def unscored(layer: nn.Linear) -> nn.Module:
+    """``layer`` with a parametrization that no criterion knows."""
+
+    class Double(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 2
+
+    return nn.utils.parametrize.register_parametrization(layer, "weight", Double())
 
 
 @pytest.mark.parametrize("p", [1, 2])

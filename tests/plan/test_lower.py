@@ -9,10 +9,12 @@ import torch.nn.functional as F
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune as unstructured
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models.attention import ViT
 from pat_fast import PlanError, build_plan
+from pat_fast.masks import Mask
 from pat_fast.plan import Plan, bind
 from pat_fast.plan.running import call
 from pat_fast.surgery import prune
@@ -330,6 +332,42 @@ def test_what_cannot_be_mapped_is_frozen_by_name(between, after: int, reason: st
     plan = build_plan(OneDifficulty(between, after), small_inputs())
     assert plan.n_channels == 0
     assert any(f.layer == "first" and reason in f.reason for f in plan.frozen), plan.frozen
+
+
+def test_a_layer_whose_hook_makes_a_weight_in_ways_unknown_is_named() -> None:
+    class Sorted(unstructured.BasePruningMethod):
+        PRUNING_TYPE = "unstructured"
+
+        def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+            return default_mask
+
+        def apply_mask(self, module: nn.Module) -> Tensor:
+            return module.weight_orig.flatten().sort()[0].view(module.weight_orig.shape)
+
+    model = Small()
+    Sorted.apply(model.inner, "weight")
+    frozen = {f.layer: f.reason for f in build_plan(model, small_inputs()).frozen}
+    assert frozen["inner"] == "its weight is made of weight_orig by a hook"
+
+
+def test_a_mask_of_torch_prune_is_cut_with_its_weight() -> None:
+    model = Small()
+    for layer in (model.stem, model.inner, model.outer):
+        unstructured.random_unstructured(layer, "weight", 0.3)
+    model, x = model.double().eval(), small_inputs(dtype=torch.float64)
+    model(x)
+    plan = build_plan(model, x)
+    assert {g.root for g in plan.groups} == {"outer.weight_orig", "inner.weight_orig"}
+    keep = random_keep(plan, 0)
+    binding = bind(plan, model)
+    mask = Mask(binding)
+    mask.set(torch.from_numpy(keep), [])
+    expected = model(x).detach()
+    prune(binding, keep)
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    assert (model.inner.out_channels, model.inner.in_channels) == model.inner.weight_mask.shape[:2]
+    unstructured.remove(model.inner, "weight")
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..labels import varying
-from ..trace import Leaf, Tracer, tensors
+from ..trace import Mark, Tracer, tensors
 from .registry import extents, note, nth, outputs, rule
 
 
@@ -30,13 +30,21 @@ def elementwise(tr: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         factors = tr.merge([(extents(t), tr.mark(t).factors) for t in inputs if t.ndim], result.shape)
         if "softmax" in func._schema.name:
             note(tr, [f for f in factors if nth(args[1], result) in varying(f)], "softmax")
-        tr.set(result, factors, _weight_among(tr, inputs, result))
+        weight = _weight_among(tr, inputs, result)
+        if weight.leaf is not None and set(map(varying, weight.factors)) == set(map(varying, factors)):
+            factors = weight.factors  # the same channels, by the weight's own slots: whoever uses them uses the weight
+        tr.set(result, factors, weight.leaf)
 
 
-def _weight_among(tr: Tracer, inputs: list[Tensor], result: Tensor) -> Leaf | None:
-    """The parameter of which ``result`` is a scaled or shifted version: the only operand of its shape."""
-    full = [t for t in inputs if t.numel() == result.numel()]
-    return tr.mark(full[0]).leaf if len(full) == 1 and result.ndim > 1 else None
+def _weight_among(tr: Tracer, inputs: list[Tensor], result: Tensor) -> Mark:
+    """What is known of the parameter of which ``result`` is a scaled, shifted or masked version, if it is one.
+
+    That is the only operand of its shape, but for buffers (a mask).
+    """
+    full = [tr.mark(t) for t in inputs if t.shape == result.shape]
+    if len(full) > 1:
+        full = [mark for mark in full if mark.leaf is None or mark.leaf.is_parameter]
+    return full[0] if len(full) == 1 and result.ndim > 1 else Mark(())
 
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "to", "dropout")
