@@ -45,8 +45,8 @@ from pat_fast.latency import table
 from pat_fast.plan import Plan
 from pat_fast.plan import build_plan as lower
 from pat_fast.plan.hollow import Hollow
+from pat_fast.plan.outputs import fixed_outputs
 from pat_fast.plan.running import Still, call, calls_made_by
-from pat_fast.plan.trace import fixed_outputs
 from pat_fast.proof import smaller_inputs
 from pat_fast.rehearsal import Rehearsal
 

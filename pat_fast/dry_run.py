@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import PlanError, in_a_line
 from .masks import Mask
 from .plan.bind import Binding
+from .plan.outputs import fixed_outputs
 from .plan.running import call, undisturbed
-from .plan.trace import fixed_outputs
 from .plan.types import BoolArray, Kept, Plan, shrunk_shape
 from .plan.verify import ANOTHER, COARSE, bisect, distance
 from .surgery.modules import apply_changes, attribute_changes

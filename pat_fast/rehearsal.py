@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from .errors import PlanError, in_a_line
 from .plan.double import InDouble
 from .plan.named import Named
+from .plan.outputs import fixed_outputs
 from .plan.running import Still, as_ops, call, calls_made_by
 from .plan.thin import LEAST, Standing, Thin, Values, Wanted, fill
-from .plan.trace import fixed_outputs
 from .plan.types import Axis, BoolArray, IntArray, Kept, Plan, TensorMap, is_grouped
 from .plan.verify import ANOTHER, FINE, TOLERANCE, channel_order, distance
 from .surgery.modules import Change, apply_changes, attribute_changes

@@ -21,7 +21,7 @@ import pat_fast as pat
 from benchmarks.reach.models import Family, build
 from pat_fast.masks import Mask
 from pat_fast.plan import Plan, bind
-from pat_fast.plan.trace import fixed_outputs
+from pat_fast.plan.outputs import fixed_outputs
 from pat_fast.surgery import prune
 
 LEAST = 0.10  # a family counts as pruned if this share of its weights went, at a ratio of 0.3

@@ -24,9 +24,10 @@ from .labels import IntArray, Solution, flat, varying
 from .numbering import Numbering
 from .numbers import Symbol, resolve
 from .order import After, torch_prunings_order
+from .outputs import fixed_outputs
 from .recurrent import Packing, couple_layers, is_plain, recurrent_layers
 from .running import Still, call
-from .trace import Leaf, Tracer, fixed_outputs
+from .trace import Leaf, Tracer
 from .types import PROJECTED, ChannelArray, Frozen, Plan, TensorMap, Width
 
 # Layers whose weights may be summed over or put out: surgery knows their attributes.

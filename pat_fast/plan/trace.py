@@ -9,14 +9,10 @@ case. What an op does to labels is said in :mod:`pat_fast.plan.rules`; an op tha
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +25,7 @@ from .labels import Factors, IntArray, Slots, flat, place, varying
 from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
 from .running import Still, calls_made_by
+from .where import line_of_the_model
 
 # Kinds of modules -> a forward in ordinary PyTorch ops, for tracing; see register_layer.
 EQUIVALENTS: dict[type[nn.Module], Callable[..., Any]] = {}
@@ -238,7 +235,7 @@ class Tracer(TorchDispatchMode):
         """The op being traced and the module that called it, for messages."""
         path = self._path[-1] if self._path else ""
         what = f"{self._op} in {path}" if path else self._op
-        line = _line_of_the_model()
+        line = line_of_the_model()
         return f"{what}, {line}" if line else what
 
     def mark(self, tensor: Tensor) -> Mark:
@@ -478,25 +475,6 @@ class Tracer(TorchDispatchMode):
             yield
 
 
-_LIBRARIES = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, np.__file__, Path(__file__).parent))
-
-
-@cache
-def _is_the_models(file: str) -> bool:
-    return not file.startswith((*_LIBRARIES, "<")) and "torch_pruning" not in file
-
-
-def _line_of_the_model() -> str:
-    """Where the forward is: the innermost line of code that is neither PyTorch's nor ours."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if _is_the_models(name):
-            return f"{os.path.basename(name)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
 def _independent(factors: list[IntArray]) -> Factors:
     """Drop factors whose dimensions another one (already related to it) covers."""
     kept: list[IntArray] = []
@@ -505,35 +483,3 @@ def _independent(factors: list[IntArray]) -> Factors:
         if dims and not any(dims <= set(varying(k)) for k in kept):
             kept.append(factor)
     return tuple(kept)
-
-
-def fixed_outputs(out: Any) -> list[Tensor]:
-    """The tensors of what a model returned that must keep their shapes.
-
-    All of them, except by-products for another call of the same model, which may be as wide as the model is: caches,
-    and hidden states and the like that come with logits (of a ``ModelOutput``, say).
-    """
-    if isinstance(out, dict):
-        beside = _BY_PRODUCTS if any(str(k).endswith("logits") for k in out) else ()
-        out = [
-            v for k, v in out.items()
-            if not any(part in str(k) for part in beside) and not type(v).__name__.endswith("Cache")
-        ]  # fmt: skip
-    return output_tensors(out)
-
-
-# Parts of the names that Transformers gives them.
-_BY_PRODUCTS = ("state", "attentions", "past_key_values", "cache", "mems", "model_output", "encoder_outputs")
-
-
-def output_tensors(out: Any) -> list[Tensor]:
-    """All tensors in what a model returned: nested lists, tuples, dicts and attributes of objects are searched."""
-    if isinstance(out, Tensor):
-        return [out]
-    if isinstance(out, dict):
-        return [t for v in out.values() for t in output_tensors(v)]
-    if isinstance(out, (list, tuple)):
-        return [t for v in out for t in output_tensors(v)]
-    if hasattr(out, "__dict__") and not isinstance(out, type):
-        return [t for v in vars(out).values() for t in output_tensors(v)]
-    return []

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .double import InDouble
+from .outputs import fixed_outputs
 from .running import call, undisturbed
-from .trace import fixed_outputs
 from .types import Axis, IntArray, Plan, TensorMap, is_grouped
 
 Precision = Callable[[], AbstractContextManager[Any]]

@@ -13,8 +13,8 @@ from torch_pruning import ops
 from torch_pruning.dependency import DependencyGraph, Group, Node
 
 from ...errors import ConfigError, PatError, PlanError
+from ...plan.outputs import output_tensors
 from ...plan.running import undisturbed
-from ...plan.trace import output_tensors
 from ...plan.types import BoolArray
 from . import layerwise
 from .arguments import check_customized, checked_indices

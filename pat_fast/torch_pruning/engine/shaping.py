@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...plan import Plan, build_plan
 from ...plan.labels import components
+from ...plan.outputs import output_tensors
 from ...plan.running import call
-from ...plan.trace import output_tensors
 from ...plan.types import Axis, ChannelArray, IndexArray, TensorMap, Width, WorkTerm, by_first_use, fold_fixed
 from .axes import out_dim
 
