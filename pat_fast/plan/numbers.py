@@ -288,7 +288,7 @@ class NumberWatch(TorchFunctionMode):
             if not isinstance(number, Number) or number.watch is not self:
                 continue
             times = out.shape[dim] // int(number) if name in _REPEATING else 1
-            if out.shape[dim] != int(number) * times:
+            if not times or out.shape[dim] != int(number) * times:  # no times: nothing was repeated
                 continue
             if name in _FRESH:
                 self.tracer.add_factor(out, dim)

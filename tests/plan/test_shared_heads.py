@@ -160,6 +160,14 @@ def test_whole_heads_of_queries_go(how: Callable[[Attention, Tensor], Tensor], k
         assert canonical(build_plan(model, x)) == canonical(smaller.plan)
 
 
+def test_nothing_may_be_repeated() -> None:
+    def none(m: Attention, x: Tensor) -> Tensor:
+        return by_hand(m, torch.cat([x, x[:, :0].repeat_interleave(m.heads, 1), x[:, :0].repeat(1, m.times, 1)], 1))
+
+    plan = build_plan(Attention(none), torch.randn(2, 7, 5))
+    assert "heads" in {w.attribute for w in plan.widths}
+
+
 def test_numbers_of_heads_follow() -> None:
     for how, counts in ((expanded, "heads"), (repeated, "times"), (interleaved, "times"), (viewed, "times")):
         model, x = Attention(how), torch.randn(2, 7, 5)
