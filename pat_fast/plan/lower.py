@@ -273,8 +273,8 @@ def _number(
 
 def _dead_ends(plan: Plan, consumed: set[int], leaves: list[Leaf], outputs: list[torch.Tensor]) -> set[str]:
     """Roots of groups that nothing sums over and that no output depends on: who else reads them is not seen."""
-    if len(consumed) == len(plan.groups):
-        return set()
+    if len(consumed) == len(plan.groups) or all(t.grad_fn is None for t in outputs):
+        return set()  # without gradients it is not seen either
     met = reached(outputs)
     used = {leaf.name for leaf in leaves if id(leaf.tensor) in met}
     return {g.root for i, g in enumerate(plan.groups) if i not in consumed and used.isdisjoint(n for n, _ in g.members)}

@@ -133,60 +133,6 @@ def test_buffers_that_change_in_eval_are_restored() -> None:
     assert model.calls == 0
 
 
-class WithAuxiliary(nn.Module):
-    """A head that only training uses, and one that is not used at all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
-        self.auxiliary = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5))
-        self.head, self.other = nn.Linear(8, 5), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        x = self.norm(self.stem(x)).relu()
-        out = self.head(x.mean((2, 3)))
-        return (out, self.auxiliary(x)) if self.training else out
-
-
-def test_what_only_training_runs_is_pruned_along_and_what_nothing_runs_is_noted() -> None:
-    model, x = WithAuxiliary(), small_inputs()
-    macs = build_plan(model.eval(), x).macs()
-    plan = build_plan(model.train(), x)
-    assert [g.root for g in plan.groups] == ["stem", "auxiliary.0"]
-    assert {f.layer for f in plan.frozen} == {"head", "auxiliary.3"}
-    assert plan.macs() == macs  # of inference
-    assert any("not used by this forward" in note and note.count(": other (") for note in plan.notes), plan.notes
-    assert model.training
-    assert not model.norm.num_batches_tracked
-    prune(bind(plan, model), random_keep(plan, 0, 0.5))
-    assert model.stem.out_channels == model.auxiliary[0].in_channels < 8
-    sum(out.sum() for out in model(x)).backward()
-
-
-@pytest.mark.parametrize("used", [False, True])
-def test_what_no_output_depends_on_stays(used: bool) -> None:
-    """Of inputs shorter than a window nothing is made of the keys: what longer ones do with them is not seen."""
-
-    class Windows(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.enter, self.keys, self.leave = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(6, 3)
-            self.norm = nn.LayerNorm(8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.enter(x).relu()
-            keys = self.keys(x)
-            if used:
-                return self.leave(x) * (keys @ keys.mT).sum(2, keepdim=True)
-            keys = keys[:, : x.shape[1] // 16]
-            return torch.cat([self.leave(x), self.norm(keys)[..., :3]], 1) if keys.numel() else self.leave(x)
-
-    plan = build_plan(Windows(), torch.randn(2, 7, 5))
-    roots = {g.root for g in plan.groups}
-    assert roots == {"enter", "keys"} if used else roots == {"enter"}
-    assert used or {f.layer: f.reason for f in plan.frozen}["keys"] == "no output of this forward depends on it"
-
-
 def test_failing_forward_says_which_inputs() -> None:
     with pytest.raises(PlanError, match=r"fails on the example inputs \(\(4, 5, 8, 8\)\)"):
         build_plan(Small(), torch.randn(4, 5, 8, 8))

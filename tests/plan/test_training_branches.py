@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import pat_fast as pat
 from pat_fast.dry_run import dry_run
-from pat_fast.plan import Plan, build_plan
+from pat_fast.plan import Plan, bind, build_plan
 from pat_fast.plan.running import Still
 from pat_fast.plan.verify import verify
 from pat_fast.rehearsal import rehearse
-from tests.helpers import small_inputs
+from pat_fast.surgery import prune
+from tests.helpers import random_keep, small_inputs
 from tests.plan.test_verify import LIES, change, spots
 
 
@@ -144,3 +145,33 @@ def test_random_numbers_leave_nothing_to_compare_and_what_uses_them_is_pruned() 
     plan = pat.build_plan(model, small_inputs())
     assert [g.root for g in plan.groups] == ["stem", "inner"]
     assert "group by group" not in plan.notes[-1]
+
+
+class WithAuxiliary(nn.Module):
+    """A head that only training uses, and one that is not used at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.auxiliary = nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5))
+        self.head, self.other = nn.Linear(8, 5), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(self.stem(x)).relu()
+        out = self.head(x.mean((2, 3)))
+        return (out, self.auxiliary(x)) if self.training else out
+
+
+def test_what_only_training_runs_is_pruned_along_and_what_nothing_runs_is_noted() -> None:
+    model, x = WithAuxiliary(), small_inputs()
+    macs = build_plan(model.eval(), x).macs()
+    plan = build_plan(model.train(), x)
+    assert [g.root for g in plan.groups] == ["stem", "auxiliary.0"]
+    assert {f.layer for f in plan.frozen} == {"head", "auxiliary.3"}
+    assert plan.macs() == macs  # of inference
+    assert any("not used by this forward" in note and note.count(": other (") for note in plan.notes), plan.notes
+    assert model.training
+    assert not model.norm.num_batches_tracked
+    prune(bind(plan, model), random_keep(plan, 0, 0.5))
+    assert model.stem.out_channels == model.auxiliary[0].in_channels < 8
+    sum(out.sum() for out in model(x)).backward()
