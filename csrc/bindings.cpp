@@ -106,6 +106,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &pat::isa, "Instruction set in use.");
   m.def("isas", &pat::isas, "Instruction sets that this machine runs, best last.");
   m.def("set_isa", &pat::set_isa, "For tests: use another instruction set; False if it cannot run here.");
+  m.def("set_stream_bytes", &pat::set_stream_bytes,
+        "For tests: from how many bytes on a compaction writes past the caches; below 0 as it does otherwise.");
   m.def("has_openmp", &pat::has_openmp);
   m.attr("DTYPES") = py::make_tuple("float32", "float64", "bfloat16", "float16");
   m.attr("FUNCS") = py::make_tuple("abs", "square", "power", "mul", "absmul", "sqmul");

@@ -32,6 +32,9 @@ void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* til
                      int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads,
                      const Meanwhile& meanwhile = {});
 
+// For tests: bytes that a compaction must write to do so past the caches; below 0 what it takes otherwise.
+void set_stream_bytes(int64_t bytes);
+
 std::vector<std::string> isas();        // that this machine can run, best last
 const std::string& isa();               // in use
 bool set_isa(const std::string& name);  // false: unknown or unsupported here

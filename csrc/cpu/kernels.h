@@ -25,10 +25,15 @@ struct Kernels {
   void (*axpy[kDTypes])(void* y, const void* x, const Rows* rows, const void* row_coef, const void* col_coef);
   // x *= row_scale[r] * col_scale[j]; null counts as 1; a product of 0 writes 0.
   void (*scale[kDTypes])(void* x, const Rows* rows, const void* row_scale, const void* col_scale);
-  // Copies those of `length` words of 4 bytes whose bit is set in masks [ceil(length / 16)]: `kept` words, to `to`.
-  // What lies at `ahead`, as long, is fetched meanwhile. Null where the instruction set has nothing for it.
-  void (*compress)(uint32_t* to, int64_t kept, const uint32_t* from, int64_t length, const uint16_t* masks,
-                   const uint32_t* ahead);
+  // Copies those of `length` words of 4 bytes whose bit is set in masks [ceil(length / 16)] to `to`, which has room for
+  // as many and maybe more, and is changed behind them; returns how many they are. What lies at `ahead`, as long, is
+  // fetched meanwhile. Null where the instruction set has nothing for it.
+  int64_t (*compress)(uint32_t* to, int64_t room, const uint32_t* from, int64_t length, const uint16_t* masks,
+                      const uint32_t* ahead);
+  // Copies whole lines of 64 bytes to where a line begins, past the caches; others see them after `fence`, called by
+  // the same thread. Null where the instruction set has nothing for it.
+  void (*stream)(void* to, const void* from, int64_t bytes);
+  void (*fence)();
 };
 
 const Kernels* kernels_base();

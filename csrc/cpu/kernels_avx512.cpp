@@ -6,9 +6,9 @@ namespace pat {
 namespace {
 
 // Whole registers are stored while they end before the last word: what is too much is written over by what follows.
-void compress_words(uint32_t* to, int64_t kept, const uint32_t* from, int64_t length, const uint16_t* masks,
-                    const uint32_t* ahead) {
-  uint32_t* const end = to + kept;
+int64_t compress_words(uint32_t* to, int64_t room, const uint32_t* from, int64_t length, const uint16_t* masks,
+                       const uint32_t* ahead) {
+  uint32_t *const start = to, *const end = to + room;
   int64_t i = 0;
   for (; length - i >= 16 && end - to >= 16; i += 16, ++masks) {
     _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
@@ -23,6 +23,7 @@ void compress_words(uint32_t* to, int64_t kept, const uint32_t* from, int64_t le
     _mm512_mask_storeu_epi32(to, (__mmask16)((1u << count) - 1u), words);
     to += count;
   }
+  return to - start;
 }
 
 }  // namespace

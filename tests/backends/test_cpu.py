@@ -28,6 +28,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu._C.set_isa(best)
 
 
+@pytest.fixture(params=["through the caches", "past the caches"])
+def stores(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How a compaction writes: usually past the caches if it writes more than these hold."""
+    cpu._C.set_stream_bytes(0 if request.param == "past the caches" else 2**62)
+    yield
+    cpu._C.set_stream_bytes(-1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 def test_reduce_equals_the_reference(order: str, dtype: torch.dtype, isa: str) -> None:
@@ -87,31 +95,65 @@ def test_results_do_not_depend_on_the_thread_count(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.usefixtures("stores")
 def test_compact(order: str, dtype: torch.dtype, isa: str) -> None:
     cases.compact(cpu.OPS, order, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.usefixtures("stores")
 def test_compact_moves_any_dtype(dtype: torch.dtype, isa: str) -> None:
     cases.compact_moves_bits(cpu.OPS, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", [1, 2, 9])
-def test_compact_writes_nothing_behind_a_row(dtype: torch.dtype, kernel: int, isa: str) -> None:
-    """Columns that are kept in short runs: whole registers are moved, of rows of any length."""
+@pytest.mark.parametrize("kernel", [1, 2, 9, 63, 64])
+@pytest.mark.usefixtures("stores")
+def test_compact_writes_nothing_around_rows(dtype: torch.dtype, kernel: int, isa: str) -> None:
+    """Columns that are kept in short runs: whole registers are moved, of rows of any length that begin anywhere."""
     generator = torch.Generator().manual_seed(0)
-    for columns in range(1, 80):
-        x = torch.randn(3, columns, kernel, generator=generator).to(dtype)
+    for columns in (*range(1, 80), 1500):
+        x = torch.randn(8, columns, kernel, generator=generator).to(dtype)
         kept = torch.rand(columns, generator=generator).argsort()[: 1 + columns // 2].sort().values
-        rows, n = torch.tensor([0, 2]), len(kept)
-        flat = torch.full((2 * n * kernel + 16,), 7, dtype=dtype)
-        out = flat[: 2 * n * kernel].view(2, n, kernel)
-        before = torch.tensor([[0, 0, 3, columns, kernel, columns * kernel, kernel, 1, -1, -1]])
-        after = torch.tensor([[0, 0, 2, n, kernel, n * kernel, kernel, 1, 0, 2]])
+        rows, n, start = torch.tensor([0, 2, 3, 5, 7]), len(kept), columns % 17
+        flat = torch.full((start + 5 * n * kernel + 16,), 7, dtype=dtype)
+        out = flat[start:-16].view(5, n, kernel)
+        before = torch.tensor([[0, 0, 8, columns, kernel, columns * kernel, kernel, 1, -1, -1]])
+        after = torch.tensor([[0, 0, 5, n, kernel, n * kernel, kernel, 1, 0, 5]])
         cpu.channel_compact([out], [x], before, after, torch.cat([rows, kept]).int())
         assert torch.equal(out, x[rows][:, kept])
-        assert (flat[2 * n * kernel :] == 7).all()
+        assert (flat[:start] == 7).all()
+        assert (flat[-16:] == 7).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("kept", ["rows", "columns", "few columns", "long runs"])
+@pytest.mark.usefixtures("stores")
+def test_compact_in_pieces(kept: str, threads: int, isa: str) -> None:
+    """Threads share the lines of memory in which their pieces of a tensor meet."""
+    torch.set_num_threads(threads)
+    r, c = 1501, 707
+    rows, cols = torch.arange(0, r, 2), torch.arange(c)
+    if kept != "rows":
+        cols = {"columns": cols[cols % 3 > 0], "few columns": cols[::9], "long runs": cols[cols % 200 > 1]}[kept]
+    x, flat = torch.randn(r, c), torch.full((3 + len(rows) * len(cols) + 16,), torch.nan)
+    out = flat[3:-16].view(len(rows), len(cols))
+    before = torch.tensor([[0, 0, r, c, 1, c, 1, 1, -1, -1]])
+    after = torch.tensor([[0, 0, *out.shape, 1, len(cols), 1, 1, 0, len(rows) if kept != "rows" else -1]])
+    cpu.channel_compact([out], [x], before, after, torch.cat([rows, cols]).int())
+    assert torch.equal(out, x[rows][:, cols])
+    assert flat.isnan().sum() == 3 + 16
+
+
+def test_a_large_compaction_writes_past_the_caches_and_the_same() -> None:
+    x = torch.randn(4200, 4100)
+    want = [x[::2], x[:, ::2], x]  # 131 MiB
+    outs = [torch.full_like(w, torch.nan, memory_format=torch.contiguous_format) for w in want]
+    before = torch.tensor([[i, 0, 4200, 4100, 1, 4100, 1, 1, -1, -1] for i in range(3)])
+    sides = (0, -1), (-1, 2100), (-1, -1)
+    after = torch.tensor([[i, 0, *w.shape, 1, w.shape[1], 1, 1, *sides[i]] for i, w in enumerate(want)])
+    cpu.channel_compact(outs, [x, x, x], before, after, torch.cat([torch.arange(0, n, 2) for n in x.shape]).int())
+    assert all(map(torch.equal, outs, want))
 
 
 def halved(x: torch.Tensor, meanwhile: Any, out: torch.Tensor | None = None) -> torch.Tensor:
