@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import reference
+from ..backends import reference, shortcut
 from ..ops import NONE, Tile, TileTable, accumulator
+from ..surgery.journal import SHARE
 from .clock import Timed
 from .results import Mismatch
 
@@ -123,33 +124,53 @@ class Kernels:
         return Call("copy", 2 * kept, lambda: op(self.outs, self.xs, tiles, targets, self.index), self.outs)
 
     def _fresh(self, op: Callable[..., Any]) -> Call:
-        """A prune's copies: of every tensor four, into memory that is new; beside it one dimension after the other."""
+        """A prune's copies: of every tensor four, into memory that is new; beside it one dimension after the other.
+
+        As in a prune, the backend that can copies the small tensors, with those that have most of the bytes under way.
+        """
         xs = [x for copy in (self.xs, self.ys, *self._moments()) for x in copy]
-        tables = []
-        for table in (self.table, self.out_table):
-            steps = torch.zeros(COPIES, 1, table.table.shape[1], dtype=torch.int64)
-            steps[:, 0, 0] = torch.arange(COPIES) * len(self.xs)
-            tables.append((table.table + steps).flatten(0, 1))
         lists = [
             [self.index[start : start + size].long() for start, size in ((t[8], t[2]), (t[9], t[3])) if start >= 0]
             for t in self.out_table.rows
-        ]
+        ] * COPIES
+        order, count = self._large_first()
+        is_able = op is shortcut("channel_compact", self.index.device.type)
+        large, small = (self._part(xs, part) for part in ((order[:count], order[count:]) if is_able else (order, [])))
 
         def ours() -> list[Tensor]:
-            outs = [torch.empty_like(out) for _ in range(COPIES) for out in self.outs]
-            op(outs, xs, *tables, self.index)
-            return outs
+            outs, others = [torch.empty_like(out) for out in large[0]], list[Tensor]()
+
+            def meanwhile() -> None:
+                others.extend(torch.empty_like(out) for out in small[0])
+                op(others, *small[1:], self.index)
+
+            op(outs, *large[1:], self.index, *([meanwhile] if is_able else []))
+            return outs + others
 
         def rival() -> list[Tensor]:
             found: list[Tensor] = []
-            for x, kept in zip(xs, lists * COPIES, strict=True):
+            for x, kept in cuts:
                 for dim, index in enumerate(kept):
                     x = x.index_select(dim, index)
                 found.append(x)
             return found
 
+        cuts = [(xs[i], lists[i]) for i in order]
         kept = sum(out.numel() * out.element_size() for out in self.outs)
         return Call("copy", 2 * COPIES * kept, ours, [], ("index_select", rival))
+
+    def _large_first(self) -> tuple[list[int], int]:
+        """The places of the copies of all tensors, the largest first, and how many of them a prune takes for large."""
+        sizes = torch.tensor([out.numel() for out in self.outs] * COPIES).sort(descending=True, stable=True)
+        count = int((sizes.values.cumsum(0) < SHARE * sizes.values.sum()).sum()) + 1
+        return sizes.indices.tolist(), count
+
+    def _part(self, xs: list[Tensor], places: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """What some of the copies become, what they are copies of, and the two tables."""
+        tables = [table.table.repeat(COPIES, 1)[places] for table in (self.table, self.out_table)]
+        for table in tables:
+            table[:, 0] = torch.arange(len(places))
+        return [self.outs[i % len(self.outs)] for i in places], [xs[i] for i in places], tables[0], tables[1]
 
     def _moments(self) -> list[list[Tensor]]:
         if not self._more:

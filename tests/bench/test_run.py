@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from pat_fast import ConfigError, backends
-from pat_fast.backends import Backend, reference
+from pat_fast.backends import Backend, cpu, reference
 from pat_fast.bench import Result, Row, Settings, machine, render, run, steps, table
 from pat_fast.bench.bandwidth import Bandwidth
 from pat_fast.bench.clock import Clock
 from pat_fast.bench.figure import draw
-from pat_fast.bench.kernels import VARIANTS
+from pat_fast.bench.kernels import VARIANTS, Kernels
 from pat_fast.bench.models import SHAPES, find, vary_
 from pat_fast.bench.run import names
 from pat_fast.bench.steps import STEPS
@@ -80,6 +80,28 @@ def test_what_a_prune_copies_is_held_against_index_select(monkeypatch: pytest.Mo
     result = run(fresh)
     assert [row.op for row in result.rows] == ["channel_compact"]
     assert "not measured: channel_compact fresh of tiny: four copies are 0.0 GB" in result.notes
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="the C++ extension is not built")
+def test_a_prune_copies_what_is_small_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the backend can, and only if it is the one that a prune would use."""
+    right, calls = cpu.channel_compact, list[tuple[int, bool]]()
+
+    def copy(outs: Any, *arguments: Any) -> None:
+        calls.append((len(outs), len(arguments) > 4))
+        right(outs, *arguments)
+
+    case = Kernels(SHAPES["tiny"](), torch.float32, torch.device("cpu"), False)
+    for name in (copy, None):
+        monkeypatch.setattr("pat_fast.bench.kernels.shortcut", lambda *_, name=name: name)
+        case.check("channel_compact fresh", {"channel_compact": copy})
+    total = 4 * len(case.xs)
+    (large, first), (small, second), whole = calls
+    assert first
+    assert not second
+    assert large + small == total
+    assert min(large, small) > 0
+    assert whole == (total, False)
 
 
 @pytest.mark.parametrize("op", ["channel_reduce", "channel_scale_", "channel_compact"])
