@@ -216,7 +216,8 @@ template <class T>
 void move_segment(const Move& m, const Segment& s, int64_t stream_from) {
   const bool dense = m.packed() && m.k_packed() && (m.n == 1 || m.stride == m.c * m.unit());
   const int64_t bytes = (s.r1 - s.r0) * m.c * m.k * static_cast<int64_t>(sizeof(T));
-  if (dense && bytes >= stream_from) stream_rows<T>(m, s.r0, s.r1);
+  const char* middle = m.to + s.r0 * m.stride * static_cast<int64_t>(sizeof(T)) + bytes / 2;
+  if (dense && bytes >= stream_from && !is_fresh(middle)) stream_rows<T>(m, s.r0, s.r1);
   else move_rows<T>(m, s.r0, s.r1);
 }
 

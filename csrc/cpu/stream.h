@@ -1,12 +1,26 @@
 // Memory that is written in order and past the caches: lines that are written whole need not be read first.
 #pragma once
 
-#include <algorithm>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
 
 #include "engine.h"
 
 namespace pat {
+
+// Whether no page is there yet: the system will clear it when it is first written, and leave it in the caches.
+inline bool is_fresh([[maybe_unused]] const char* at) {
+#ifdef __linux__
+  static const uintptr_t kPage = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char state = 1;
+  mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(at) / kPage * kPage), 1, &state);
+  return (state & 1) == 0;
+#else
+  return false;
+#endif
+}
 
 // What comes is gathered in a buffer that stays in the first-level cache, and written a line of memory at a time. Lines
 // that belong to others in part, the first and the last, are written as ever. Needs kernels().stream.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends import reference, shortcut
 from ..ops import NONE, Tile, TileTable, accumulator
-from ..surgery.journal import SHARE
+from ..surgery.layout import SHARE
 from .clock import Timed
 from .results import Mismatch
 
