@@ -1,8 +1,10 @@
 // Memory that is written in order and past the caches: lines that are written whole need not be read first.
 #pragma once
 
+#ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
+#endif
 
 #include <cstring>
 
