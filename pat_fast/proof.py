@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .dry_run import dry_run
-from .errors import check_model
+from .errors import PlanError, check_model, in_a_line
 from .plan import Plan
 from .plan import build_plan as lower
+from .plan.named import Named
 from .plan.running import Still, call
 from .plan.verify import ANOTHER
 from .plan.verify import verify as permutation_test
@@ -52,10 +53,32 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
     with uncollected():
         still = Still(model)
         plan = lower(model, example_inputs, still)
-        if not verify or not plan.groups:
-            return plan
-        lowered = time.perf_counter()
-        smaller = smaller_inputs(example_inputs)
+    traced = f"traced in {time.perf_counter() - start:.2f} s, "
+    return _proven(plan, model, example_inputs, still, traced) if verify and plan.groups else plan
+
+
+@plainly()
+def prove(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
+    """See :meth:`Plan.verify`."""
+    check_model(model)
+    still = Still(model)
+    Named(plan, model, still)  # the tensors that it names are there
+    try:
+        with still.running(), torch.no_grad():
+            call(model, example_inputs)
+    except Exception as error:
+        raise PlanError(f"the model's forward fails on the example inputs: {in_a_line(error)}") from error
+    still.compares, still.trains_more = True, bool(still.in_training)  # no trace has seen that it does not
+    return _proven(plan, model, example_inputs, still, "")
+
+
+Plan._prove = staticmethod(prove)
+
+
+def _proven(plan: Plan, model: nn.Module, example_inputs: Any, still: Still, traced: str) -> Plan:
+    start = time.perf_counter()
+    smaller = smaller_inputs(example_inputs)
+    with uncollected():
         at_once = rehearse(plan, model, example_inputs, smaller, still=still)
     try:
         if not at_once:
@@ -67,12 +90,11 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         warnings.warn(
             f"{why}; if its maps are wrong, what is pruned is wrong: compare outputs before and after a prune, or keep "
             "layers with ignored_layers=",
-            stacklevel=2,
+            stacklevel=3,
         )
         return _note(plan, why)
-    done = time.perf_counter()
     how = "" if at_once else ", group by group"
-    return _note(plan, f"traced in {lowered - start:.2f} s, verified in {done - lowered:.2f} s{how}")
+    return _note(plan, f"{traced}verified in {time.perf_counter() - start:.2f} s{how}")
 
 
 def _found_out(plan: Plan, model: nn.Module, example_inputs: Any, smaller: Any, training: bool = False) -> Plan:

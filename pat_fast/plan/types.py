@@ -7,13 +7,14 @@ be kept, compared and computed ahead: :meth:`Plan.shrink` is the plan of the mod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from ..errors import PlanError
 from .flat import Holdings, Kept, Shapes, Vectors, groups_left, is_grouped, shrunk_shape, units_above
@@ -343,6 +344,22 @@ class Plan:
         movable = ~np.isin(self.group_of, held)
         frozen = tuple(Frozen(self.groups[i].root, self.groups[i].channels, reason) for i in held)
         return self._renumbered(Kept(keep, self.vectors), movable, frozen)
+
+    def verify(self, model: nn.Module, example_inputs: Any) -> Plan:
+        """The plan, put to the proof on ``model`` once more: what does not hold is frozen, with the reason.
+
+        As :func:`pat_fast.build_plan` does, of any plan and at any time: after prunes, of a plan of one's own. A note
+        says what it cost.
+
+        Args:
+            model: the model that this is the plan of, as it is now; it is left as it was.
+            example_inputs: as for :func:`pat_fast.build_plan`.
+        Raises:
+            PlanError: the model has no such tensors (it was changed since), or its forward fails on these inputs.
+        """
+        return type(self)._prove(self, model, example_inputs)
+
+    _prove: ClassVar[Callable[[Plan, nn.Module, Any], Plan]]  # set by pat_fast/proof.py, which stands on this module
 
     # Looking things up
 

@@ -284,6 +284,28 @@ def test_lying_groups_are_frozen_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.macs() == honest.macs()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_any_plan_can_be_put_to_the_proof_at_any_time(training: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).train(training)
+    x = torch.randn(5, 4)
+    pruner = pat.Pruner(model, target_sparsity=0.5, end_epoch=1, example_inputs=x)
+    for _ in range(2):
+        pruner.step()
+    before = [p.clone() for p in model.parameters()]
+    honest = pruner.plan.verify(model, x)
+    assert [g.root for g in honest.groups] == [g.root for g in pruner.plan.groups] == ["2", "0"]
+    assert honest.notes[-1].startswith("verified in")
+    number = next(i for i, t in enumerate(honest.tensors) if t.name == "0.bias")
+    lying = change(honest, number, 0, np.roll(honest.tensors[number].axes[0].channels, 1))
+    assert [g.root for g in lying.verify(model, x).groups] == ["2"]
+    assert model.training == training
+    assert all(map(torch.equal, model.parameters(), before))
+    with pytest.raises(pat.PlanError, match=r"0.weight: the plan expects shape \(., 4\), the model has shape \(9, 4\)"):
+        honest.verify(nn.Sequential(nn.Linear(4, 9)), x)
+    with pytest.raises(pat.PlanError, match="forward fails on the example inputs: RuntimeError"):
+        honest.verify(model, torch.randn(5, 7))
+
+
 def test_units_change_places_as_a_whole() -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=3), nn.Conv2d(12, 2, 1))
     plan = build_plan(model, small_inputs())
