@@ -123,6 +123,7 @@ def save_training(path: str | Path, *, extra: Mapping[str, Any] | None = None, *
     content = {
         "parts": {name: part.state_dict() for name, part in parts.items()},
         "structures": {name: structure_of(part) for name, part in parts.items() if isinstance(part, nn.Module)},
+        "optimizers": {n: type(part).__name__ for n, part in parts.items() if isinstance(part, torch.optim.Optimizer)},
         "random": _random_state(),
         "extra": dict(extra or {}),
     }
@@ -162,6 +163,7 @@ def load_training(path: str | Path, **parts: Any) -> dict[str, Any]:
     optimizers = {n: p for n, p in parts.items() if isinstance(p, torch.optim.Optimizer)}
     for name, optimizer in optimizers.items():
         _check_groups(f"{path}: {name}", optimizer, states[name])
+        _check_kind(f"{path}: {name}", optimizer, states[name], content.get("optimizers", {}).get(name))
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             _check_keys(f"{path}: {name}", part, states[name])
@@ -193,6 +195,14 @@ def _check_groups(where: str, optimizer: torch.optim.Optimizer, state: Mapping[s
     own = [len(group["params"]) for group in optimizer.param_groups]
     if saved != own:
         raise CheckpointError(f"{where}: expected parameter groups of {saved}, as in the file, got {own}")
+
+
+def _check_kind(where: str, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], saved: str | None) -> None:
+    """PyTorch gives an optimizer the settings of another kind, which then fails in its step."""
+    own = type(optimizer).__name__
+    missing = sorted(optimizer.defaults.keys() - state["param_groups"][0].keys())
+    if saved not in (None, own) and missing:
+        raise CheckpointError(f"{where}: expected {saved}, as in the file, got {own}, which needs {missing[0]!r}, too")
 
 
 def _random_state() -> dict[str, Any]:

@@ -197,6 +197,8 @@ def test_files_of_others(saved: Path) -> None:
     head = nn.Sequential(Small())
     refused(saved, "does not fit", model=head)
     refused(saved, "expected parameter groups of", optimizer=adamw(nn.Linear(2, 2)))
+    other = torch.optim.SGD(begun(12)[0].parameters(), 0.1)
+    refused(saved, "optimizer: expected AdamW, as in the file, got SGD, which needs 'dampening', too", optimizer=other)
 
 
 class Sneaky:
