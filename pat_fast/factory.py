@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,7 +87,7 @@ def of_transformers(model_type: str, **fields: Any) -> Any:
     """A network of Transformers, without a head, from its configuration.
 
     Raises:
-        ConfigError: Transformers is not installed, or has no such type.
+        ConfigError: Transformers is not installed, or has no such type; the weights would not fit into memory.
     """
     try:
         from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
@@ -94,7 +96,32 @@ def of_transformers(model_type: str, **fields: Any) -> Any:
     if model_type not in CONFIG_MAPPING:
         near = did_you_mean(model_type, CONFIG_MAPPING)
         raise ConfigError(f"transformers:{model_type}: expected a model type of Transformers, got {model_type!r}{near}")
-    return AutoModel.from_config(AutoConfig.for_model(model_type, **fields))
+    config = AutoConfig.for_model(model_type, **fields)
+    _check_memory(f"transformers:{model_type}", lambda: AutoModel.from_config(config))
+    return AutoModel.from_config(config)
+
+
+def _check_memory(name: str, build: Callable[[], nn.Module]) -> None:
+    """Refuse a network that is larger than this machine's memory: it would be killed without a word."""
+    try:
+        with torch.device("meta"):
+            twin = build()
+    except Exception:  # of a kind that computes with its tensors when it is made
+        return
+    size, memory = sum(t.nbytes for t in (*twin.parameters(), *twin.buffers())), _memory()
+    if size > 0.9 * memory:
+        raise ConfigError(
+            f"{name}: expected a network that fits into memory, got one whose weights take {size / 2**30:.0f} of "
+            f'{memory / 2**30:.0f} GiB; give it a smaller configuration: --args \'{{"num_hidden_layers": 2}}\', say'
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory that this machine has, as far as it says."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def default_inputs(model: nn.Module) -> tuple[Tensor, ...]:

@@ -269,6 +269,17 @@ def test_plan_gives_a_network_of_transformers_what_it_reads() -> None:
         assert all(layer in free for layer in layers), result.stdout
 
 
+def test_a_network_larger_than_memory_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    args = json.dumps({"n_layer": 1, "n_embd": 24, "n_head": 3, "vocab_size": 50})
+    monkeypatch.setattr("pat_fast.factory._memory", lambda: 2.0**12)
+    result = invoke("plan", "transformers:gpt2", "--args", args)
+    assert result.exit_code == 2
+    assert "transformers:gpt2: expected a network that fits into memory" in result.stderr
+    monkeypatch.setattr("pat_fast.factory._memory", lambda: 2.0**30)
+    assert invoke("plan", "transformers:gpt2", "--args", args).exit_code == 0
+
+
 def test_plan_finds_a_network_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))\n"
     (tmp_path / "my_network_file.py").write_text(source)
