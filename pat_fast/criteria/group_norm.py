@@ -30,7 +30,9 @@ def is_scored(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
 
 def is_bare(tensor_map: TensorMap, owner: nn.Module) -> bool:
     """Whether it is a weight of no layer of PyTorch's (GPT-2's ``Conv1D``, stacked experts): it is multiplied with."""
-    own = not type(owner).__module__.startswith("torch.nn")
+    # Of a layer's subclass (fully_shard makes one) the weight is the layer's; a container is no layer.
+    containers = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    own = not any(k.__module__.startswith("torch.nn") and k not in containers for k in type(owner).__mro__)
     return own and tensor_map.is_parameter and len(tensor_map.shape) > 1 and any(
         axis.role in ("out", "in") for axis in tensor_map.axes
     )

@@ -217,3 +217,13 @@ def test_scores_follow_the_weights_in_place() -> None:
 def test_exponents_that_make_no_sense(p: Any) -> None:
     with pytest.raises(ConfigError, match=rf"p: expected a positive number \(1 or 2, say\), got {p!r}"):
         GroupNorm(p)
+
+
+def test_a_weight_of_a_subclass_counts_as_that_of_the_layer() -> None:
+    """fully_shard makes a subclass of every layer; embeddings, which do not count, once did as such."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 12), nn.Linear(12, 3))
+    x = torch.zeros(1, 4, dtype=torch.int64)
+    expected = GroupNorm().score(bind(build_plan(model, x), model))
+    model[0].__class__ = type("Own", (nn.Embedding,), {})
+    assert torch.equal(GroupNorm().score(bind(build_plan(model, x), model)), expected)
