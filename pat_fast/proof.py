@@ -16,6 +16,7 @@ from .dry_run import dry_run
 from .errors import PlanError, check_model, in_a_line
 from .plan import Plan
 from .plan import build_plan as lower
+from .plan.double import in_single
 from .plan.named import Named
 from .plan.running import Still, call
 from .plan.verify import ANOTHER
@@ -75,6 +76,7 @@ def prove(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
 Plan._prove = staticmethod(prove)
 
 
+@in_single()
 def _proven(plan: Plan, model: nn.Module, example_inputs: Any, still: Still, traced: str) -> Plan:
     start = time.perf_counter()
     smaller = smaller_inputs(example_inputs)

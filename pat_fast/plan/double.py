@@ -1,7 +1,14 @@
-"""Running a model of any precision in double precision, one tensor at a time: no second copy of its weights."""
+"""The precision in which a model is compared with itself.
+
+Double, whatever its own is, one tensor at a time: no second copy of its weights. Or single, as the processor has it.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +17,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def in_single() -> Iterator[None]:
+    """Let a GPU multiply single precision as it is, not rounded to the ten bits of TF32, as it does in convolutions.
+
+    Both sides of a comparison would be rounded, each by kernels of its own shapes.
+    """
+    settings = _rounding()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two ways to set this PyTorch advises the other
+        try:
+            for put, _, exact in settings:
+                put(exact)
+            yield
+        finally:
+            for put, before, _ in settings:
+                put(before)
+
+
+def _rounding() -> list[tuple[Callable[[Any], None], Any, Any]]:
+    """The settings that allow TF32: how to set each, what it is, what it has to be.
+
+    PyTorch has two ways to set them, and refuses to read in the one what was set in the other.
+    """
+    cudnn: Any = torch.backends.cudnn
+    found: list[tuple[Callable[[Any], None], Any, Any]]
+    try:
+        products = torch.get_float32_matmul_precision()
+        found = [
+            (partial(setattr, cudnn, "allow_tf32"), cudnn.allow_tf32, False),
+            (torch.set_float32_matmul_precision, products, "highest"),
+        ]
+    except RuntimeError:
+        ops = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+        found = [(partial(setattr, op, "fp32_precision"), op.fp32_precision, "ieee") for op in ops]
+    return [(put, now, exact) for put, now, exact in found if now not in (exact, "none")]
 
 
 class InDouble(TorchDispatchMode):

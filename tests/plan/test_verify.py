@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import pat_fast as pat
+from benchmarks.zoo import ZOO
 from pat_fast.dry_run import dry_run
 from pat_fast.plan import Plan, TensorMap, build_plan
+from pat_fast.plan.double import in_single
 from pat_fast.plan.running import Still
 from pat_fast.plan.types import Kept
 from pat_fast.plan.verify import ANOTHER, bisect, channel_order, draw, verify
@@ -304,6 +307,53 @@ def test_any_plan_can_be_put_to_the_proof_at_any_time(training: bool) -> None:
         honest.verify(nn.Sequential(nn.Linear(4, 9)), x)
     with pytest.raises(pat.PlanError, match="forward fails on the example inputs: RuntimeError"):
         honest.verify(model, torch.randn(5, 7))
+
+
+def tf32() -> list[Any]:
+    """All that says whether TF32 is allowed, in both of PyTorch's ways to say it."""
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    found: list[Any] = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision]
+    for read in (lambda: cudnn.allow_tf32, lambda: matmul.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(read())
+        except RuntimeError:  # it was set in the other way
+            found.append(None)
+    return found
+
+
+@pytest.mark.parametrize("setting", ["default", "high", "medium", "off", "conv"])
+def test_a_proof_allows_no_tf32_and_leaves_what_was_allowed(setting: str) -> None:
+    cudnn: Any = torch.backends.cudnn
+    at_first = cudnn.conv.fp32_precision
+    try:
+        if setting == "off":
+            cudnn.allow_tf32 = False
+        elif setting == "conv":
+            cudnn.conv.fp32_precision = "ieee"
+        elif setting != "default":
+            torch.set_float32_matmul_precision(setting)
+        before = tf32()
+        with in_single():
+            assert not {"tf32", True, "high", "medium"} & set(tf32())
+        assert tf32() == before
+    finally:
+        cudnn.conv.fp32_precision = at_first
+        cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["resnet18", "regnet_y_400mf", "densenet121", "vit_s16"])
+def test_a_gpu_proves_at_once_what_a_cpu_does(name: str) -> None:
+    """Products rounded to TF32 once moved the outputs by more than a right plan may."""
+    model = ZOO[name].small().eval()
+    x = ZOO[name].example(True)
+    expected = pat.build_plan(model, x)
+    plan = pat.build_plan(model.cuda(), x.cuda())
+    assert [g.root for g in plan.groups] == [g.root for g in expected.groups]
+    assert plan.n_channels == expected.n_channels
+    assert "group by group" not in plan.notes[-1]
 
 
 def test_units_change_places_as_a_whole() -> None:
