@@ -350,7 +350,7 @@ def test_a_gpu_proves_at_once_what_a_cpu_does(name: str) -> None:
     model = ZOO[name].small().eval()
     x = ZOO[name].example(True)
     expected = pat.build_plan(model, x)
-    plan = pat.build_plan(model.cuda(), x.cuda())
+    plan = pat.build_plan(model.cuda(), tuple(t.cuda() for t in x))
     assert [g.root for g in plan.groups] == [g.root for g in expected.groups]
     assert plan.n_channels == expected.n_channels
     assert "group by group" not in plan.notes[-1]
