@@ -92,7 +92,7 @@ def _proven(plan: Plan, model: nn.Module, example_inputs: Any, still: Still, tra
         warnings.warn(
             f"{why}; if its maps are wrong, what is pruned is wrong: compare outputs before and after a prune, or keep "
             "layers with ignored_layers=",
-            stacklevel=3,
+            stacklevel=5,  # past two decorators: who called build_plan or Plan.verify
         )
         return _note(plan, why)
     how = "" if at_once else ", group by group"

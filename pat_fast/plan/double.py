@@ -6,7 +6,7 @@ Double, whatever its own is, one tensor at a time: no second copy of its weights
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,15 +26,18 @@ def in_single() -> Iterator[None]:
     Both sides of a comparison would be rounded, each by kernels of its own shapes.
     """
     settings = _rounding()
+    try:
+        _put((put, exact) for put, _, exact in settings)
+        yield
+    finally:
+        _put((put, before) for put, before, _ in settings)
+
+
+def _put(settings: Iterable[tuple[Callable[[Any], None], Any]]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of two ways to set this PyTorch advises the other
-        try:
-            for put, _, exact in settings:
-                put(exact)
-            yield
-        finally:
-            for put, before, _ in settings:
-                put(before)
+        for put, value in settings:
+            put(value)
 
 
 def _rounding() -> list[tuple[Callable[[Any], None], Any, Any]]:
