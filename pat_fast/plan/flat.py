@@ -23,6 +23,11 @@ BoolArray = NDArray[np.bool_]
 IndexArray = NDArray[np.int64]
 
 
+def count_between(bounds: IndexArray, chosen: BoolArray) -> IndexArray:
+    """How many are ``chosen [L]`` between every two of ``bounds [n + 1]``: ``[n]``."""
+    return np.diff(np.searchsorted(np.flatnonzero(chosen), bounds))
+
+
 class Vectors:
     """Distinct channel vectors (distinct objects) end to end.
 
@@ -63,7 +68,7 @@ class Vectors:
 
     def count(self, chosen: BoolArray) -> IndexArray:
         """How many entries of each vector are ``chosen [L]``: ``[V]``."""
-        return np.diff(np.searchsorted(np.flatnonzero(chosen), self.starts))
+        return count_between(self.starts, chosen)
 
 
 class Holdings:

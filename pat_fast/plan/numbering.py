@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from .flat import Holdings, Vectors
-from .labels import PHANTOM, BoolArray, IntArray, Solution
+from .flat import Holdings, Vectors, count_between
+from .labels import PHANTOM, IntArray, Solution
 from .trace import Leaf, Work
 from .types import Axis, ChannelArray, Frozen, Group, TensorMap, WorkTerm, by_first_use
 
@@ -61,7 +61,7 @@ class Numbering:
         if self._phantoms:
             where = np.where(where >= PHANTOM, where - PHANTOM + self.solution.count, where)
         channels = self._number[where]
-        live = np.diff(np.searchsorted(np.flatnonzero(channels >= 0), bounds)) > 0
+        live = count_between(bounds, channels >= 0) > 0
         for slots, (start, stop), yes in zip(every, pairwise(bounds.tolist()), live.tolist(), strict=True):
             found = channels[start:stop]
             self._known[id(slots)] = slots, self._shared.setdefault(found.tobytes(), found), yes
@@ -112,11 +112,11 @@ class Numbering:
         mine = (first[classes] == place) & ~stuck
         taken = np.zeros(len(solution.channel), dtype=np.bool_)
         taken[classes[mine]] = True
-        for i in np.flatnonzero(_count(stuck, bounds)).tolist():
+        for i in np.flatnonzero(count_between(bounds, stuck)).tolist():
             own = slots[bounds[i] : bounds[i + 1]][stuck[bounds[i] : bounds[i + 1]]]
             reason = solution.frozen[int(solution.unit[own[0]])]
             self.frozen.append(Frozen(layer_of(self.roots[i][0].name), len(own), reason))
-        ends = np.cumsum([0, *_count(mine, bounds)]).tolist()
+        ends = np.cumsum([0, *count_between(bounds, mine)]).tolist()
         held = classes[mine]
         claims = [([leaf], held[a:b]) for (leaf, _), (a, b) in zip(self.roots, pairwise(ends), strict=True) if a < b]
         return self._adopt(claims, taken)
@@ -201,8 +201,3 @@ class Numbering:
             found.append(Group(root, start, stop, tuple(layers[i]), tuple(members[i]), noted))
             start = stop
         return tuple(found)
-
-
-def _count(chosen: BoolArray, bounds: IntArray) -> IntArray:
-    """How many are ``chosen [L]`` between every two of ``bounds [n + 1]``."""
-    return np.diff(np.searchsorted(np.flatnonzero(chosen), bounds))
