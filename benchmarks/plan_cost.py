@@ -45,6 +45,7 @@ from pat_fast.latency import table
 from pat_fast.plan import Plan
 from pat_fast.plan import build_plan as lower
 from pat_fast.plan.hollow import Hollow
+from pat_fast.plan.layers import is_plain
 from pat_fast.plan.outputs import fixed_outputs
 from pat_fast.plan.running import Still, call, calls_made_by
 from pat_fast.proof import smaller_inputs
@@ -82,7 +83,7 @@ def hooked(model: nn.Module, inputs: Any) -> None:
 
     def through(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = still.of_one_op.get(id(module))
-        if run is None or len(args) != 1 or kwargs:
+        if run is None or not is_plain(args, kwargs):
             return module._call_impl(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             return run(module, args[0])

@@ -16,6 +16,11 @@ from torch import Tensor, nn
 Run = Callable[[Any, Tensor], Tensor]
 
 
+def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is one with a tensor, as :func:`run_of` says what it comes to."""
+    return len(args) == 1 and not kwargs and type(args[0]) is Tensor
+
+
 def run_of(layer: nn.Module) -> Run:
     """What a call of ``layer`` with one tensor comes to: its op, or the call as PyTorch makes it.
 

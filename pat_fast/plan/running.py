@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
 
-from .layers import run_of
+from .layers import is_plain, run_of
 from .walk import named_modules, named_tensors
 
 
@@ -183,9 +183,7 @@ def as_ops(still: Still) -> AbstractContextManager[None]:
     runs = still.of_one_op
 
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or type(args[0]) is not Tensor:
-            return module._call_impl(*args, **kwargs)
-        return runs[id(module)](module, args[0])
+        return runs[id(module)](module, *args) if is_plain(args, kwargs) else module._call_impl(*args, **kwargs)
 
     return calls_made_by([m for _, m in still.modules if id(m) in runs], run)
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PlanError
 from .labels import IntArray
-from .layers import Run
+from .layers import Run, is_plain
 
 LEAST = 2**14  # elements below which a weight is simply filled in
 POOL = 32771  # a prime, so that rows of a longer tensor do not repeat
@@ -126,7 +126,7 @@ class Standing(TorchFunctionMode):
         passing = {id(m) for m in layers if not isinstance(m, _NORMS) and others.isdisjoint(map(id, _held(m)))}
 
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if len(args) != 1 or kwargs or type(args[0]) is not Tensor or id(args[0]) in self._stand_ins:
+            if not is_plain(args, kwargs) or id(args[0]) in self._stand_ins:
                 return layer._call_impl(*args, **kwargs)
             if id(layer) not in passing:
                 return runs[id(layer)](layer, args[0])

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .hollow import Hollow
 from .labels import Factors, IntArray, Slots, flat, place, varying
+from .layers import is_plain
 from .noted import Noted
 from .numbers import Count, NumberWatch, Symbol
 from .running import Still, calls_made_by
@@ -460,7 +461,7 @@ class Tracer(TorchDispatchMode):
                 self._root_mean_square(module, args[0])
             try:
                 run = plain.get(id(module))
-                if run is not None and len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+                if run is not None and is_plain(args, kwargs):
                     with torch._C.DisableTorchFunction():
                         out = run(module, args[0])
                 else:
