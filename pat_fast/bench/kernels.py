@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..backends import reference, shortcut
 from ..ops import NONE, Tile, TileTable, accumulator
-from ..surgery.layout import SHARE
+from ..surgery.layout import largest_first
 from .clock import Timed
 from .results import Mismatch
 
@@ -133,7 +134,8 @@ class Kernels:
             [self.index[start : start + size].long() for start, size in ((t[8], t[2]), (t[9], t[3])) if start >= 0]
             for t in self.out_table.rows
         ] * COPIES
-        order, count = self._large_first()
+        places, count = largest_first(np.array([out.numel() for out in self.outs] * COPIES))
+        order = places.tolist()
         is_able = op is shortcut("channel_compact", self.index.device.type)
         large, small = (self._part(xs, part) for part in ((order[:count], order[count:]) if is_able else (order, [])))
 
@@ -158,12 +160,6 @@ class Kernels:
         cuts = [(xs[i], lists[i]) for i in order]
         kept = sum(out.numel() * out.element_size() for out in self.outs)
         return Call("copy", 2 * COPIES * kept, ours, [], ("index_select", rival))
-
-    def _large_first(self) -> tuple[list[int], int]:
-        """The places of the copies of all tensors, the largest first, and how many of them a prune takes for large."""
-        sizes = torch.tensor([out.numel() for out in self.outs] * COPIES).sort(descending=True, stable=True)
-        count = int((sizes.values.cumsum(0) < SHARE * sizes.values.sum()).sum()) + 1
-        return sizes.indices.tolist(), count
 
     def _part(self, xs: list[Tensor], places: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What some of the copies become, what they are copies of, and the two tables."""

@@ -18,7 +18,13 @@ from ..ops.tiles import NONE
 from ..plan.flat import IndexArray
 from ..plan.types import Plan, is_grouped
 
-SHARE = 0.9
+SHARE = 0.9  # of all elements, which the largest tensors hold: the others are copied beside these
+
+
+def largest_first(elements: IndexArray) -> tuple[IndexArray, int]:
+    """Places of tensors of so many ``elements [T]``, the largest first, and how many of them hold ``SHARE`` of all."""
+    order = np.argsort(-elements, kind="stable")
+    return order, int(np.searchsorted(np.cumsum(elements[order]), SHARE * elements.sum())) + 1
 
 
 def dense_strides(shape: Sequence[int], like: Sequence[int]) -> tuple[int, ...]:
@@ -169,10 +175,9 @@ class Layout:
     @cached_property
     def large(self) -> NDArray[np.bool_]:
         """Which tensors are the largest, that hold ``SHARE`` of all elements together ``[T]``."""
-        elements = self.sizes.prod(1)
-        order = np.argsort(-elements, kind="stable")
+        order, count = largest_first(self.sizes.prod(1))
         found = np.zeros(len(order), dtype=np.bool_)
-        found[order[: int(np.searchsorted(np.cumsum(elements[order]), SHARE * elements.sum())) + 1]] = True
+        found[order[:count]] = True
         return found
 
     @cached_property
