@@ -50,22 +50,40 @@ def width(group: Any) -> int:
     return len(group[0][1])
 
 
+def repeats(group: Any) -> list[Any] | None:
+    """Where the first entry has a channel at several indices, the channel of each: ``[indices]``; else None."""
+    roots = group[0].root_idxs
+    return None if roots is None or len(set(roots)) == len(roots) else _places(group[0], _numbers(group))
+
+
+def _numbers(group: Any) -> dict[int, int] | None:
+    """The channels of root indices, counted from 0; None where they are these already.
+
+    Scores of a whole group stand at their channel's index; those of a few channels in the order asked for.
+    """
+    root = list(group[0][1])
+    return None if sorted(root) == list(range(len(root))) else {index: i for i, index in enumerate(root)}
+
+
+def _places(item: Any, numbers: dict[int, int] | None) -> list[Any]:
+    """The channels of an entry's indices, None for those that are lost."""
+    return list(item.root_idxs) if numbers is None else [numbers.get(r) for r in item.root_idxs]
+
+
 def items(group: Any, target_types: Sequence[type]) -> Iterator[Item]:
     """The entries of ``group`` whose layers are of ``target_types``, in Torch-Pruning's order.
 
     Entries are left out where Torch-Pruning has lost the channel (a root index of None), and a weight that two
     layers share counts once.
     """
-    root = list(group[0][1])
-    # Scores of a whole group stand at their channel's index; those of a few channels in the order asked for.
-    place = None if sorted(root) == list(range(len(root))) else {index: i for i, index in enumerate(root)}
+    numbers = _numbers(group)
     seen = set()
     for item in group:
         layer, handler = item.dep.target.module, item.dep.handler
         side = "out" if handler in OUT else "in" if handler in IN else "both" if handler in BOTH else None
         if side is None or not isinstance(layer, tuple(target_types)) or not isinstance(layer, LAYERS + NORMS):
             continue
-        places = item.root_idxs if place is None else [place.get(r) for r in item.root_idxs]
+        places = _places(item, numbers)
         if layer.weight is None or (id(layer.weight), side) in seen or any(r is None for r in places):
             continue
         seen.add((id(layer.weight), side))

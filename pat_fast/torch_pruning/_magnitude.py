@@ -22,7 +22,7 @@ from ..ops.functional import expect
 from ..ops.grouped import Grouping, channel_totals
 from ..plan.bind import Binding, Tiles
 from ..plan.types import Axis, TensorMap
-from ._groups import LAYERS, NORMS, Item, items, sums, width
+from ._groups import LAYERS, NORMS, Item, items, repeats, sums, width
 
 WEIGHTED = (*LAYERS, nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
@@ -87,6 +87,7 @@ class GroupMagnitudeImportance(Importance):
     def __call__(self, group: Any) -> Tensor | None:
         """The scores of the channels of a ``tp.Group``: ``[channels]``, or None if nothing in it can be scored.
 
+        A channel that the group's first layer has at several indices has its score at each.
         float32 (float64 where the weights are), on the weights' device. Nothing of the group is changed.
         """
         found, places = [], []
@@ -99,6 +100,9 @@ class GroupMagnitudeImportance(Importance):
         # A class of the user's may have Torch-Pruning's signature.
         own = type(self)._reduce is not GroupMagnitudeImportance._reduce
         scores = self._reduce(found, places) if own else self._reduce(found, places, width(group))
+        several = repeats(group)
+        if several is not None:
+            scores = scores[..., several]
         return self._normalize(scores, self.normalizer)
 
     def _reduce(self, group_imp: Sequence[Tensor], group_idxs: Sequence[Any], channels: int | None = None) -> Tensor:

@@ -142,7 +142,7 @@ def test_a_history_of_all_parameters_is_refused() -> None:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(SurgeryError, match=r"own layer pruner cannot be in a history of all parameters.*LBFGS"):
+    with pytest.raises(SurgeryError, match=r"layer by layer cannot be in a history of all parameters.*LBFGS"):
         make(tp, model, WidePruner()).DG.get_pruning_group(model[0], tp.prune_linear_out_channels, [0, 3]).prune()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     optimizer.step(closure)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner as MetaPruner
 
 from ...plan import Plan
@@ -56,18 +56,21 @@ class Deciding:
         self._heads_at_first: dict[str, int] = {}
         self._heads: dict[str, int] = {}
         self._scopes: dict[tuple[int, str], tuple[str, nn.Module | None]] = {}
-        self._open: tuple[int, dict[str, bool]] = (0, {})
-        self._stands: tuple[Plan, tuple[bool, bool], Standings] | None = None
+        self._open: tuple[Any, dict[str, bool]] = (None, {})
+        self._stands: tuple[Plan, Any, Standings] | None = None
+
+    def _limits(self) -> tuple[Any, ...]:
+        """What decides which groups may be pruned; scripts add to ``ignored_layers`` between steps."""
+        return self.engine.lowered, tuple(map(id, self.ignored_layers)), tuple(self.root_module_types)
 
     def _is_open(self, number: int) -> bool:
-        lowered, known = self._open
-        if lowered != self.engine.lowered:
-            known = {}
-            self._open = (self.engine.lowered, known)
+        limits = self._limits()
+        if self._open[0] != limits:
+            self._open = (limits, {})
+        known = self._open[1]
         root = self.engine.plan.groups[number].root
         if root not in known:
-            ignored = {id(m) for m in self.ignored_layers}
-            known[root] = self.DG.is_open(root, number, ignored, (), self.root_module_types)
+            known[root] = self.DG.is_open(root, number, set(limits[1]), (), limits[2])
         return known[root]
 
     def _decide(self) -> tuple[Decision, list[Any]]:
@@ -110,7 +113,8 @@ class Deciding:
                 for group, channels in self.DG.maker.parts(number):
                     scores = self.estimate_importance(group)
                     if scores is not None:
-                        found[torch.from_numpy(channels)] = scores.detach().cpu().to(found.dtype)
+                        scores = of_channels(group, scores.detach().cpu().to(found.dtype), len(channels))
+                        found[torch.from_numpy(channels)] = scores
         return found.numpy()
 
     def _estimates_by_itself(self) -> bool:
@@ -134,7 +138,7 @@ class Deciding:
     def _standing(self) -> Standings:
         """The groups that may be pruned."""
         plan = self.engine.plan
-        scoping = self.global_pruning, self.isomorphic
+        scoping = self.global_pruning, self.isomorphic, *self._limits()
         if self._stands is None or self._stands[0] is not plan or self._stands[1] != scoping:
             all_single = plan.n_units == plan.n_channels
             single = plan.unit_size[plan.unit] == 1
@@ -254,6 +258,14 @@ class Deciding:
 
     def _head_ratio(self, attention: Attention) -> float:
         return self.get_target_head_pruning_ratio(self.model.get_submodule(attention.projections[0]))
+
+
+def of_channels(group: Any, scores: Tensor, n: int) -> Tensor:
+    """Scores of a group's ``n`` channels from those of the root's indices: means, where several are of a channel."""
+    if len(scores) == n:
+        return scores
+    channels = torch.tensor(group[0].root_idxs)
+    return scores.new_zeros(n).index_add_(0, channels, scores) / torch.bincount(channels, minlength=n)
 
 
 def _of_units(stand: Standings, values: Scores) -> Scores:

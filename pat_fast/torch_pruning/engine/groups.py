@@ -14,6 +14,7 @@ from torch_pruning.dependency import Dependency, Group
 from ...errors import PatError, PlanError, SurgeryError
 from ...plan.types import Axis, IndexArray, Plan, TensorMap
 from ...plan.types import Group as PlannedGroup
+from . import layerwise
 from .axes import VIRTUAL, positions
 from .state import whole_units
 from .walk import Endless, Visit, walk
@@ -40,6 +41,9 @@ class PlanGroup(Group):
     is whole (as importances need them), and are indices of the root layer in a group that is about to be pruned.
     Entries without a layer (additions, activations, concatenations) repeat the root's indices.
 
+    A group whose entries were changed by hand (``group[i] = (dep, [])``, say) is pruned as its entries say, layer by
+    layer.
+
     Attributes:
         born: lifelong names of the channels, in the order of the root's indices.
     """
@@ -50,6 +54,17 @@ class PlanGroup(Group):
         self.root = root
         self.born = born
         self.lowered = graph.engine.lowered
+        self.made: list[tuple[Any, int]] = []
+
+    def close(self) -> PlanGroup:
+        """Note the entries: what is changed from now on is the user's doing."""
+        self.made = [(item, len(item.idxs)) for item in self._group]
+        return self
+
+    def _is_as_made(self) -> bool:
+        return len(self._group) == len(self.made) and all(
+            item is own and len(own.idxs) == n for item, (own, n) in zip(self._group, self.made, strict=True)
+        )
 
     def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> None:
         """Remove the group's channels, or those at ``idxs`` of its root layer, with all that belongs to them.
@@ -71,6 +86,9 @@ class PlanGroup(Group):
         if not len(channels):
             raise SurgeryError(f"{self._DG.name_of(self.root.module)}: the channels of this group are gone already")
         gone = whole_units(engine.plan, channels)
+        if not self._is_as_made():
+            layerwise.prune_entries(self._DG, [_helpers.GroupItem(*item) for item in self._group], record_history)
+            return
         entry = self._DG.history_entry(self.root, gone)
         engine.prune(~gone)
         if record_history:
@@ -127,11 +145,12 @@ class GroupMaker:
     def parts(self, number: int) -> list[tuple[PlanGroup, IndexArray]]:
         """The plan's group ``number`` as an importance can score it, and the channels that the scores are of.
 
-        A group of the plan whose units span the outputs of several layers is several groups of Torch-Pruning.
+        A group of the plan whose units span the outputs of several layers is several groups of Torch-Pruning. Where the
+        root layer has a channel several times (a gate and its values in one layer), scores may be of its indices.
         """
-        group, structure = self.graph.engine.plan.groups[number], self.structure(number)
+        group, root = self.graph.engine.plan.groups[number], self.structure(number).root
         own = np.arange(group.start, group.stop)
-        if self._scorable(structure.root, own):
+        if np.isin(own, self._axis(root.module, root.out)).all():
             return [(self.whole(number), own)]
         found = []
         roots = [self.graph.model.get_submodule(name) for name in group.layers]
@@ -178,7 +197,7 @@ class GroupMaker:
             idxs = np.flatnonzero(place >= 0)
             if len(idxs):
                 self._add(made, dep, idxs, numbers[place[idxs]])
-        return made
+        return made.close()
 
     @staticmethod
     def _add(group: PlanGroup, dep: Dependency, idxs: IndexArray, roots: IndexArray) -> None:

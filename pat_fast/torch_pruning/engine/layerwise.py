@@ -66,31 +66,40 @@ class LayerwiseGroup(Group):
         if idxs is not None:
             self._DG.get_pruning_group(dep.target.module, dep.handler, idxs).prune(record_history=record_history)
             return
-        optimizers = self._DG.engine.optimizers()
-        for joint in joint_states(optimizers):
-            raise SurgeryError(
-                f"{self._DG.name_of(dep.target.module)}: a layer that is pruned by its own layer pruner cannot be in a "
-                f"history of all parameters together, as {type(joint.optimizer).__name__} keeps it; use an optimizer "
-                "with element-wise state"
-            )
-        undo: list[Undo] = []
-        try:
-            for dep, own in self._group:
-                _prune_layer(self._DG, dep, own, optimizers, undo)
-        except BaseException as error:
-            for step in reversed(undo):
-                step()
-            if isinstance(error, PatError) or not isinstance(error, Exception):
-                raise
-            raise SurgeryError(
-                f"{self._DG.name_of(dep.target.module)}: its layer pruner failed ({type(error).__name__}: {error}); "
-                "the prune was undone, the model and its optimizers are as they were"
-            ) from error
-        self._DG.layerwise_prunes += 1
-        if record_history:
-            first = self._group[0]
-            out = self._DG.is_out_channel_pruning_fn(first.dep.handler)
-            self._DG.record([self._DG.name_of(first.dep.target.module), out, list(first.idxs)])
+        prune_entries(self._DG, self._group, record_history)
+
+
+def prune_entries(graph: LiveGraph, entries: Sequence[Any], record_history: bool) -> None:
+    """Prune the layer of each entry of a group, one after another, at the entry's own indices.
+
+    Raises:
+        SurgeryError: a layer could not be pruned; model and optimizers are as they were.
+    """
+    first = entries[0]
+    root, dep = graph.name_of(first.dep.target.module), first.dep
+    optimizers = graph.engine.optimizers()
+    for joint in joint_states(optimizers):
+        raise SurgeryError(
+            f"{root}: a group that is pruned layer by layer cannot be in a history of all parameters together, as "
+            f"{type(joint.optimizer).__name__} keeps it; use an optimizer with element-wise state"
+        )
+    undo: list[Undo] = []
+    try:
+        for dep, own in entries:
+            if len(own):
+                _prune_layer(graph, dep, own, optimizers, undo)
+    except BaseException as error:
+        for step in reversed(undo):
+            step()
+        if isinstance(error, PatError) or not isinstance(error, Exception):
+            raise
+        raise SurgeryError(
+            f"{graph.name_of(dep.target.module)}: its layer pruner failed ({type(error).__name__}: {error}); "
+            "the prune was undone, the model and its optimizers are as they were"
+        ) from error
+    graph.layerwise_prunes += 1
+    if record_history:
+        graph.record([root, graph.is_out_channel_pruning_fn(first.dep.handler), list(first.idxs)])
 
 
 def group(graph: LiveGraph, module: nn.Module, pruning_fn: Operation, idxs: Sequence[int]) -> LayerwiseGroup:

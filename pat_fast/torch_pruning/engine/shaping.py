@@ -150,10 +150,10 @@ class _Sides:
         self.names = {module: name for name, module in model.named_modules()}
         self.reader: dict[int, tuple[str, ChannelArray]] = {}
         self._out: dict[str, ChannelArray] = {}
-        self._groups: dict[tuple[str, int], set[int]] = {}
+        self._axes: dict[tuple[str, int], tuple[ChannelArray, set[int]]] = {}
         for tensor, axis in plan.axes():
             found = set(plan.holds(axis.channels)[2])
-            self._groups[tensor.name, axis.dim] = found
+            self._axes[tensor.name, axis.dim] = (axis.channels, found)
             layer = tensor.name.rpartition(".")[0]
             if axis.role == "out":
                 self._out[layer] = axis.channels
@@ -166,8 +166,15 @@ class _Sides:
 
     def groups(self, module: nn.Module, out: bool) -> set[int]:
         """Groups (by number) that have channels on this side of ``module``."""
+        return self._side(module, out)[1]
+
+    def along(self, module: nn.Module, out: bool) -> ChannelArray:
+        """The channels along this side of ``module``."""
+        return self._side(module, out)[0]
+
+    def _side(self, module: nn.Module, out: bool) -> tuple[ChannelArray, set[int]]:
         dim = out_dim(module) if out else 1 - out_dim(module)
-        return self._groups.get((f"{self.names.get(module)}.weight", dim), set())
+        return self._axes.get((f"{self.names.get(module)}.weight", dim), (np.zeros(0, dtype=np.int32), set()))
 
 
 def _head_by_head(plan: Plan, extra: IndexArray, heads: int) -> bool:
@@ -248,10 +255,17 @@ def _declared_blocks(model: nn.Module, plan: Plan, spec: Spec, attentions: Mappi
     for number, group in enumerate(plan.groups):
         if group.root in attentions:
             continue
-        own = np.arange(group.start, group.stop)
-        blocks = [1, *(count for module, count, out in declared if number in sides.groups(module, out))]
-        if max(blocks) > 1 and group.channels % max(blocks) == 0:
-            block = own.reshape(max(blocks), -1)
+        known = [
+            (count, sides.along(module, out)) for module, count, out in declared if number in sides.groups(module, out)
+        ]
+        if not known:
+            continue
+        blocks, along = max(known, key=lambda each: each[0])
+        order = np.arange(group.start, group.stop)
+        if len(along) > group.channels == len(np.unique(along)):  # a layer that has its channels several times
+            order = along.astype(np.int64)
+        if blocks > 1 and len(order) % blocks == 0:
+            block = order.reshape(blocks, -1)
             pairs.append(np.stack(np.broadcast_arrays(block[:1], block[1:])).reshape(2, -1))
     if len(pairs) == 1:
         return plan

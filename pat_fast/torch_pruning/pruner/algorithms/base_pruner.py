@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from ....plan.types import BoolArray
 from ....selection import protected_units, unit_scores
 from ...engine import arguments, layerwise
 from ...engine.arguments import deprecated
-from ...engine.deciding import Deciding
+from ...engine.deciding import Deciding, of_channels
 from ...engine.graph import History, LiveGraph, Noted
 from ...engine.groups import PlanGroup
 from ...engine.planned import Decision, unit_means
@@ -27,6 +28,15 @@ from ...engine.shaping import Spec
 from ...engine.state import Engine
 
 ROOTS = (ops.TORCH_CONV, ops.TORCH_LINEAR, ops.TORCH_LSTM)
+# The parts of Torch-Pruning's loop over groups; a class that has one of its own is given that loop.
+LOOP = (
+    "_prune",
+    "_check_pruning_ratio",
+    "_is_atten_group",
+    "_get_channel_groups",
+    "_downstream_node_as_root_if_attention",
+    "_round_to",
+)
 
 
 class BasePruner(Deciding, _Original):
@@ -150,8 +160,9 @@ class BasePruner(Deciding, _Original):
 
     def _count(self) -> None:
         """What the model has before the first step."""
-        self.layer_init_out_ch: dict[nn.Module, int | None] = {}
-        self.layer_init_in_ch: dict[nn.Module, int | None] = {}
+        # 0 for the operations between layers, which each trace makes anew
+        self.layer_init_out_ch: dict[nn.Module, int | None] = defaultdict(int)
+        self.layer_init_in_ch: dict[nn.Module, int | None] = defaultdict(int)
         nothing = self.DG.REGISTERED_PRUNERS[ops.OPTYPE.ELEMENTWISE]
         for module in {id(m): m for m in self.engine.binding.modules.values()}.values():
             pruner = self.DG.get_pruner_of_module(module)
@@ -212,14 +223,23 @@ class BasePruner(Deciding, _Original):
             SurgeryError: the prune was refused; model and optimizers are as they were, the step is not counted.
         """
         self.current_step += 1
+        changed = self._has_own_loop()
         if interactive:
-            return self._yield_groups()
+            return self._prune() if changed else self._yield_groups()
         try:
-            self._prune_all()
+            if changed:
+                for group in self._prune():
+                    group.prune()
+            else:
+                self._prune_all()
         except BaseException:
             self.current_step -= 1
             raise
         return None
+
+    def _has_own_loop(self) -> bool:
+        """Whether the user's class (or object) has changed a part of Torch-Pruning's loop over groups."""
+        return any(getattr(getattr(self, part), "__func__", None) is not getattr(_Original, part) for part in LOOP)
 
     def _exceeded(self) -> bool:
         if self.current_step > self.iterative_steps:
@@ -275,10 +295,14 @@ class BasePruner(Deciding, _Original):
         lowered = engine.lowered
         for stands in going:
             engine.current()
-            if engine.lowered != lowered:
-                raise PlanError("the model was changed by other means during an interactive step; call step() again")
-            channels = engine.now(born[stands.own][lost[stands.own]])
             number = next((i for i, g in enumerate(engine.plan.groups) if g.root == stands.root), None)
+            if engine.lowered == lowered:
+                channels = engine.now(born[stands.own][lost[stands.own]])
+            elif number is not None and engine.plan.groups[number].channels == stands.group.channels:
+                # Another group was pruned by hand, layer by layer: this one is as it was, in a new plan.
+                channels = engine.plan.groups[number].start + np.flatnonzero(lost[stands.own])
+            else:
+                raise PlanError("the model was changed by other means during an interactive step; call step() again")
             if number is None or not len(channels):
                 continue
             self._count_heads(decision, stands.number)
@@ -323,6 +347,7 @@ class BasePruner(Deciding, _Original):
             )
         unit = np.arange(len(scores))
         if isinstance(group, PlanGroup):
+            scores = of_channels(group, scores.detach().cpu(), len(group.born))
             unit = np.unique(self.engine.plan.unit[self.engine.now(group.born)], return_inverse=True)[1]
         means = unit_means(scores.detach().cpu().numpy(), unit)
         going = np.argsort(means, kind="stable")[: int(len(means) * pruning_ratios_or_idxs)]

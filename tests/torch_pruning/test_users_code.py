@@ -1,0 +1,221 @@
+"""What scripts do with a pruner beside calling it: classes of their own, groups that they change or prune by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as original
+from torch import Tensor, nn
+
+import pat_fast.torch_pruning as tp
+from pat_fast import PlanError
+from tests.torch_pruning.against import quiet
+from tests.torch_pruning.nets import Net, X, make
+
+
+def same(run: Callable[[Any, nn.Module], None], model: nn.Module) -> nn.Module:
+    """The model after ``run`` with the drop-in, which is equal to what Torch-Pruning makes of it."""
+    made = []
+    for library in (original, tp):
+        own = copy.deepcopy(model).eval()
+        with quiet():
+            run(library, own)
+        made.append(own)
+    theirs, ours = (m.state_dict() for m in made)
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        assert torch.equal(value, ours[name]), name
+    return made[1]
+
+
+# Classes that change a part of Torch-Pruning's loop
+
+
+def _prune(self: Any) -> Iterator[Any]:
+    yield from (
+        group for group in super(type(self), self)._prune() if group[0].dep.target.module is not self.model.conv1
+    )
+
+
+def _prune_of_its_own(self: Any) -> Iterator[Any]:
+    for group in self.DG.get_all_groups(self.ignored_layers, self.root_module_types):
+        going = torch.argsort(self.estimate_importance(group))[:3].tolist()
+        yield self.DG.get_pruning_group(group[0].dep.target.module, group[0].dep.handler, going)
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("_prune", _prune),
+    ("_prune", _prune_of_its_own),
+    ("_check_pruning_ratio", lambda self, group: group[0].dep.target.module is not self.model.conv1),
+    ("_round_to", lambda self, n_pruned, current_channels, round_to: n_pruned // 2),
+    ("_get_channel_groups", lambda self, group: 4),
+    ("_is_atten_group", lambda self, group: (False, [])),
+]
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize("number", range(len(CHANGES)))
+def test_a_class_that_changes_the_loop_gets_it(number: int, interactive: bool) -> None:
+    name, change = CHANGES[number]
+
+    def run(library: Any, model: nn.Module) -> None:
+        kind = type("Changed", (library.pruner.MetaPruner,), {name: change})
+        pruner = kind(
+            model, X, importance=library.importance.MagnitudeImportance(), ignored_layers=[model.fc], round_to=2,
+            iterative_steps=2,
+        )  # fmt: skip
+        for _ in range(2):
+            if interactive:
+                for group in pruner.step(interactive=True):
+                    group.prune()
+            else:
+                pruner.step()
+
+    assert same(run, Net()).conv2.out_channels < 16  # type: ignore[operator]
+
+
+def test_a_loop_that_fails_is_no_step() -> None:
+    class Changed(tp.pruner.MetaPruner):
+        def _prune(self) -> Iterator[Any]:
+            raise RuntimeError("not today")
+            yield
+
+    pruner = Changed(Net(), X, importance=tp.importance.MagnitudeImportance())
+    with pytest.raises(RuntimeError, match="not today"):
+        pruner.step()
+    assert pruner.current_step == 0
+
+
+def test_layers_that_are_ignored_later_stay() -> None:
+    def run(library: Any, model: nn.Module) -> None:
+        pruner = make(library, model, iterative_steps=2)
+        pruner.step()
+        pruner.ignored_layers.append(model.conv1)
+        pruner.step()
+
+    ours = same(run, Net())
+    assert (ours.conv1.out_channels, ours.conv2.out_channels) == (12, 8)
+
+
+# Groups that are changed, or pruned by hand
+
+
+@pytest.mark.parametrize("how", ["replaced", "left out", "emptied"])
+def test_a_group_that_was_changed_is_pruned_as_it_says(how: str) -> None:
+    def run(library: Any, model: nn.Module) -> None:
+        pruner = make(library, model)
+        group = pruner.DG.get_pruning_group(model.conv1, library.prune_conv_out_channels, [0, 5])
+        places = [i for i, (dep, _) in enumerate(group) if dep.target.module is model.norm1]
+        for i in reversed(places):
+            if how == "replaced":
+                group[i] = (group[i][0], [])
+            elif how == "left out":
+                del group._group[i]
+            else:
+                group[i].idxs.clear()
+        group.prune()
+
+    ours = same(run, Net())
+    assert (ours.conv1.out_channels, ours.norm1.num_features) == (14, 16)
+
+
+def test_a_changed_group_keeps_optimizers_and_is_noted() -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    pruner = make(tp, model)
+    group = pruner.DG.get_pruning_group(model.conv1, tp.prune_conv_out_channels, [0, 5])
+    group[1] = (group[1][0], list(group[1][1]))
+    group.prune()
+    assert pruner.pruning_history() == [["conv1", True, [0, 5]]]
+    assert optimizer.state[model.conv1.weight]["exp_avg"].shape == model.conv1.weight.shape == (14, 3, 3, 3)
+    pruner.step()
+    assert model(X).shape == (2, 10)
+
+
+@pytest.mark.parametrize("by", ["dependencies", "handlers"])
+def test_groups_of_a_step_may_be_pruned_by_hand(by: str) -> None:
+    def run(library: Any, model: nn.Module) -> None:
+        for group in make(library, model).step(interactive=True):
+            for dep, idxs in group:
+                if by == "dependencies":
+                    dep(idxs)
+                else:
+                    dep.handler(dep.target.module, idxs)
+
+    ours = same(run, Net())
+    assert (ours.conv1.out_channels, ours.conv2.out_channels) == (8, 8)
+
+
+def test_a_group_that_was_pruned_in_part_by_hand_is_refused() -> None:
+    model = Net()
+    pruner = make(tp, model)
+    groups = pruner.step(interactive=True)
+    other = model.conv2 if next(groups)[0].dep.target.module is model.conv1 else model.conv1
+    for dep, idxs in pruner.DG.get_pruning_group(other, tp.prune_conv_out_channels, [0]):
+        dep(idxs)
+    with pytest.raises(PlanError, match="changed by other means during an interactive step"):
+        next(groups)
+
+
+# A layer that has each channel twice: a gate and its values
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 12)
+        self.gate_up = nn.Linear(12, 32)
+        self.down = nn.Linear(16, 8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(self.first(x)).chunk(2, dim=-1)
+        out: Tensor = self.fc(self.down(nn.functional.silu(gate) * up))
+        return out
+
+
+def gated(library: Any, model: nn.Module, importance: Any) -> Any:
+    return library.pruner.BasePruner(
+        model,
+        torch.randn(2, 8),
+        importance=importance,
+        ignored_layers=[model.fc],
+        out_channel_groups={model.gate_up: 2},
+    )
+
+
+def rows_of_the_root(group: Any) -> Tensor:
+    return group[0].dep.target.module.weight.detach()[group[0].idxs].abs().sum(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["as it is", "a subclass", "a function of the root's weights"])
+def test_gates_and_values_in_one_layer(kind: str) -> None:
+    def run(library: Any, model: nn.Module) -> None:
+        base = library.importance.GroupMagnitudeImportance
+        kinds: dict[str, Any] = {
+            "as it is": base(),
+            "a subclass": type("Own", (base,), {"__call__": lambda self, group: base.__call__(self, group)})(),
+            "a function of the root's weights": rows_of_the_root,
+        }
+        gated(library, model, kinds[kind]).step()
+
+    ours = same(run, Gated())
+    assert (ours.gate_up.out_features, ours.down.in_features) == (16, 8)
+
+
+def test_scores_of_gates_and_values_are_as_many_as_the_layer_has_rows() -> None:
+    model = Gated()
+    pruner = gated(tp, model, tp.importance.GroupMagnitudeImportance())
+    weights = model.gate_up.weight.square().sum(1).view(2, 16).sum(0) + model.down.weight.square().sum(0)
+    (group,) = (g for g in pruner.DG.get_all_groups() if g[0].dep.target.module is model.gate_up)
+    torch.testing.assert_close(pruner.importance(group), (weights / weights.mean()).repeat(2))
+    pruner.manual_prune_width(model.gate_up, tp.prune_linear_out_channels, 0.25)
+    left = weights.sort().values[4:]
+    after = model.gate_up.weight.square().sum(1).view(2, 12).sum(0) + model.down.weight.square().sum(0)
+    torch.testing.assert_close(after.sort().values, left)
