@@ -22,7 +22,7 @@ void parallel_for(int64_t n, int64_t bytes, int threads, const Work& work, const
       const int thread = omp_get_thread_num();
       if (thread == 0 && meanwhile) meanwhile();
       // Neighbours go to one thread, which so reads memory in order; few enough to even out the load.
-      const int64_t grain = std::max<int64_t>(1, n / (8 * threads));
+      const int64_t grain = std::max<int64_t>(1, n / (64 * threads));
 #pragma omp for schedule(dynamic, grain) nowait
       for (int64_t i = 0; i < n; ++i) work(i, thread);
     }
