@@ -46,10 +46,9 @@ void scale(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uint
                      threads);
 }
 
-// `python` is called meanwhile, unless it is None; what it raises is raised when all is copied.
-void compact(const py::list& outs, const py::list& xs, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles,
-             int64_t element_bytes, uintptr_t index, int threads, const py::object& python) {
-  const pat::Addresses out = addresses(outs), x = addresses(xs);
+// Calls `work` with a `Meanwhile` that calls `python`, unless it is None; what that raises is raised when all is done.
+template <class Work>
+void with_meanwhile(const py::object& python, const Work& work) {
   std::exception_ptr raised;
   pat::Meanwhile meanwhile;
   if (!python.is_none()) {
@@ -64,10 +63,18 @@ void compact(const py::list& outs, const py::list& xs, uintptr_t tiles, uintptr_
   }
   {
     const py::gil_scoped_release unlocked;
-    pat::channel_compact(out, x, pointer<pat::Tile>(tiles), pointer<pat::Tile>(out_tiles), n_tiles, element_bytes,
-                         pointer<int32_t>(index), threads, meanwhile);
+    work(meanwhile);
   }
   if (raised) std::rethrow_exception(raised);
+}
+
+void compact(const py::list& outs, const py::list& xs, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles,
+             int64_t element_bytes, uintptr_t index, int threads, const py::object& python) {
+  const pat::Addresses out = addresses(outs), x = addresses(xs);
+  with_meanwhile(python, [&](const pat::Meanwhile& meanwhile) {
+    pat::channel_compact(out, x, pointer<pat::Tile>(tiles), pointer<pat::Tile>(out_tiles), n_tiles, element_bytes,
+                         pointer<int32_t>(index), threads, meanwhile);
+  });
 }
 
 // Runs as rows of three, and the sizes of groups; both stay with the caller.
@@ -77,11 +84,12 @@ pat::Grouping grouping(uintptr_t runs, int64_t n_runs, int64_t slots, uintptr_t 
 }
 
 void totals(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
-            const pat::Grouping& of, uintptr_t out, bool divided, int threads) {
+            const pat::Grouping& of, uintptr_t out, bool divided, int threads, const py::object& python) {
   const pat::Addresses x = addresses(xs);
-  const py::gil_scoped_release unlocked;
-  pat::channel_totals(x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype),
-                      static_cast<pat::Func>(func), p, of, divided, pointer<void>(out), threads);
+  with_meanwhile(python, [&](const pat::Meanwhile& meanwhile) {
+    pat::channel_totals(x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype),
+                        static_cast<pat::Func>(func), p, of, divided, pointer<void>(out), threads, meanwhile);
+  });
 }
 
 void push(const py::list& ys, const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,

@@ -18,8 +18,8 @@ constexpr int64_t kPart = 2048;
 // Sums over all that belongs to a channel, in the order of the slots: [channels]. `room` is for the slots and a pass.
 template <class A>
 void sum_channels(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, A* totals,
-                  A* room, int threads) {
-  reduce(xs, {}, plan, dtype, func, p, room, g.slots, room + padded(g.slots), threads);
+                  A* room, int threads, const Meanwhile& meanwhile = {}) {
+  reduce(xs, {}, plan, dtype, func, p, room, g.slots, room + padded(g.slots), threads, meanwhile);
   const int64_t bytes = (g.slots + g.channels) * static_cast<int64_t>(sizeof(A));
   parallel_for((g.channels + kPart - 1) / kPart, bytes, threads, [&](int64_t part, int) {
     const int64_t first = part * kPart, last = std::min(g.channels, first + kPart);
@@ -100,9 +100,9 @@ const A* at_side(const Grouping& g, int64_t slot, int64_t length, const A* value
 
 template <class A>
 void totals_of(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, bool divided,
-               A* totals, int threads) {
+               A* totals, int threads, const Meanwhile& meanwhile) {
   const Scratch scratch((padded(g.slots) + room_for(plan, threads)) * sizeof(A));
-  sum_channels(xs, plan, dtype, func, p, g, totals, scratch.as<A>(), threads);
+  sum_channels(xs, plan, dtype, func, p, g, totals, scratch.as<A>(), threads, meanwhile);
   if (divided) for_groups(g, threads, [&](int64_t at, int64_t n) { divide_by_mean(totals + at, n); });
 }
 
@@ -128,10 +128,10 @@ void push(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtyp
 }  // namespace
 
 void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func, double p,
-                    const Grouping& g, bool divided, void* totals, int threads) {
+                    const Grouping& g, bool divided, void* totals, int threads, const Meanwhile& meanwhile) {
   const Plan plan = make_plan(tiles, n_tiles, kElementBytes[dtype]);
-  if (dtype == kF64) totals_of(xs, plan, dtype, func, p, g, divided, static_cast<double*>(totals), threads);
-  else totals_of(xs, plan, dtype, func, p, g, divided, static_cast<float*>(totals), threads);
+  if (dtype == kF64) totals_of(xs, plan, dtype, func, p, g, divided, static_cast<double*>(totals), threads, meanwhile);
+  else totals_of(xs, plan, dtype, func, p, g, divided, static_cast<float*>(totals), threads, meanwhile);
 }
 
 void group_push(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func,

@@ -22,7 +22,7 @@ struct Grouping {
 // totals: [channels] in the accumulator type; the sums of `func` over all that belongs to a channel, divided by their
 // mean over the group if `divided` (which is added up in double precision).
 void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func, double p,
-                    const Grouping& grouping, bool divided, void* totals, int threads);
+                    const Grouping& grouping, bool divided, void* totals, int threads, const Meanwhile& meanwhile = {});
 
 // The penalty of a group's norms, n_c = sqrt(total_c), in one call:
 //   gamma_c = strength * alpha ** ((n_max - n_c) / (n_max - n_min)), 0 in a group with a norm that is not finite;

@@ -144,11 +144,12 @@ inline int64_t room_for(const Plan& plan, int threads) { return plan.scratch + p
 // out: [slots], overwritten.
 template <class A>
 void reduce(const Addresses& xs, const Addresses& ys, const Plan& plan, DType dtype, Func func, double p, A* out,
-            int64_t slots, A* room, int threads) {
+            int64_t slots, A* room, int threads, const Meanwhile& meanwhile = {}) {
   std::fill(out, out + slots, A(0));
   const int64_t each = padded(plan.widest);
   const Reduction<A> work{xs, ys, plan, dtype, func, p, out, room + each * threads};
-  for_segments(plan, threads, [&](const Segment& s, int thread) { work.run(s, room + each * thread); });
+  const auto run = [&](const Segment& s, int thread) { work.run(s, room + each * thread); };
+  for_segments(plan, threads, run, meanwhile);
   if (plan.scratch > 0)
     parallel_for(static_cast<int64_t>(plan.tiles.size()), plan.scratch * static_cast<int64_t>(sizeof(A)), threads,
                  [&](int64_t tile, int) { work.combine(tile); });

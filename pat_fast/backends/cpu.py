@@ -107,9 +107,18 @@ def grouping(runs: Tensor, slots: int, sizes: Tensor, channels: int, device: tor
 
 
 def channel_totals(
-    xs: Sequence[Tensor], tiles: Tensor, channels: int, groups: Any, p: float, divided: bool
+    xs: Sequence[Tensor],
+    tiles: Tensor,
+    channels: int,
+    groups: Any,
+    p: float,
+    divided: bool,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups."""
+    """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups.
+
+    ``meanwhile`` is called while other threads read already.
+    """
     dtype = xs[0].dtype
     out = torch.empty(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     _C.totals(
@@ -123,6 +132,7 @@ def channel_totals(
         out.data_ptr(),
         divided,
         torch.get_num_threads(),
+        meanwhile,
     )
     return out
 

@@ -220,13 +220,24 @@ def _summing(call: _Call, like: Tensor, tiles: Tensor, groups: Groups, p: float)
 
 
 def channel_totals(
-    xs: Sequence[Tensor], tiles: Tensor, channels: int, groups: Groups, p: float, divided: bool
+    xs: Sequence[Tensor],
+    tiles: Tensor,
+    channels: int,
+    groups: Groups,
+    p: float,
+    divided: bool,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups."""
+    """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups.
+
+    ``meanwhile`` is called while the device is at it.
+    """
     call = _Call.of(xs)
     arguments, slots = _summing(call, xs[0], tiles, groups, p)
     totals = slots.new_empty(channels)
     _CUDA.totals(*arguments, divided, totals.data_ptr(), slots.data_ptr())
+    if meanwhile is not None:
+        meanwhile()
     return totals
 
 

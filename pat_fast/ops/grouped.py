@@ -7,7 +7,7 @@ called before. On the CPU sums and scores are the same to the last bit on both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,12 +85,19 @@ def runs_of(table: TileTable, slot_channel: Tensor, channels: int) -> Tensor:
 
 
 def channel_totals(
-    xs: Sequence[Tensor], table: TileTable, grouping: Grouping, p: float, divided: bool
+    xs: Sequence[Tensor],
+    table: TileTable,
+    grouping: Grouping,
+    p: float,
+    divided: bool,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor | None:
     """Sum ``|x|^p`` over all that belongs to a channel: ``[channels]`` in the accumulator dtype, or None.
 
     Args:
         divided: divide the sums by their mean over the group, but by no less than the least normal number.
+        meanwhile: called once, on the caller's thread, while others read ``xs``; not if None is returned. What it
+            raises comes out of this call.
 
     Raises:
         OpError: tensors that do not fit the table.
@@ -98,7 +105,7 @@ def channel_totals(
     run = shortcut("channel_totals", grouping.device.type)
     if run is None or not _are_plain("xs", xs, table, grouping):
         return None
-    found: Tensor = run(xs, table.table, grouping.channels, grouping.native, p, divided)
+    found: Tensor = run(xs, table.table, grouping.channels, grouping.native, p, divided, meanwhile)
     return found
 
 

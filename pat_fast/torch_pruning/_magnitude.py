@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -169,27 +169,40 @@ class GroupMagnitudeImportance(Importance):
                 others follow as they are executed.
         """
         tally = self._book(binding)
-        grouping = self._grouping(binding, tally)
-        if grouping is not None:
-            (tiles,) = tally.tiles
-            totals = channel_totals(tiles.tensors, tiles.table, grouping, float(self.p), divided=True)
-            if totals is not None:
-                return totals
+        totals = self._totals(binding, tally)
+        if totals is not None:
+            return totals
         found = reduce_members(self._values(tally), tally.ledger, self.group_reduction, order)
         found = normalize(found, Segments.of(binding), self.normalizer)
         return tally.ledger.fill_unscored(found, torch.nan)
+
+    def score_beside(self, binding: Binding, meanwhile: Callable[[], None]) -> Tensor | None:
+        """As :meth:`score`, with ``meanwhile`` called once, while other threads read the weights.
+
+        None, and nothing is called, where no single call makes the scores.
+        """
+        return self._totals(binding, self._book(binding), meanwhile) if self._sums_plainly else None
+
+    def _totals(self, binding: Binding, tally: Book, meanwhile: Callable[[], None] | None = None) -> Tensor | None:
+        grouping = self._grouping(binding, tally)
+        if grouping is None:
+            return None
+        (tiles,) = tally.tiles
+        return channel_totals(tiles.tensors, tiles.table, grouping, float(self.p), True, meanwhile)
 
     def _grouping(self, binding: Binding, tally: Book) -> Grouping | None:
         """What the scores can be made with in one call, or None.
 
         A group's members are as many for each of its channels, so they cancel out in a mean over its channels.
         """
+        return binding.grouping(tally.key) if self._sums_plainly and tally.is_plain else None
+
+    @property
+    def _sums_plainly(self) -> bool:
         own, base = type(self), GroupMagnitudeImportance
         if own._values is not base._values or own._slots is not base._slots or own._finish is not base._finish:
-            return None
-        if self.normalizer != "mean" or self.group_reduction not in ("mean", "sum") or not tally.is_plain:
-            return None
-        return binding.grouping(tally.key)
+            return False
+        return self.normalizer == "mean" and self.group_reduction in ("mean", "sum")
 
     def prepare(self, binding: Binding) -> None:
         """Work out ahead which indices of which tensors :meth:`score` adds up, where that is known already."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pat_fast.backends import cpu, shortcut
 from pat_fast.criteria import GroupNorm
-from pat_fast.errors import OpError
+from pat_fast.errors import OpError, PatError
 from pat_fast.ops import Tile, TileTable, grouped
 from pat_fast.ops.grouped import Grouping
 from pat_fast.plan import Binding, bind, build_plan
@@ -206,6 +208,34 @@ def grouping(table: TileTable) -> Grouping:
     found = Grouping.of(table, torch.arange(7), torch.tensor([4, 3]))
     assert found is not None
     return found
+
+
+def test_the_caller_may_do_something_meanwhile() -> None:
+    """While other threads read; what it raises comes out, from one thread too."""
+    x = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0))
+    table = TileTable.from_tiles([x], [Tile(0, 0, (1000, 1000, 1), (1000, 1, 1), 0, 1000)])
+    grouping = Grouping.of(table, torch.arange(2000), torch.tensor([1000, 1000]))
+    assert grouping is not None
+    expected = grouped.channel_totals([x], table, grouping, 2.0, True)
+    assert expected is not None
+    called: list[threading.Thread] = []
+
+    def fails() -> None:
+        raise PatError("meanwhile")
+
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        called.clear()
+        found = grouped.channel_totals(
+            [x], table, grouping, 2.0, True, lambda: called.append(threading.current_thread())
+        )
+        assert called == [threading.current_thread()]
+        assert found is not None
+        assert torch.equal(found, expected)
+        with pytest.raises(PatError, match="meanwhile"):
+            grouped.channel_totals([x], table, grouping, 2.0, True, fails)
+    with profiler.profile():  # someone watches: it takes the long way
+        assert grouped.channel_totals([x], table, grouping, 2.0, True, fails) is None
 
 
 def test_runs_end_with_their_side_and_where_channels_jump(table: TileTable) -> None:

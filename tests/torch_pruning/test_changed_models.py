@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pat_fast.torch_pruning as tp
+from pat_fast.backends import shortcut
 from tests.helpers import Small, small_inputs
 
 
@@ -37,11 +38,15 @@ def other_numbers(model: Any) -> None:
             parameter.mul_(torch.rand_like(parameter))
 
 
+def another_layout(model: Any) -> None:
+    model.to(memory_format=torch.channels_last)
+
+
 def pruner(model: nn.Module, importance: Any, **options: Any) -> Any:
     return tp.pruner.BasePruner(model, small_inputs(), importance, global_pruning=True, **options)
 
 
-@pytest.mark.parametrize("change", [other_weights, another_layer, fewer_channels, other_numbers])
+@pytest.mark.parametrize("change", [other_weights, another_layer, fewer_channels, other_numbers, another_layout])
 @pytest.mark.parametrize("importance", [tp.importance.GroupMagnitudeImportance, tp.importance.GroupTaylorImportance])
 def test_a_model_that_others_have_changed(change: Callable[[Any], None], importance: Any) -> None:
     torch.manual_seed(0)
@@ -60,3 +65,22 @@ def test_a_model_that_others_have_changed(change: Callable[[Any], None], importa
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
     assert model(small_inputs()).isfinite().all()
+
+
+@pytest.mark.skipif(shortcut("channel_totals", "cpu") is None, reason="the C++ kernels are not in use")
+@pytest.mark.parametrize("change", [None, other_weights])
+def test_a_model_is_looked_at_while_its_weights_are_read(
+    change: Callable[[Any], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it is another one than that whose weights were read, they are read again."""
+    torch.manual_seed(0)
+    model = Small(24)
+    made = pruner(model, tp.importance.GroupMagnitudeImportance())
+    if change is not None:
+        change(model)
+    seen: list[str] = []
+    for cls, name in ((tp.importance.GroupMagnitudeImportance, "score"), (type(made.engine), "look_ahead")):
+        inner = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args))[1])
+    made.step()
+    assert seen == ["look_ahead"] if change is None else ["look_ahead", "score"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner as MetaPruner
 
+from ...errors import PatError
 from ...plan import Plan
 from ...plan.types import BoolArray
 from .._groups import member_order
@@ -21,7 +22,7 @@ from .planned import Decision, Standing, Standings, head_scores, unit_means
 from .ranking import Field, Row, Scores, caps, choose, choose_heads, head_counts
 from .scoring import depends_on_order, only_reads, scores_plans
 from .shaping import Attention
-from .state import Engine
+from .state import Ahead, Engine
 
 
 class Deciding:
@@ -73,9 +74,35 @@ class Deciding:
             known[root] = self.DG.is_open(root, number, set(limits[1]), (), limits[2])
         return known[root]
 
-    def _decide(self) -> tuple[Decision, list[Any]]:
+    def _read(self) -> tuple[Scores, Ahead | None]:
+        """Importance of every channel of the plan, and what a prune needs of the model, made current first.
+
+        The second is None if code of the user's decides what goes. Where none does, the model is looked at while other
+        threads read its weights.
+        """
+        if not self._only_reads():
+            self.engine.current()
+            return self._scores(), None
+        beside = getattr(self.importance, "score_beside", None)
+        if beside is not None and not depends_on_order(self.importance):
+            found: list[Ahead] = []
+
+            def look() -> None:
+                self.engine.binding.check()
+                found.append(self.engine.look_ahead())
+
+            try:
+                values = beside(self.engine.binding, look)
+                if values is not None:
+                    return values.numpy(force=True), found[0]
+            except PatError:  # others have changed the model; anything else comes up again
+                pass
+        self.engine.current()
+        ahead = self.engine.look_ahead()
+        return self._scores(), ahead
+
+    def _decide(self, values: Scores) -> tuple[Decision, list[Any]]:
         """What goes of the plan, and ready groups of layers that no plan expresses."""
-        values = self._scores()
         stand, loose = self._scored(values), self._loose()
         field, scores = stand.field, _of_units(stand, values)
         modules, stay = stand.modules, stand.caps(self.max_pruning_ratio)
@@ -129,7 +156,7 @@ class Deciding:
     def _scored(self, values: Scores) -> Standings:
         """The groups that may be pruned and have scores."""
         stand = self._standing()
-        if np.count_nonzero(values < np.inf) == len(values):
+        if values.max(initial=-np.inf) < np.inf:  # NaN, if there is one
             return stand
         unknown = np.isnan(values)
         known = [s for s in stand.every if not unknown[s.own].all()]

@@ -141,7 +141,7 @@ class Engine:
     def look_ahead(self) -> Ahead:
         """What a prune needs of the model as it is.
 
-        To be called after :meth:`current`, before the weights are read: what was looked at there is in the caches.
+        To be called while the binding is current.
         """
         optimizers = self.optimizers()  # first: it counts who refers to a parameter
         return Held.of(self.binding), optimizers

@@ -252,9 +252,8 @@ class BasePruner(Deciding, _Original):
         if self._exceeded():
             return
         engine = self.engine
-        engine.current()
-        ahead = engine.look_ahead() if self._only_reads() else None
-        decision, loose = self._decide()
+        values, ahead = self._read()
+        decision, loose = self._decide(values)
         lost = decision.lost()
         # Torch-Pruning's own OBDC keeps its sums by layer; what this package's gathers shrinks with the parameters.
         adjusts = hasattr(self.importance, "adjust_fisher") and not hasattr(self.importance, "accumulators")
@@ -286,7 +285,7 @@ class BasePruner(Deciding, _Original):
             return
         self.engine.current()
         with torch.no_grad():
-            decision, loose = self._decide()
+            decision, loose = self._decide(self._scores())
         maker, engine = self.DG.maker, self.engine
         lost, born = decision.lost(), engine.born
         going = [s for s in decision.of.in_order if lost[s.own].any()]
