@@ -172,9 +172,15 @@ class _Attempt:
         return [t for t in outputs if t.grad_fn is not None]
 
     def _trace_what_only_training_runs(self) -> None:
-        """Auxiliary heads: where weights were not met, the forward of training is traced as well; it counts no work."""
+        """Auxiliary heads, averages that are kept: where weights or buffers were not met, the forward of training is
+        traced as well; it counts no work.
+        """
         tracer, still = self.tracer, self._still
-        unused = tracer.unused() if still.in_training else []
+
+        def unmet() -> list[str]:
+            return [*tracer.unused(), *tracer.unused_statistics(still.modules)]
+
+        unused = unmet() if still.in_training else []
         if not unused:
             return
         done = len(tracer.work)
@@ -183,7 +189,7 @@ class _Attempt:
             for tensor in fixed_outputs(call(self._model, self._inputs)):
                 tracer.give_out(tensor)
                 self.outputs.append(tensor)
-            still.trains_more = tracer.unused() != unused
+            still.trains_more = unmet() != unused
         except Exception:  # without targets there is no loss, say: then these weights stay unknown
             return
         finally:

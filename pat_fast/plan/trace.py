@@ -9,7 +9,7 @@ case. What an op does to labels is said in :mod:`pat_fast.plan.rules`; an op tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -270,6 +270,17 @@ class Tracer(TorchDispatchMode):
         unmet = [leaf for leaf in self.leaves.values() if leaf.is_parameter and not leaf.axes and leaf.mark is None]
         names = [leaf.name for leaf in unmet if leaf.tensor.ndim > 1]
         return list(dict.fromkeys(name.removesuffix(".weight") for name in names))
+
+    def unused_statistics(self, modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+        """Buffers that code of the user's keeps, and that no op has met so far: averages that training writes, say."""
+        found = []
+        for name, module in modules:
+            kept = module._buffers.keys() - module._non_persistent_buffers_set if module._buffers else ()
+            for local in kept if not type(module).__module__.startswith("torch.") else ():
+                leaf = self.leaves.get(id(module._buffers[local]))
+                if leaf is not None and not leaf.axes and leaf.mark is None:
+                    found += [f"{name}.{local}"] * (leaf.tensor.numel() > 1 and leaf.tensor.is_floating_point())
+        return sorted(found)
 
     def leaf_factors(self, leaf: Leaf) -> Factors:
         """Factors of a parameter seen as an ordinary tensor."""

@@ -409,7 +409,8 @@ class Plan:
         """
         order, starts = self.by_unit
         found: dict[int, tuple[int, list[list[int]]]] = {}
-        for kind, channels in zip(self.kind_of_unit.tolist(), np.split(order, starts[1:]), strict=True):
+        units = np.split(order, starts[1:]) if len(starts) else []
+        for kind, channels in zip(self.kind_of_unit.tolist(), units, strict=True):
             group = int(self.group_of[channels[0]])
             found.setdefault(kind, (group, []))[1].append(channels.tolist())
         return list(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -175,3 +176,42 @@ def test_what_only_training_runs_is_pruned_along_and_what_nothing_runs_is_noted(
     prune(bind(plan, model), random_keep(plan, 0, 0.5))
     assert model.stem.out_channels == model.auxiliary[0].in_channels < 8
     sum(out.sum() for out in model(x)).backward()
+
+
+class Averages(nn.Module):
+    """Keeps averages that only training writes: of what passes, and of examples, which a table is written from."""
+
+    def __init__(self, channels: int, examples: int = 5) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(channels))
+        self.register_buffer("table", torch.randn(examples, channels))
+        self.register_buffer("sums", torch.zeros(examples, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.seen.mul_(0.9).add_(x.abs().mean(0), alpha=0.1)
+                self.sums.mul_(0.9).add_(torch.eye(len(x)) @ x, alpha=0.1)
+                self.table.copy_(self.sums)
+        return x * self.table[0]
+
+
+def test_averages_that_only_training_writes_shrink_along() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), Averages(8), nn.Linear(8, 3)), torch.randn(5, 6)
+    before = copy.deepcopy(model.state_dict())
+    plan = pat.build_plan(model, x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    (group,) = plan.groups
+    assert {"1.seen", "1.table", "1.sums"} <= {name for name, _ in group.members}
+    prune(bind(plan, model), random_keep(plan, 0, 0.5))
+    model(x).sum().backward()
+    assert model[1].sums.shape == (5, model[0].out_features) != (5, 8)
+
+
+def test_a_plan_of_which_nothing_is_left_may_be_proven_again() -> None:
+    model, x = WithHead(), small_inputs()
+    plan = build_plan(model, x)
+    nothing = plan.freeze(range(len(plan.groups)), "for this test")
+    assert nothing.kinds == []
+    assert not nothing.verify(model, x).groups
