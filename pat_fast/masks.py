@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from torch.optim import Optimizer
 
 from .ops import channel_scale_
-from .plan.bind import Binding, Own, Tiles
+from .plan.bind import Binding, Own, Tiles, has_floats
 from .plan.types import Axis, TensorMap, is_grouped
 from .surgery.optimizer import Joint, check_state, joint_states, state_tensors
 
@@ -37,8 +37,17 @@ def weight_norm_dim(owner: nn.Module, local: str) -> int | None:
     return next((dim for dim, size in enumerate(length.shape) if size > 1), None)
 
 
+def _apart(owner: nn.Module, local: str) -> int | None:
+    """For a parameter that is cleared axis by axis, the dimension that is not; None for what a kernel scales.
+
+    Of a weight norm's direction that is the one along its lengths. Numbers that no kernel takes (complex ones, whole
+    ones) are cleared along all: -1.
+    """
+    return weight_norm_dim(owner, local) if has_floats(owner, local) else -1
+
+
 def _is_plain(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
-    return tensor_map.is_parameter and weight_norm_dim(owner, local) is None
+    return tensor_map.is_parameter and _apart(owner, local) is None
 
 
 def clear_(tensor: Tensor, tensor_map: TensorMap, axis: Axis, gone: Tensor) -> None:
@@ -69,10 +78,10 @@ class Mask:
         self.binding = binding
         self.alive = torch.ones(binding.plan.n_channels, dtype=torch.bool, device=binding.device)
         self.is_active = False  # whether any channel is masked
-        self._directions = [
+        self._apart = [
             (m, dim)
             for m in binding.plan.tensors
-            if m.is_parameter and (dim := weight_norm_dim(*binding.owner(m.name))) is not None
+            if m.is_parameter and (dim := _apart(*binding.owner(m.name))) is not None
         ]
 
     @torch.no_grad()
@@ -118,7 +127,7 @@ class Mask:
         """
         for tiles in self._tiles(only):
             channel_scale_(tiles.tensors, tiles.table, self._scale(tiles))
-        for own, dim in self._own_directions(only):
+        for own, dim in self._own_apart(only):
             self._clear(own, dim)
 
     @torch.no_grad()
@@ -139,16 +148,16 @@ class Mask:
                     for name, grad in zip(tiles.names, grads, strict=True):
                         if grad is not None and grad.layout == torch.strided:
                             self._zero(name, grad)
-            for own, dim in self._own_directions(only):
+            for own, dim in self._own_apart(only):
                 if own.tensor.grad is not None:
                     self._clear(own._replace(tensor=own.tensor.grad), dim)
 
     def _tiles(self, only: Collection[int] | None) -> tuple[Tiles, ...]:
         return self.binding.part("maskable parameters", _is_plain, only)
 
-    def _own_directions(self, only: Collection[int] | None) -> Iterator[tuple[Own, int]]:
-        """What is here of weight norms' directions, and the dimension that is not cleared."""
-        for tensor_map, dim in self._directions:
+    def _own_apart(self, only: Collection[int] | None) -> Iterator[tuple[Own, int]]:
+        """What is here of the parameters that are cleared axis by axis, and the dimension that is not."""
+        for tensor_map, dim in self._apart:
             own = self.binding.own(tensor_map)
             if only is None or id(own.tensor) in only:
                 yield own, dim
@@ -158,7 +167,7 @@ class Mask:
 
     def _zero(self, name: str, tensor: Tensor) -> None:
         """Zero the masked channels of one tensor with the shape of parameter ``name``."""
-        for tensor_map, dim in self._directions:
+        for tensor_map, dim in self._apart:
             if tensor_map.name == name:
                 self._clear(self.binding.own(tensor_map)._replace(tensor=tensor), dim)
                 return
@@ -176,7 +185,7 @@ class Mask:
             state.tensor.masked_fill_(gone, 0)
 
     def _clear(self, own: Own, dim: int) -> None:
-        """Zero the masked channels of a direction on all of its axes but ``dim``."""
+        """Zero the masked channels of a tensor on all of its axes but ``dim``."""
         for axis in own.map.axes:
             if axis.dim != dim:
                 clear_(own.tensor, own.map, axis, ~self.alive)

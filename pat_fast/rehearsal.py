@@ -351,6 +351,7 @@ class Rehearsal:
     def _tensors(self, kept: Kept, moves: IntArray) -> tuple[dict[int, Thin], dict[int, Tensor]]:
         """What stands in for the model's tensors in the two forwards, by their ids."""
         small: dict[int, Tensor] = {}
+        large: dict[int, Thin] = {}
         places = _Places(kept, moves)
         shapes = self.plan.shapes.tuples(self.plan.shapes.left(kept)[0])
         wanted: list[Wanted] = []
@@ -362,7 +363,9 @@ class Rehearsal:
                 new = tensor.detach()  # a table: its own values, which are no weights
                 for dim, index in where.items():
                     new = new.index_select(dim, index)
-                small[id(tensor)] = new.clone()
+                small[id(tensor)] = new = new.clone()
+                if one.is_parameter and tensor.is_complex():
+                    large[id(tensor)] = Thin(new, one.shape, where, columns, 0.0)
                 continue
             wanted.append(self._wanted(tensor, shape, one))
             stand.append((one.shape, where, columns, 0.0 if one.is_parameter else 1.0))
@@ -373,7 +376,6 @@ class Rehearsal:
                     known.add(id(parameter))
                     wanted.append(Wanted(parameter, tuple(parameter.shape), name, parameter.shape[-1]))
                     stand.append((tuple(parameter.shape), {}, None, 0.0))
-        large: dict[int, Thin] = {}
         for (tensor, *_), new, rest in zip(wanted, self._values.of(wanted), stand, strict=True):
             small[id(tensor)] = new
             large[id(tensor)] = Thin(new, *rest)

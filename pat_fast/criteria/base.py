@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, check_flag, did_you_mean
 from ..ops import channel_reduce
-from ..plan.bind import Binding, Tiles
+from ..plan.bind import Binding, Tiles, has_floats
 from ..plan.recurrent import weight_or_bias
 from ..plan.types import Axis, Plan, TensorMap
 from .accumulator import Accumulator
@@ -105,8 +105,11 @@ class MemberCriterion:
     def _counts(self, binding: Binding, tensor_map: TensorMap) -> bool:
         names = ("weight", "bias") if self.bias else ("weight",)
         return tensor_map.is_parameter and any(
-            (isinstance(owner, self.types) and weight_or_bias(owner, local) in names)
-            or (self.types is SCORED and is_scored(tensor_map, owner, local))
+            has_floats(owner, local)
+            and (
+                (isinstance(owner, self.types) and weight_or_bias(owner, local) in names)
+                or (self.types is SCORED and is_scored(tensor_map, owner, local))
+            )
             for owner, local in binding.owners(tensor_map.name)
         )
 
@@ -186,7 +189,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """``tensor`` without autograd, in the dtype in which scores are added up."""
+    """``tensor`` without autograd, in the dtype in which scores are added up; complex ones as they are."""
+    if tensor.is_complex():
+        return tensor.detach()
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 

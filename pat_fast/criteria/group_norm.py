@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from ..errors import check
 from ..ops import channel_reduce
 from ..ops.grouped import Grouping, channel_totals
-from ..plan.bind import Binding, Tiles
+from ..plan.bind import Binding, Tiles, has_floats, magnitudes
 from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
 
@@ -23,6 +23,8 @@ def is_scored(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
 
     So do parameters that modules of other kinds multiply with, and the lengths of a weight norm.
     """
+    if not has_floats(owner, local, or_complex=True):
+        return False
     if local == "original0":
         return isinstance(owner, nn.ModuleList) and any(isinstance(m, _WeightNorm) for m in owner)
     return (isinstance(owner, SCORED) and weight_or_bias(owner, local) == "weight") or is_bare(tensor_map, owner)
@@ -91,7 +93,7 @@ class GroupNorm:
         if total is not None:
             return total
         for tiles in binding.tiles("scored", is_scored):
-            sums = channel_reduce(tiles.tensors, tiles.table, f="pow", p=self.p)
+            sums = channel_reduce(magnitudes(tiles.tensors), tiles.table, f="pow", p=self.p)
             found = binding.to_channels(tiles, sums).to(binding.device)
             total = found if total is None else total + found
         if total is None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import OpError, PlanError
+from ..ops.functional import FLOATS
 from ..ops.grouped import Grouping
 from ..ops.known import PLAIN, Known, is_reliable, is_watched
 from ..ops.tiles import NONE, WIDTH, TileTable
@@ -176,6 +177,17 @@ class Tiles:
     def fit(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors``, the table's or their likes, lie in memory as the table has it."""
         return self.table.fits(tensors)
+
+
+def has_floats(owner: nn.Module, local: str, or_complex: bool = False) -> bool:
+    """Whether the numbers of a module's tensor are such as the ops take: neither complex nor whole."""
+    tensor = owner._parameters.get(local, owner._buffers.get(local))
+    return tensor is None or tensor.dtype in FLOATS or (or_complex and tensor.is_complex())
+
+
+def magnitudes(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``tensors`` of one dtype, of complex ones the absolute values."""
+    return [t.detach().abs() for t in tensors] if len(tensors) and tensors[0].is_complex() else tensors
 
 
 class Own(NamedTuple):
@@ -395,7 +407,7 @@ class Binding(Named):
         None where that cannot be: values of channels depend on more than one table, or some channels do not count.
         """
         cached = self._cache[key]
-        if len(cached) != 1 or self.alive is not None:
+        if len(cached) != 1 or self.alive is not None or cached[0].tensors[0].is_complex():
             return None
         known = self._groupings.get(key)
         if known is None or known[0] is not cached[0]:

@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-LOW = (torch.float32, torch.float16, torch.bfloat16)
+DOUBLE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 
 
 @contextmanager
@@ -75,10 +78,10 @@ class InDouble(TorchDispatchMode):
 
 
 def as_double(value: Any) -> Any:
-    """``value`` with floating-point tensors (and types) of lower precision in float64."""
+    """``value`` with floating-point and complex tensors (and types) of lower precision in double precision."""
     if isinstance(value, Tensor):
-        return value.to(torch.float64) if value.dtype in LOW else value
-    return torch.float64 if isinstance(value, torch.dtype) and value in LOW else value
+        return value.to(DOUBLE[value.dtype]) if value.dtype in DOUBLE else value
+    return DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def _written(func: Any, args: Any) -> set[int]:

@@ -13,7 +13,7 @@ from ..criteria import is_scored
 from ..ops import channel_axpy_, channel_scale_
 from ..ops.grouped import Grouping, group_push
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
-from ..plan.bind import Binding, Tiles, Wanted
+from ..plan.bind import Binding, Tiles, Wanted, has_floats
 from ..plan.recurrent import RECURRENT, weight_or_bias
 from ..plan.types import TensorMap
 
@@ -48,12 +48,14 @@ REGULARIZED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, *RECURRENT, *NOR
 
 def is_regularized(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
     """Weights of convolutions, linear and recurrent layers and batch norms."""
-    return isinstance(owner, REGULARIZED) and weight_or_bias(owner, local) == "weight" and tensor_map.is_parameter
+    is_weight = isinstance(owner, REGULARIZED) and weight_or_bias(owner, local) == "weight"
+    return is_weight and tensor_map.is_parameter and has_floats(owner, local)
 
 
 def is_regularized_bias(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:
     """Biases of the same."""
-    return isinstance(owner, REGULARIZED) and weight_or_bias(owner, local) == "bias" and tensor_map.is_parameter
+    is_bias = isinstance(owner, REGULARIZED) and weight_or_bias(owner, local) == "bias"
+    return is_bias and tensor_map.is_parameter and has_floats(owner, local)
 
 
 def is_norm_weight(tensor_map: TensorMap, owner: nn.Module, local: str) -> bool:

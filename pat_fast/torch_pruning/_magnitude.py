@@ -20,7 +20,7 @@ from ..errors import check
 from ..ops import channel_reduce
 from ..ops.functional import expect
 from ..ops.grouped import Grouping, channel_totals
-from ..plan.bind import Binding, Tiles
+from ..plan.bind import Binding, Tiles, magnitudes
 from ..plan.types import Axis, TensorMap
 from ._groups import LAYERS, NORMS, Item, items, repeats, sums, width
 
@@ -210,7 +210,7 @@ class GroupMagnitudeImportance(Importance):
             tally = self._book(binding)
             tally.ledger.prepare()
             for tiles in tally.tiles:
-                expect(tiles.tensors, tiles.table)
+                expect(magnitudes(tiles.tensors), tiles.table)
             self._grouping(binding, tally)
 
     def _book(self, binding: Binding) -> Book:
@@ -248,4 +248,4 @@ class GroupMagnitudeImportance(Importance):
 
     def _slots(self, tiles: Tiles) -> Tensor:
         """The same before indices with several slots are added up: ``[slots]``."""
-        return channel_reduce(tiles.tensors, tiles.table, f="pow", p=float(self.p))
+        return channel_reduce(magnitudes(tiles.tensors), tiles.table, f="pow", p=float(self.p))
