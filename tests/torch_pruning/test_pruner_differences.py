@@ -322,6 +322,40 @@ def test_grouped_convolutions_keep_two_channels_a_group() -> None:
     assert (ours.conv2.out_channels, ours.conv2.groups) == (8, 4)
 
 
+def test_group_norms_keep_two_channels_a_group() -> None:
+    """With one, all that is not an image is its own mean, and comes out as zero."""
+    theirs, ours = both(Net(norm=lambda width: nn.GroupNorm(4, width)), pruning_ratio=0.75)
+    assert theirs.conv2.out_channels == 4
+    assert ours.conv2.out_channels == 8
+
+
+class Spanning(nn.Module):
+    """Four groups of a norm over 16 and 8 channels: the third has channels of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 8, 1)
+        self.norm, self.fc = nn.GroupNorm(4, 24), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.norm(torch.cat([self.first(x), self.second(x)], 1)).relu().mean((2, 3)))
+        return out
+
+
+def test_groups_of_a_norm_that_span_a_concatenation() -> None:
+    model = Spanning()
+    theirs, ours = both(model, pruning_ratio=0.25)
+    rows = torch.cat([model.first.weight, model.second.weight])[:, :, 0, 0]
+
+    def group_of(weights: Tensor) -> list[int]:
+        return [int((rows == row).all(1).nonzero()) // 6 for row in weights[:, :, 0, 0]]
+
+    kept = {n: [*group_of(m.first.weight), *group_of(m.second.weight)] for n, m in (("ours", ours), ("theirs", theirs))}
+    counts = {name: [groups.count(g) for g in range(4)] for name, groups in kept.items()}
+    assert counts["ours"] == [len(kept["ours"]) // 4] * 4
+    assert len(set(counts["theirs"])) > 1
+
+
 def test_groups_without_anything_to_remove_are_not_noted() -> None:
     noted = {}
     for name, library in (("theirs", original), ("ours", tp)):

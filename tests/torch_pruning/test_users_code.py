@@ -78,6 +78,35 @@ def test_a_class_that_changes_the_loop_gets_it(number: int, interactive: bool) -
     assert same(run, Net()).conv2.out_channels < 16  # type: ignore[operator]
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.qkv, self.out, self.fc = nn.Linear(12, 48), nn.Linear(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        read = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(*x.shape[:2], -1)
+        out: Tensor = self.fc(self.out(read))
+        return out
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_class_that_changes_the_loop_prunes_attentions(whole: bool) -> None:
+    def run(library: Any, model: nn.Module) -> None:
+        kind = type("Changed", (library.pruner.BasePruner,), {"_round_to": lambda self, n, now, to: n})
+        pruner = kind(
+            model, torch.randn(2, 6, 12), importance=library.importance.MagnitudeImportance(),
+            ignored_layers=[model.fc], num_heads={model.qkv: 4}, prune_num_heads=whole, prune_head_dims=not whole,
+            head_pruning_ratio=0.5 * whole, in_channel_groups={}, out_channel_groups={},
+        )  # fmt: skip
+        pruner.step()
+        model.heads = pruner.num_heads[model.qkv]
+        assert model.heads == (2 if whole else 4)
+
+    assert same(run, Attention()).qkv.out_features == 24
+
+
 def test_a_loop_that_fails_is_no_step() -> None:
     class Changed(tp.pruner.MetaPruner):
         def _prune(self) -> Iterator[Any]:

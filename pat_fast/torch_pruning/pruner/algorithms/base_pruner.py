@@ -239,7 +239,12 @@ class BasePruner(Deciding, _Original):
 
     def _has_own_loop(self) -> bool:
         """Whether the user's class (or object) has changed a part of Torch-Pruning's loop over groups."""
-        return any(getattr(getattr(self, part), "__func__", None) is not getattr(_Original, part) for part in LOOP)
+        return any(getattr(getattr(self, part), "__func__", None) is not getattr(BasePruner, part) for part in LOOP)
+
+    def _downstream_node_as_root_if_attention(self, group: Any) -> Any:
+        """See Torch-Pruning; an attention's group starts at its reader already."""
+        starts_there = isinstance(group, PlanGroup) and not group.root.out and self._is_atten_group(group)[0]
+        return group if starts_there else super()._downstream_node_as_root_if_attention(group)
 
     def _exceeded(self) -> bool:
         if self.current_step > self.iterative_steps:
