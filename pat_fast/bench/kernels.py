@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import reference, shortcut
 from ..ops import NONE, Tile, TileTable, accumulator
@@ -32,6 +33,8 @@ VARIANTS = {
 """For each op the calls that are timed."""
 COPIES = 4
 """What "channel_compact fresh" takes of each tensor: a parameter, its gradient and two moments."""
+LINE = 64
+"""Bytes that memory hands over at a time."""
 MOST = 4e9
 """Bytes of these above which it is left out: beside them there are what is left and another library's copies."""
 
@@ -44,6 +47,7 @@ class Call:
         traffic: which bandwidth bounds it.
         moved: bytes that any implementation must move.
         written: the tensors that it changes.
+        along: bytes that are read along with those, since memory hands over whole lines.
         rival: PyTorch's own way to the same, by its name.
     """
 
@@ -51,6 +55,7 @@ class Call:
     moved: int
     run: Timed
     written: list[Tensor]
+    along: int = 0
     rival: tuple[str, Callable[[], list[Tensor]]] | None = None
 
 
@@ -98,6 +103,7 @@ class Kernels:
                 out = out.to(memory_format=torch.channels_last)
             cuts.append((out, starts))
         self.outs = [out for out, _ in cuts]
+        self.kept = sum(out.numel() * out.element_size() for out in self.outs)
         plain, _ = tiles_of(self.outs)
         tiles = [
             replace(tile, row=starts[0], col=starts[1] if len(starts) > 1 else NONE)
@@ -120,9 +126,25 @@ class Kernels:
             return Call("scale", 2 * self.bytes, lambda: op(self.ys, tiles, self.scale), self.ys)
         if name == "channel_compact fresh":
             return self._fresh(op)
-        kept = sum(out.numel() * out.element_size() for out in self.outs)
         targets = self.out_table.table
-        return Call("copy", 2 * kept, lambda: op(self.outs, self.xs, tiles, targets, self.index), self.outs)
+        return Call(
+            "copy", 2 * self.kept, lambda: op(self.outs, self.xs, tiles, targets, self.index), self.outs, self.along
+        )
+
+    @cached_property
+    def along(self) -> int:
+        """Bytes of what a compaction drops that lie in one line with what it keeps."""
+        read = 0
+        for x, row in zip(self.xs, self.out_table.rows, strict=True):
+            keeps = torch.ones_like(x, dtype=torch.bool)
+            for dim, start, size in ((0, row[8], row[2]), (1, row[9], row[3])):
+                if start >= 0:
+                    keeps.index_fill_(dim, dropped(self.index[start : start + size].long(), x.shape[dim]), False)
+            in_memory = keeps.as_strided((x.numel(),), (1,))
+            each = LINE // x.element_size()
+            lines = nn.functional.pad(in_memory, (0, -x.numel() % each)).view(-1, each)
+            read += int(lines.any(1).sum()) * LINE
+        return max(0, read - self.kept)
 
     def _fresh(self, op: Callable[..., Any]) -> Call:
         """A prune's copies: of every tensor four, into memory that is new; beside it one dimension after the other.
@@ -158,8 +180,7 @@ class Kernels:
             return found
 
         cuts = [(xs[i], lists[i]) for i in order]
-        kept = sum(out.numel() * out.element_size() for out in self.outs)
-        return Call("copy", 2 * COPIES * kept, ours, [], ("index_select", rival))
+        return Call("copy", 2 * COPIES * self.kept, ours, [], COPIES * self.along, ("index_select", rival))
 
     def _part(self, xs: list[Tensor], places: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """What some of the copies become, what they are copies of, and the two tables."""
@@ -210,6 +231,13 @@ class Kernels:
             return ""
         worst = float((got.double() - want.double()).abs().max())
         return f"differs from the reference by up to {worst:.1e} in a tensor of shape {list(want.shape)}"
+
+
+def dropped(kept: Tensor, length: int) -> Tensor:
+    """What of ``range(length)`` is not in ``kept``."""
+    gone = torch.ones(length, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    return gone.nonzero().view(-1)
 
 
 def tiles_of(xs: Sequence[Tensor]) -> tuple[list[Tile], int]:

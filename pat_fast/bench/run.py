@@ -207,7 +207,8 @@ class Bench:
             # The reference is the oracle; as a baseline, its eager time is enough.
             graph = self.clock.replayed(call.run) if dispatch.ANY not in backend.devices else None
             return self._told(row.timed(sample, call.moved, graph=graph))
-        sides = self._beside_plain({call.traffic: call.moved}, {"ours": ready(call.run)})
+        moved = {call.traffic: call.moved, **({"read": call.along} if call.along else {})}
+        sides = self._beside_plain(moved, {"ours": ready(call.run)})
         if call.rival is not None:
             rival, run = call.rival
             sides[rival] = ready(run)

@@ -379,6 +379,25 @@ def test_a_plain_pass_moves_as_many_bytes() -> None:
     assert torch.allclose(bandwidth._y, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_what_lies_in_a_line_with_what_is_kept_is_read(channels_last: bool) -> None:
+    kernels = Kernels([(8, 64, 3, 3), (40,), (6, 16)], torch.float32, torch.device("cpu"), channels_last)
+    lines = 0
+    for x, row in zip(kernels.xs, kernels.out_table.rows, strict=True):
+        kept = torch.zeros_like(x)
+        part = kept[kernels.index[row[8] : row[8] + row[2]].long()]
+        if row[9] >= 0:
+            part[:, kernels.index[row[9] : row[9] + row[3]].long()] = 1
+        else:
+            part[:] = 1
+        kept[kernels.index[row[8] : row[8] + row[2]].long()] = part
+        at = kept.permute(0, 2, 3, 1).reshape(-1) if channels_last and x.dim() == 4 else kept.view(-1)
+        lines += len({i // 16 for i in at.nonzero().view(-1).tolist()})
+    assert kernels.along == 64 * lines - 4 * sum(out.numel() for out in kernels.outs) > 0
+    call = kernels.call("channel_compact fresh", reference.OPS)
+    assert (call.moved, call.along) == (8 * kernels.kept, 4 * kernels.along)
+
+
 def test_json_holds_everything(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path / "result.json")
     found = json.loads((tmp_path / "result.json").read_text())
