@@ -48,7 +48,7 @@ class Sample:
 
 
 class Clock:
-    """Times calls; before each, a buffer larger than the caches is written.
+    """Times calls; before each, a buffer larger than the caches is read.
 
     Args:
         rounds: timed calls of each function.
@@ -62,11 +62,11 @@ class Clock:
         self.device, self.rounds, self.cold = device, rounds, cold
         self.is_cuda = device.type == "cuda"
         size = mebibytes or EVICT_MEBIBYTES.get(device.type, 128)
-        self._buffer: Tensor = torch.zeros(size * 2**18, device=device)
+        self._buffer: Tensor = torch.ones(size * 2**18, device=device)  # zeros may be one page, many times
 
     def evict(self) -> None:
-        """Leave nothing in the caches that a timed call could find there."""
-        self._buffer.add_(1.0)
+        """Leave nothing in the caches that a timed call could find there, or would have to write back."""
+        self._buffer.sum()
 
     def compare(self, sides: Mapping[str, Prepare], rounds: int | None = None) -> dict[str, Sample]:
         """Time all sides by the wall clock in turns, in changing order; a call ends when the device has ended."""
@@ -91,7 +91,7 @@ class Clock:
             run()
         times = []
         for _ in range(self.rounds):
-            # While a GPU clears this, the host gets ahead of it.
+            # While a GPU reads this, the host gets ahead of it.
             self.evict()
             times.append(self._events(run) if self.is_cuda else self._wall(run))
         return Sample(tuple(times))

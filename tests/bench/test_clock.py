@@ -48,6 +48,14 @@ def test_a_warm_clock_calls_once_untimed_before() -> None:
     assert len(calls) == 2 * (1 + 4)
 
 
+def test_caches_are_emptied_by_reading() -> None:
+    """What was written would have to be brought back to memory in the timed call."""
+    clock = Clock(torch.device("cpu"), rounds=1, mebibytes=1)
+    clock.evict()
+    assert clock._buffer._version == 0
+    assert (clock._buffer == 1).all()
+
+
 def test_times_are_milliseconds_of_the_call_alone() -> None:
     clock = Clock(torch.device("cpu"), rounds=2, mebibytes=1)
     assert 20 <= clock.sample(lambda: time.sleep(0.02)).ms < 500
