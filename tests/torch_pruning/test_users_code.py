@@ -12,7 +12,7 @@ import torch_pruning as original
 from torch import Tensor, nn
 
 import pat_fast.torch_pruning as tp
-from pat_fast import PlanError
+from pat_fast import ConfigError, PlanError
 from tests.torch_pruning.against import quiet
 from tests.torch_pruning.nets import Net, X, make
 
@@ -248,3 +248,23 @@ def test_scores_of_gates_and_values_are_as_many_as_the_layer_has_rows() -> None:
     left = weights.sort().values[4:]
     after = model.gate_up.weight.square().sum(1).view(2, 12).sum(0) + model.down.weight.square().sum(0)
     torch.testing.assert_close(after.sort().values, left)
+
+
+@pytest.mark.parametrize(
+    ("scores", "got"),
+    [
+        (torch.ones(3), "a tensor of shape \\(3,\\)"),
+        (torch.tensor(1.0), "a tensor of shape \\(\\)"),
+        (torch.ones(16, 2), "a tensor of shape \\(16, 2\\)"),
+        ([1.0] * 16, "a list"),
+    ],
+)
+@pytest.mark.parametrize("manual", [False, True])
+def test_scores_that_are_none_are_refused_by_the_layers_name(scores: Any, got: str, manual: bool) -> None:
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    pruner = make(tp, model, importance=lambda group: scores)
+    act = (lambda: pruner.manual_prune_width(model.conv1, tp.prune_conv_out_channels, 0.5)) if manual else pruner.step
+    with pytest.raises(ConfigError, match=f"expected a tensor of 16 scores for the group of conv.*, got {got}"):
+        act()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner as MetaPruner
 
-from ...errors import PatError
+from ...errors import ConfigError, PatError
 from ...plan import Plan
 from ...plan.types import BoolArray
 from .._groups import member_order
@@ -140,8 +140,8 @@ class Deciding:
                 for group, channels in self.DG.maker.parts(number):
                     scores = self.estimate_importance(group)
                     if scores is not None:
-                        scores = of_channels(group, scores.detach().cpu().to(found.dtype), len(channels))
-                        found[torch.from_numpy(channels)] = scores
+                        own = of_channels(group, scores, len(channels))
+                        found[torch.from_numpy(channels)] = own.to(found.dtype)
         return found.numpy()
 
     def _estimates_by_itself(self) -> bool:
@@ -261,7 +261,7 @@ class Deciding:
                 continue
             root = "layerwise " + self.DG.name_of(group[0].dep.target.module)
             blocks = self._get_channel_groups(group)
-            units = scores.detach().cpu().view(blocks, -1).mean(0).numpy()
+            units = of_channels(group, scores, len(group[0].idxs)).view(blocks, -1).mean(0).numpy()
             scope, module = self._scope_of([dep for dep, _ in group], root)
             first = np.array([self._units_at_first.setdefault(root, len(units))])
             cap = int(caps(first, np.array([len(units)]), self.max_pruning_ratio)[0])
@@ -287,11 +287,23 @@ class Deciding:
         return self.get_target_head_pruning_ratio(self.model.get_submodule(attention.projections[0]))
 
 
-def of_channels(group: Any, scores: Tensor, n: int) -> Tensor:
-    """Scores of a group's ``n`` channels from those of the root's indices: means, where several are of a channel."""
+def of_channels(group: Any, scores: Any, n: int) -> Tensor:
+    """Scores of a group's ``n`` channels from those of the root's indices: means, where several are of a channel.
+
+    Raises:
+        ConfigError: the user's importance has given something else.
+    """
+    places = group[0].root_idxs
+    if not isinstance(scores, Tensor) or scores.ndim != 1 or len(scores) not in (n, len(places)):
+        got = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        raise ConfigError(
+            f"importance: expected a tensor of {len(places)} scores for the group of {group[0].dep.target.name} (one "
+            f"for each channel), or None, got {got}"
+        )
+    scores = scores.detach().cpu()
     if len(scores) == n:
         return scores
-    channels = torch.tensor(group[0].root_idxs)
+    channels = torch.tensor(places)
     return scores.new_zeros(n).index_add_(0, channels, scores) / torch.bincount(channels, minlength=n)
 
 

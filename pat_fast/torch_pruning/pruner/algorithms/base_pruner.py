@@ -349,11 +349,11 @@ class BasePruner(Deciding, _Original):
             raise PlanError(
                 f"{self.DG.name_of(layer)}: the importance gives no scores for its group; pass indices instead"
             )
-        unit = np.arange(len(scores))
+        n = len(group.born if isinstance(group, PlanGroup) else group[0].idxs)
+        scores, unit = of_channels(group, scores, n), np.arange(n)
         if isinstance(group, PlanGroup):
-            scores = of_channels(group, scores.detach().cpu(), len(group.born))
             unit = np.unique(self.engine.plan.unit[self.engine.now(group.born)], return_inverse=True)[1]
-        means = unit_means(scores.detach().cpu().numpy(), unit)
+        means = unit_means(scores.numpy(), unit)
         going = np.argsort(means, kind="stable")[: int(len(means) * pruning_ratios_or_idxs)]
         if len(going):
             places = np.flatnonzero(np.isin(unit, going)).tolist()
