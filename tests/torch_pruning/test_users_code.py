@@ -192,6 +192,73 @@ def test_a_group_that_was_pruned_in_part_by_hand_is_refused() -> None:
         next(groups)
 
 
+# A layer with a pruner of its own, behind slices that Torch-Pruning's graph takes for slices of the channels
+
+
+class Merging(nn.Module):
+    """Patches of two by two become one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.norm, self.reduction = width, nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        out: Tensor = self.reduction(self.norm(torch.cat(corners, -1)))
+        return out
+
+
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.merging, self.norm, self.fc = Merging(16), nn.LayerNorm(32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).permute(0, 2, 3, 1)
+        x = self.merging(x + self.down(self.up(x).relu()))
+        out: Tensor = self.fc(self.norm(x).mean((1, 2)))
+        return out
+
+
+class MergingPruner(original.BasePruningFunc):  # type: ignore[misc]
+    def prune_out_channels(self, layer: Any, idxs: Any) -> nn.Module:
+        original.prune_linear_out_channels(layer.reduction, idxs)
+        return layer  # type: ignore[no-any-return]
+
+    def prune_in_channels(self, layer: Any, idxs: Any) -> nn.Module:
+        every = [i + layer.width * corner for corner in range(4) for i in idxs]
+        original.prune_linear_in_channels(layer.reduction, every)
+        original.prune_layernorm_out_channels(layer.norm, every)
+        layer.width -= len(idxs)
+        return layer  # type: ignore[no-any-return]
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.reduction.out_features  # type: ignore[no-any-return]
+
+    def get_in_channels(self, layer: Any) -> int:
+        return layer.width  # type: ignore[no-any-return]
+
+
+def test_what_torch_prunings_graph_loses_on_the_way_to_a_customised_layer_stays() -> None:
+    def run(library: Any, model: nn.Module) -> None:
+        pruner = library.pruner.BasePruner(
+            model, X, importance=library.importance.MagnitudeImportance(), ignored_layers=[model.fc],
+            customized_pruners={Merging: MergingPruner()}, root_module_types=(nn.Linear, nn.LayerNorm, nn.Conv2d),
+            iterative_steps=2, in_channel_groups={}, out_channel_groups={},
+        )  # fmt: skip
+        for _ in range(2):
+            pruner.step()
+
+    ours = same(run, Patches())
+    assert (ours.embed.out_channels, ours.up.out_features, ours.norm.weight.shape) == (16, 16, (16,))
+    assert ours(X).shape == (2, 5)
+    with pytest.warns(UserWarning, match="down: it stays as it is: .* loses channels between it and merging"):
+        tp.pruner.BasePruner(
+            Patches(), X, importance=tp.importance.MagnitudeImportance(), customized_pruners={Merging: MergingPruner()}
+        ).step()
+
+
 # A layer that has each channel twice: a gate and its values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -256,6 +257,15 @@ class Deciding:
         ignored = {id(m) for m in self.ignored_layers}
         found = []
         for group in layerwise.all_groups(self.DG, ignored, (), self.root_module_types):
+            lost = layerwise.broken(self.DG, group)
+            if lost is not None:
+                root = self.DG.name_of(group[0].dep.target.module)
+                warnings.warn(
+                    f"{root}: it stays as it is: Torch-Pruning's graph loses channels between it and {lost}, which has "
+                    "a pruner of its own",
+                    stacklevel=5,
+                )
+                continue
             scores = self.estimate_importance(group)
             if scores is None:
                 continue

@@ -149,6 +149,20 @@ def all_groups(
             yield found
 
 
+def broken(graph: LiveGraph, whole: Group) -> str | None:
+    """A layer with a layer pruner of its own that has as many channels as the root, not all of which ``whole`` holds.
+
+    On the way to it Torch-Pruning's graph has lost them: it takes a slice of the height for one of the channels, say.
+    """
+    for dep, idxs in whole:
+        if is_foreign(graph, dep.target.module):
+            out = graph.is_out_channel_pruning_fn(dep.handler)
+            has = (graph.get_out_channels if out else graph.get_in_channels)(dep.target.module)
+            if len(set(idxs)) < len(whole[0].idxs) == has:
+                return graph.name_of(dep.target.module)
+    return None
+
+
 def members(graph: LiveGraph) -> frozenset[tuple[str, int]]:
     """(tensor, dimension) pairs that these groups hold: none of the plan's business."""
     found: set[tuple[str, int]] = set()
