@@ -244,3 +244,18 @@ def test_a_statistic_over_masked_channels_is_noted() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     pruner = pat.Pruner(model, example_inputs=torch.randn(2, 6), mode="mask")
     assert any("a norm takes statistics over masked channels" in note for note in pruner.step().notes)
+
+
+def test_a_length_that_is_divided_by_is_named_when_scores_are_nan() -> None:
+    class ByHand(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight / self.weight.norm(dim=1, keepdim=True), self.bias)
+
+    model = nn.Sequential(ByHand(6, 24), nn.ReLU(), ByHand(24, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = pat.Pruner(model, 0.5, example_inputs=torch.randn(2, 6), mode="mask", optimizer=optimizer, end_epoch=3)
+    pruner.step()
+    model(torch.randn(2, 6)).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(pat.PatError, match=r"divide channels by their own length \(0\).*0 / 0"):
+        pruner.step()

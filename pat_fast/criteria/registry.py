@@ -82,8 +82,13 @@ def checked_scores(criterion: Criterion, binding: Binding) -> NDArray[np.float64
     scores: NDArray[np.float64] = criterion.score(binding).double().cpu().numpy()
     n = binding.plan.n_channels
     if scores.shape != (n,) or np.isnan(scores).any():
+        measured = [g.root for g in binding.plan.groups if g.statistic and binding.alive is not None]
+        why = (
+            f" Or does the model divide channels by their own length ({', '.join(measured[:4])}), as a weight norm by "
+            'hand does? A masked one is 0 / 0 then; mode="prune" removes it'
+        )
         raise PlanError(
             f"the criterion must give one score per channel ({n}) without NaN, got shape {scores.shape} with "
-            f"{int(np.isnan(scores).sum())} NaN; did the training diverge?"
+            f"{int(np.isnan(scores).sum())} NaN; did the training diverge?{why if measured else ''}"
         )
     return scores
