@@ -335,3 +335,19 @@ def test_scores_that_are_none_are_refused_by_the_layers_name(scores: Any, got: s
     with pytest.raises(ConfigError, match=f"expected a tensor of 16 scores for the group of conv.*, got {got}"):
         act()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize("name", ["num_heads", "out_channel_groups", "in_channel_groups"])
+def test_groups_that_are_set_later_are_refused(name: str, interactive: bool) -> None:
+    """The plan is made with them: to set them on the pruner did nothing."""
+    model = Net()
+    pruner = make(tp, model)
+    getattr(pruner, name)[model.conv1] = 4
+    with pytest.raises(ConfigError, match=rf"^{name}: expected .*\(None for conv1\), got 4; pass it to a new pruner"):
+        pruner.step(interactive)
+    assert model.conv1.out_channels == 16
+    assert pruner.current_step == 0
+    del getattr(pruner, name)[model.conv1]
+    pruner.step()
+    assert model.conv1.out_channels == 8

@@ -15,7 +15,7 @@ from torch_pruning.pruner.algorithms.base_pruner import *  # noqa: F403
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner as _Original
 from torch_pruning.pruner.algorithms.scheduler import linear_scheduler
 
-from ....errors import PlanError, check
+from ....errors import ConfigError, PlanError, check
 from ....plan.types import BoolArray
 from ....selection import protected_units, unit_scores
 from ...engine import arguments, layerwise
@@ -137,6 +137,7 @@ class BasePruner(Deciding, _Original):
         self.engine.followers = lambda: getattr(self.importance, "accumulators", ())
         self.DG.engine = self.engine
         self._count()
+        self._counted = self._counts()
         self._prepare()
 
     def _schedule(self, ratio: float) -> list[float]:
@@ -220,10 +221,13 @@ class BasePruner(Deciding, _Original):
         """Prune to the next ratio of the schedule; with ``interactive``, yield the groups to prune instead.
 
         Raises:
+            ConfigError: heads or groups of a layer are others than when the pruner was made.
             SurgeryError: the prune was refused; model and optimizers are as they were, the step is not counted.
         """
-        self.current_step += 1
         changed = self._has_own_loop()
+        if not changed:
+            self._check_counts()
+        self.current_step += 1
         if interactive:
             return self._prune() if changed else self._yield_groups()
         try:
@@ -236,6 +240,22 @@ class BasePruner(Deciding, _Original):
             self.current_step -= 1
             raise
         return None
+
+    def _counts(self) -> dict[str, dict[nn.Module, int]]:
+        """Heads and groups of layers, as they are now."""
+        return {name: dict(getattr(self, name)) for name in ("num_heads", "out_channel_groups", "in_channel_groups")}
+
+    def _check_counts(self) -> None:
+        """The plan was made with them."""
+        for name, before in self._counted.items():
+            now = getattr(self, name)
+            if now == before:
+                continue
+            layer = next(m for m in {**now, **before} if now.get(m) != before.get(m))
+            raise ConfigError(
+                f"{name}: expected what it was when the pruner was made ({before.get(layer)} for "
+                f"{self.DG.name_of(layer) or type(layer).__name__}), got {now.get(layer)}; pass it to a new pruner"
+            )
 
     def _has_own_loop(self) -> bool:
         """Whether the user's class (or object) has changed a part of Torch-Pruning's loop over groups."""
@@ -326,6 +346,7 @@ class BasePruner(Deciding, _Original):
                 layer = self.model.get_submodule(name)
                 self.num_heads[layer] = self.num_heads[layer] * left // before
                 self.out_channel_groups[layer] = self.num_heads[layer]
+                self._counted = self._counts()
 
     # Other things to do with it
 
