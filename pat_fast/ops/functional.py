@@ -58,11 +58,15 @@ def channel_reduce(
     if (ys is None) != (f == "pow"):
         wanted = "no ys" if f == "pow" else "ys like xs"
         _fail(f"{wanted} for f={f!r}", "none" if ys is None else f"{len(ys)} tensors")
+    try:
+        exponent = float(p)
+    except (TypeError, ValueError):
+        _fail("p to be a number", repr(p))
     plain = _check_tensors("xs", xs, table)
     if ys is not None:
         plain = _check_tensors("ys", ys, table, like=xs) and plain
     run = implementation("channel_reduce", xs[0].device.type) if plain else _ops.channel_reduce.default
-    return run(xs, ys or (), table.table, table.slots, f, float(p))
+    return run(xs, ys or (), table.table, table.slots, f, exponent)
 
 
 @torch.no_grad()
@@ -165,11 +169,19 @@ def _check_tensors(
     Returns whether these are plain tensors, and some, that nothing else wants to see: the dispatcher, which takes as
     long as it takes to look at them, would lead to the kernel and nowhere else.
     """
-    if len(xs) != table.n_tensors:
-        _fail(f"{table.n_tensors} tensors in {name}, as in the table", str(len(xs)))
-    if not len(xs):
+    if not isinstance(table, TileTable):
+        _fail("a TileTable", type(table).__name__)
+    try:
+        count = len(xs)
+    except TypeError:
+        _fail(f"a list of tensors in {name}", type(xs).__name__)
+    if count != table.n_tensors:
+        _fail(f"{table.n_tensors} tensors in {name}, as in the table", str(count))
+    if not count:
         return False
     first = like[0] if like is not None else xs[0]
+    if not isinstance(first, Tensor):
+        _fail(f"a list of tensors in {name}", f"a list of {type(first).__name__}")
     dtype, device = first.dtype, first.device
     eager = not torch.compiler.is_compiling()
     known = table.known.get(name) if eager and dtypes is not None else None
@@ -178,8 +190,8 @@ def _check_tensors(
     if dtypes is not None and dtype not in dtypes:
         _fail(f"{name} of dtype {', '.join(str(d) for d in dtypes)}", str(dtype))
     for i, (x, (shape, strides)) in enumerate(zip(xs, table.layouts)):  # noqa: B905 (length checked above)
-        if x.layout is not torch.strided:
-            _fail(f"{name}[{i}] to be a strided tensor", str(x.layout))
+        if not isinstance(x, Tensor) or x.layout is not torch.strided:
+            _fail(f"{name}[{i}] to be a strided tensor", str(getattr(x, "layout", type(x).__name__)))
         if x.shape != shape or x.stride() != strides:
             _fail(
                 f"{name}[{i}] of shape {shape} and strides {strides}, as in the table",
@@ -216,6 +228,8 @@ def expect(xs: Sequence[Tensor], table: TileTable) -> None:
 
 
 def _check_slots(name: str, values: Tensor, table: TileTable, xs: Sequence[Tensor]) -> None:
+    if not isinstance(values, Tensor):
+        _fail(f"{name} a tensor of shape [{table.slots}]", type(values).__name__)
     dtype = accumulator(xs[0].dtype) if len(xs) else values.dtype
     device = xs[0].device if len(xs) else values.device
     wanted = (dtype, (table.slots,), device, torch.strided)
@@ -268,6 +282,8 @@ def _surely_apart(written: Sequence[Tensor], read: Sequence[Tensor], vector: Ten
 
 
 def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, index: Tensor) -> None:
+    if not isinstance(index, Tensor):
+        _fail(f"index int32 of shape [>= {out_table.slots}]", type(index).__name__)
     devices = [torch.device("cpu")] + [x.device for x in xs[:1]]
     if index.layout is not torch.strided or index.device not in devices:
         _fail(f"index on {' or '.join(map(str, devices))}", f"{index.layout} on {index.device}")

@@ -101,6 +101,8 @@ class TileTable:
         Raises:
             OpError: a tile leaves its tensor, or its slots are out of range or taken twice.
         """
+        if not isinstance(table, Tensor):
+            raise OpError(f"expected a tile table of shape [T, {WIDTH}], int64, on the CPU; got {type(table).__name__}")
         if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != WIDTH or not table.is_cpu:
             raise OpError(
                 f"expected a tile table of shape [T, {WIDTH}], int64, on the CPU; got {list(table.shape)} "
@@ -147,8 +149,14 @@ class TileTable:
         Raises:
             OpError: as the constructor.
         """
-        entries = [tile.entry() for tile in tiles]
-        if max(map(abs, chain.from_iterable(entries)), default=0) > REACH:
+        try:
+            entries = [tile.entry() for tile in tiles]
+            farthest = max(map(abs, chain.from_iterable(entries)), default=0)
+        except (AttributeError, TypeError):
+            raise OpError(f"expected tiles, made of whole numbers; got {tiles!r}") from None
+        if any(len(entry) != WIDTH for entry in entries):
+            raise OpError(f"expected three sizes and three strides for each tile; got {tiles!r}")
+        if farthest > REACH:
             number, entry = next((n, e) for n, e in enumerate(entries) if max(map(abs, e)) > REACH)
             raise OpError(f"tile {number}: expected entries within 2**48; got {entry}")
         if slots is None:

@@ -160,6 +160,13 @@ COEF = torch.ones(7)
         (lambda: ops.channel_axpy_([BASE.x], [BASE.x], TABLE, COEF.double()), "coef contiguous"),
         (lambda: ops.channel_scale_([BASE.x], TABLE, torch.ones(14)[::2]), "scale contiguous"),
         (lambda: ops.channel_scale_([BASE.x.to("meta")], TABLE, COEF), "on meta"),
+        (lambda: ops.channel_reduce(None, TABLE), "a list of tensors in xs; got NoneType"),
+        (lambda: ops.channel_reduce(iter([BASE.x]), TABLE), "a list of tensors in xs; got list_iterator"),
+        (lambda: ops.channel_reduce([[1.0]], TABLE), "a list of tensors in xs; got a list of list"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE, ["y"], f="mul"), r"ys\[0\] to be a strided tensor; got str"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE.table), "a TileTable; got Tensor"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE, p="two"), "p to be a number; got 'two'"),
+        (lambda: ops.channel_scale_([BASE.x], TABLE, 2.0), r"scale a tensor of shape \[7\]; got float"),
     ],
 )
 def test_bad_calls_are_refused_before_anything_changes(call, message: str) -> None:
@@ -185,6 +192,7 @@ def test_an_expanded_tensor_is_read_but_not_written() -> None:
         (lambda a: a.update(index=torch.tensor([0, 2, 5, 4, 4], dtype=torch.int32)), "ascending"),
         (lambda a: a.update(index=torch.tensor([0, 2, 5, 1, 4])), "int32"),
         (lambda a: a.update(index=torch.tensor([0, 2], dtype=torch.int32)), r"\[>= 5\]"),
+        (lambda a: a.update(index=[0, 2, 5, 1, 4]), "got list"),
         (lambda a: a.update(outs=[a["outs"][0].double()]), "outs of the dtype"),
         (lambda a: a.update(out_table=TileTable.from_tiles(a["outs"], [])), "1 output tiles"),
     ],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -53,7 +55,23 @@ def test_slots_of_two_tiles_may_be_shared_only_when_asked() -> None:
     assert TileTable.from_tiles([W, W], tiles, shared_slots=True).slots == 10
 
 
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        (None, "made of whole numbers; got None"),
+        ([(0, 0, 6, 4, 9)], "made of whole numbers"),
+        ([weight(offset="a")], "made of whole numbers"),
+        ([weight(sizes=(6, 4))], "three sizes and three strides"),
+    ],
+)
+def test_what_is_no_list_of_tiles_is_refused(tiles: Any, message: str) -> None:
+    with pytest.raises(OpError, match=message):
+        TileTable.from_tiles([W], tiles, 31)
+
+
 def test_a_table_of_another_kind_is_refused() -> None:
+    with pytest.raises(OpError, match="got list"):
+        TileTable([[0] * 10], [W], 1)
     with pytest.raises(OpError, match=r"shape \[T, 10\]"):
         TileTable(torch.zeros(1, 9, dtype=torch.int64), [W], 1)
     with pytest.raises(OpError, match="int64"):
