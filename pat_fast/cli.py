@@ -210,6 +210,9 @@ def bench(
         from .bench.run import run as measure
 
         check_models(names(models or ()))
+        if (inputs or args != "{}") and not any(":" in name for name in names(models or ())):
+            given = "--input" if inputs else "--args"
+            raise ConfigError(f"{given}: expected PACKAGE.MODULE:FACTORY beside it; other models have inputs of their own")
         if json_file is not None:
             check_writable(json_file, "--json")
         if plot is not None:
@@ -221,6 +224,9 @@ def bench(
 
             if plot is not None:
                 raise ConfigError("--plot: expected no plot with --deploy, got one; use --json")
+            kernels = {"--ops": ops, "--backends": backends, "--dtypes": dtypes, "--layouts": layouts}
+            if unread := [option for option, given in kernels.items() if given]:
+                raise ConfigError(f"{unread[0]}: expected none with --deploy, which has --runtimes")
             wanted = deploy.DeploySettings(
                 models=names(models or ()),
                 runtimes=names(runtimes or deploy.RUNTIMES),
@@ -236,6 +242,8 @@ def bench(
             if json_file is not None:
                 measured.write(json_file)
             raise typer.Exit(0 if measured.is_right else 1)
+        if runtimes:
+            raise ConfigError("--runtimes: expected --deploy beside it, got none")
         settings = Settings(
             models=names(models or ()),
             ops=names(ops or ()),
@@ -319,6 +327,8 @@ def load(
                 factory = named
         else:
             structure, file = read_structure(path), path
+        if factory is None and args != "{}":
+            raise ConfigError(f"--args: expected --model beside it, whose arguments these are, got {args!r} alone")
         model = None if factory is None else load_model(file, build_model(factory, keywords, "--model"))
         typer.echo(f"{file}\n{structure.summary()}")
         if model is not None:

@@ -124,6 +124,7 @@ def test_bad_input_is_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
         (("load", tmp_path / "text"), "cannot read"),
         (("load", tmp_path / "small", "--model", "pat_fast.models:resnet20"), "belongs to another definition"),
         (("load", tmp_path / "small", "--model", "pat_fast.models:nothing"), "expected 'nothing' in"),
+        (("load", tmp_path / "small", "--args", '{"width": 8}'), "--args: expected --model beside it"),
         (("bench", "--deploy"), "MODEL: expected a model to deploy, got none"),
         (("bench", "resnet18", "--deploy", "--runtimes", "tpu"), "--runtimes"),
         (("bench", "resnet18", "--deploy", "--macs", "2"), "--macs: expected a number in (0, 1), got 2.0"),
