@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import PlanError
 from .plan.trace import EQUIVALENTS
 from .surgery.modules import register_sizes
+
+_NAMED: dict[type[nn.Module], dict[str, tuple[str, int]]] = {}  # what was said of sizes
 
 
 def register_layer(
@@ -30,7 +32,8 @@ def register_layer(
             does. It is only traced: the plan is verified, and the model trained, with the module's own.
         sizes: attribute -> (name of a parameter of the module, dimension): the attribute is that size.
     Raises:
-        PlanError: ``kind`` is not a module class, or neither is given.
+        PlanError: ``kind`` is not a module class, ``forward`` no function, or neither is given. When a plan is built:
+            a module of that kind lacks what ``sizes`` names, or its attribute is another number.
 
     Example::
 
@@ -40,8 +43,11 @@ def register_layer(
         raise PlanError(f"register_layer: expected a class of modules, got {kind!r}")
     if forward is None and not sizes:
         raise PlanError(f"register_layer({kind.__name__}): give forward=, sizes= or both")
+    if forward is not None and not callable(forward):
+        raise PlanError(f"register_layer({kind.__name__}): forward: expected a function of the module, got {forward!r}")
     for attribute, of in (sizes or {}).items():
-        if not (isinstance(of, tuple) and len(of) == 2 and isinstance(of[0], str) and isinstance(of[1], int)):
+        pair = isinstance(of, tuple) and len(of) == 2 and isinstance(of[0], str) and isinstance(of[1], int)
+        if not pair or of[1] < 0:
             raise PlanError(
                 f"register_layer({kind.__name__}): sizes[{attribute!r}]: expected (parameter name, dimension), got "
                 f"{of!r}"
@@ -49,4 +55,22 @@ def register_layer(
     if forward is not None:
         EQUIVALENTS[kind] = forward
     if sizes:
-        register_sizes(kind, dict(sizes))
+        _NAMED[kind] = dict(sizes)
+        register_sizes(kind, _NAMED[kind])
+
+
+def check_registered(model: nn.Module) -> None:
+    """Raise :class:`PlanError` where a layer does not have the sizes that :func:`register_layer` said it has.
+
+    A name that is spelt wrong would leave an attribute as it was, and the layer would say a wrong size.
+    """
+    for name, module in model.named_modules() if _NAMED else ():
+        sizes = next((_NAMED[kind] for kind in type(module).__mro__ if kind in _NAMED), {})
+        for attribute, (parameter, dim) in sizes.items():
+            tensor, size = getattr(module, parameter, None), getattr(module, attribute, None)
+            if not isinstance(tensor, Tensor) or dim >= tensor.dim() or size != tensor.shape[dim]:
+                of = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+                raise PlanError(
+                    f"{name or 'the model'}: register_layer said of {type(module).__name__} that {attribute!r} is "
+                    f"dimension {dim} of {parameter!r}; got {attribute} = {size!r} and {parameter} {of}"
+                )

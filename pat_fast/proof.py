@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .dry_run import dry_run
-from .errors import PlanError, check_model, in_a_line
+from .errors import PlanError, check_flag, check_model, in_a_line
+from .layers import check_registered
 from .plan import Plan
 from .plan import build_plan as lower
 from .plan.double import in_single
@@ -47,8 +48,11 @@ def build_plan(model: nn.Module, example_inputs: Any, verify: bool = True) -> Pl
         verify: False skips the tests.
     Raises:
         PlanError: the forward fails on these inputs.
+        ConfigError: ``model`` is no module, or ``verify`` neither True nor False.
     """
     check_model(model)
+    check_flag("verify", verify)
+    check_registered(model)
     start = time.perf_counter()
     # A trace holds on to what it makes, and little of that is in cycles: collecting finds nothing and takes a while.
     with uncollected():

@@ -112,6 +112,34 @@ def test_what_register_layer_refuses() -> None:
         pat.register_layer(nn.Linear)
     with pytest.raises(pat.PlanError, match="parameter name, dimension"):
         pat.register_layer(nn.Linear, sizes={"nf": "weight"})  # type: ignore[dict-item]
+    with pytest.raises(pat.PlanError, match="parameter name, dimension"):
+        pat.register_layer(nn.Linear, sizes={"nf": ("weight", -1)})
+    with pytest.raises(pat.PlanError, match=r"forward: expected a function of the module, got 'F\.linear'"):
+        pat.register_layer(nn.Linear, forward="F.linear")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"embed_dmi": ("qkv", 1)}, "got embed_dmi = None and qkv of shape"),
+        ({"embed_dim": ("qvk", 1)}, "got embed_dim = 12 and qvk None"),
+        ({"embed_dim": ("qkv", 2)}, "is dimension 2 of 'qkv'"),
+        ({"embed_dim": ("qkv", 0)}, r"got embed_dim = 12 and qkv of shape \(36, 12\)"),
+    ],
+)
+def test_sizes_that_a_layer_does_not_have_are_refused(sizes: Any, message: str) -> None:
+    """A name that is spelt wrong would leave the attribute as it was, without a word."""
+
+    class Mine(FusedAttention):
+        pass
+
+    pat.register_layer(Mine, sizes=sizes)
+    model = nn.Sequential(nn.Linear(5, 12), Mine(12, 4), nn.Linear(12, 3))
+    try:
+        with pytest.raises(pat.PlanError, match=rf"^1: register_layer said of Mine .*{message}"):
+            pat.build_plan(model, torch.randn(2, 7, 5))
+    finally:
+        SIZES.pop(Mine, None)
 
 
 def test_sizes_that_are_registered_after_a_binding_are_followed() -> None:

@@ -406,6 +406,8 @@ def test_a_size_in_the_code_is_found_by_the_dry_run() -> None:
 
 def test_verification_can_be_left_out_and_says_what_it_cost() -> None:
     assert any("verified in" in note for note in pat.build_plan(HardCoded(), small_inputs()).notes)
+    with pytest.raises(pat.ConfigError, match="verify: expected true or false, got 0"):
+        pat.build_plan(HardCoded(), small_inputs(), verify=0)  # type: ignore[arg-type]
     unproven = pat.build_plan(HardCoded(), small_inputs(), verify=False)
     assert [g.root for g in unproven.groups] == ["hidden", "first"]
 
