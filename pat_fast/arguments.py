@@ -61,8 +61,9 @@ def make_regularizer(given: Any, strength: float, criterion: Criterion | None = 
     """
     if isinstance(given, (str, Mapping)):
         name, options = named_options("regularizer", given, REGULARIZERS, hidden=("criterion",))
-        if options.setdefault("strength", strength) != strength and strength != DEFAULT_STRENGTH:
-            raise ConfigError(f"reg_strength: expected one strength, got {strength!r} and {options['strength']!r}")
+        own = options.setdefault("strength", strength)
+        if own is not strength and strength not in (own, DEFAULT_STRENGTH):
+            raise ConfigError(f"reg_strength: expected one strength, got {strength!r} and {own!r}")
         shares = "criterion" in inspect.signature(REGULARIZERS[name]).parameters
         if shares and isinstance(criterion, (GroupNorm, Magnitude)):
             options["criterion"] = criterion

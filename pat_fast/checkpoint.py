@@ -42,6 +42,9 @@ def save(
         CheckpointError: the file cannot be written, or a tensor or a value cannot be kept without pickle.
     """
     check_model(model)
+    for argument, given in (("config", config), ("metrics", metrics)):
+        if not isinstance(given, Mapping | None):
+            raise CheckpointError(f"{argument}: expected a dict of what JSON can hold, got {type(given).__name__}")
     path = Path(path)
     named = tensors_of(model)
     first: dict[int, str] = {}

@@ -50,8 +50,8 @@ def prepare_qat(
             makes in 16 bits cannot overflow; results are the same on every machine. 8 where it is known to have VNNI.
     Raises:
         MissingPackage: torchao is not installed.
-        ExportError: the model cannot be exported or prepared; or a pruner still holds channels of it at zero, which
-            would come to life again.
+        ExportError: the model cannot be exported or prepared; a pruner still holds channels of it at zero, which
+            would come to life again; or its linear layers still round their weights (:func:`fake_quantize_linear`).
         ConfigError: there is no such quantizer.
     """
     check_model(model)
@@ -59,6 +59,11 @@ def prepare_qat(
         raise ExportError(
             f"prepare_qat: expected a model that is pruned, got one of which {masked} channels are only masked; call "
             "pruner.finalize() first"
+        )
+    if any(type(m) is FakeQuantizedLinear for m in model.modules()):
+        raise ExportError(
+            "prepare_qat: expected linear layers with weights of their own, got some that round them already; call "
+            "end_fake_quantization(model) first"
         )
     require("torchao.quantization.pt2e", "qat", "prepare_qat")
     check("weight_bits", weight_bits, lambda v: type(v) is int and 2 <= v <= 8, "an integer in 2 .. 8")

@@ -120,6 +120,8 @@ def save_training(path: str | Path, *, extra: Mapping[str, Any] | None = None, *
     for name, part in parts.items():
         if not callable(getattr(part, "state_dict", None)) or not callable(getattr(part, "load_state_dict", None)):
             raise CheckpointError(f"{name}: expected something with a state_dict, got {type(part).__name__}")
+    if not isinstance(extra, Mapping | None):
+        raise CheckpointError(f"extra: expected a dict of plain values, got {type(extra).__name__}")
     content = {
         "parts": {name: part.state_dict() for name, part in parts.items()},
         "structures": {name: structure_of(part) for name, part in parts.items() if isinstance(part, nn.Module)},

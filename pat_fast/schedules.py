@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -94,9 +94,9 @@ class Milestones:
     fractions: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "at", tuple(self.at))
-        if self.fractions is not None:
-            object.__setattr__(self, "fractions", tuple(self.fractions))
+        for name in ("at", "fractions"):
+            if isinstance(getattr(self, name), Iterable):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check("at", self.at, lambda v: len(v) > 0 and _rising((0.0, *v)) and v[-1] <= 1, "rising numbers in (0, 1]")
         steps = f"{len(self.at)} rising numbers in (0, 1], the last of them 1"
         check("fractions", self.fractions, lambda v: v is None or self._fits(v), steps)
@@ -194,9 +194,18 @@ class Schedule:
 
     @classmethod
     def of(cls, curve: Any, start: int, end: int | None, interval: int) -> Schedule:
-        """A schedule that ends ``DEFAULT_STEPS`` after its start if no end is given."""
+        """A schedule that ends ``DEFAULT_STEPS`` after its start if no end is given.
+
+        Raises:
+            ConfigError: as the constructor; or an end for ``"one_shot"``, which would not count.
+        """
         check_count("start_epoch", start, 0)
-        return cls(curve, start, start + DEFAULT_STEPS if end is None else end, interval)
+        made = cls(curve, start, start + DEFAULT_STEPS if end is None else end, interval)
+        if isinstance(made.function, OneShot) and end not in (None, start, made.end):
+            raise ConfigError(
+                f"end_epoch: expected None with 'one_shot', which prunes at start_epoch ({start}), got {end}"
+            )
+        return made
 
     @property
     def function(self) -> Curve:

@@ -111,6 +111,8 @@ def fit_model(model: nn.Module, state: Mapping[str, Any]) -> None:
         CheckpointError: the state is of another model.
         ConfigError: the state is of another version.
     """
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"state: expected what state_dict() gave, got {type(state).__name__}")
     if state.get("version") != VERSION:
         raise ConfigError(
             f"state: expected version {VERSION}, got {state.get('version')!r}; load it with the pat_fast that saved it"

@@ -164,6 +164,13 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         pat.save(Small(), tmp_path / "file" / "model.safetensors")
 
 
+@pytest.mark.parametrize("argument", ["config", "metrics"])
+def test_what_is_no_dict_is_refused(argument: str, tmp_path: Path) -> None:
+    with pytest.raises(pat.CheckpointError, match=rf"{argument}: expected a dict of what JSON can hold, got str"):
+        pat.save(Small(), tmp_path / "model.safetensors", **{argument: "wide"})
+    assert not list(tmp_path.iterdir())
+
+
 # Damaged and foreign files
 
 

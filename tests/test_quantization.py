@@ -281,6 +281,8 @@ def test_weights_rounded_while_they_are_pruned(tmp_path: Path) -> None:
     fresh = nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3))
     fake_quantize_linear(fresh, bits=4)
     assert torch.equal(pat.load(tmp_path / "a", fresh)(x), rounded)
+    with pytest.raises(pat.ExportError, match=r"round them already; call end_fake_quantization\(model\) first"):
+        pat.prepare_qat(model, x)
     end_fake_quantization(model)
     exact = model(x)
     assert not torch.equal(exact, rounded)

@@ -243,6 +243,10 @@ def test_a_good_file_stays_when_the_next_cannot_be_written(saved: Path, monkeypa
     assert list(saved.parent.iterdir()) == [saved]
     with pytest.raises(pat.CheckpointError, match="expected something with a state_dict, got int"):
         pat.save_training(saved, epoch=3)
+    with pytest.raises(pat.CheckpointError, match="extra: expected a dict of plain values, got list"):
+        pat.save_training(saved, extra=[3])  # type: ignore[arg-type]
+    with pytest.raises(pat.ConfigError, match=r"state: expected what state_dict\(\) gave, got int"):
+        pat.Pruner(nn.Linear(2, 2), end_epoch=1).load_state_dict(3)  # type: ignore[arg-type]
 
 
 def test_states_of_before_structures_were_kept_need_the_pruned_model() -> None:

@@ -67,7 +67,7 @@ def _named(name: str, options: dict[str, Any], p: float | None) -> Criterion:
     if p is not None:
         if "p" not in inspect.signature(CRITERIA[name]).parameters:
             raise ConfigError(f"p: expected None with the importance {name!r}, which has no exponent, got {p!r}")
-        if options.get("p", p) != p:
+        if "p" in options and options["p"] != p:
             raise ConfigError(f"p: expected one exponent, got {p!r} and {options['p']!r} in importance")
         options["p"] = p
     return CRITERIA[name](**options)

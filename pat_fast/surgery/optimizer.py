@@ -51,11 +51,16 @@ def register_state_layout(optimizer: type[Optimizer], layout: Mapping[str, Layou
               the order of its groups (LBFGS's history); under whatever key of ``optimizer.state`` it lies;
             - ``"scalar"``: left alone.
     Raises:
-        SurgeryError: an unknown layout.
+        SurgeryError: an unknown layout, or not a class and a dict.
 
     Example:
         >>> pat.register_state_layout(Lion, {"exp_avg": "elementwise"})
     """
+    if not isinstance(optimizer, type) or not isinstance(layout, Mapping):
+        raise SurgeryError(
+            "register_state_layout: expected a class of optimizers and a layout for each key of its state, got "
+            f"{optimizer!r} and {layout!r}"
+        )
     for key, kind in layout.items():
         indices = isinstance(kind, tuple) and all(d is None or (isinstance(d, int) and d >= 0) for d in kind)
         if not (indices or callable(kind) or kind in NAMES):

@@ -512,3 +512,6 @@ def test_factored_state_of_a_grouped_convolution_is_refused() -> None:
 def test_layouts_have_names() -> None:
     with pytest.raises(pat.SurgeryError, match=r"layout of Adam.state.*\['x'\]: expected 'elementwise'.*got 'round'"):
         pat.register_state_layout(torch.optim.Adam, {"x": "round"})
+    for optimizer, layout in (("Adam", {"x": "rows"}), (torch.optim.Adam, "rows")):
+        with pytest.raises(pat.SurgeryError, match="expected a class of optimizers and a layout for each key"):
+            pat.register_state_layout(optimizer, layout)  # type: ignore[arg-type]
