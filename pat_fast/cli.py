@@ -212,7 +212,7 @@ def bench(
         check_models(names(models or ()))
         if (inputs or args != "{}") and not any(":" in name for name in names(models or ())):
             given = "--input" if inputs else "--args"
-            raise ConfigError(f"{given}: expected PACKAGE.MODULE:FACTORY beside it; other models have inputs of their own")
+            raise ConfigError(f"{given}: expected PACKAGE.MODULE:FACTORY beside it; other models have their own inputs")
         if json_file is not None:
             check_writable(json_file, "--json")
         if plot is not None:
