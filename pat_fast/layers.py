@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import PlanError
 from .plan.trace import EQUIVALENTS
 from .surgery.modules import register_sizes
-
-_NAMED: dict[type[nn.Module], dict[str, tuple[str, int]]] = {}  # what was said of sizes
 
 
 def register_layer(
@@ -55,22 +53,4 @@ def register_layer(
     if forward is not None:
         EQUIVALENTS[kind] = forward
     if sizes:
-        _NAMED[kind] = dict(sizes)
-        register_sizes(kind, _NAMED[kind])
-
-
-def check_registered(model: nn.Module) -> None:
-    """Raise :class:`PlanError` where a layer does not have the sizes that :func:`register_layer` said it has.
-
-    A name that is spelt wrong would leave an attribute as it was, and the layer would say a wrong size.
-    """
-    for name, module in model.named_modules() if _NAMED else ():
-        sizes = next((_NAMED[kind] for kind in type(module).__mro__ if kind in _NAMED), {})
-        for attribute, (parameter, dim) in sizes.items():
-            tensor, size = getattr(module, parameter, None), getattr(module, attribute, None)
-            if not isinstance(tensor, Tensor) or dim >= tensor.dim() or size != tensor.shape[dim]:
-                of = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
-                raise PlanError(
-                    f"{name or 'the model'}: register_layer said of {type(module).__name__} that {attribute!r} is "
-                    f"dimension {dim} of {parameter!r}; got {attribute} = {size!r} and {parameter} {of}"
-                )
+        register_sizes(kind, dict(sizes))

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 
 from .dry_run import dry_run
 from .errors import PlanError, check_flag, check_model, in_a_line
-from .layers import check_registered
 from .plan import Plan
 from .plan import build_plan as lower
 from .plan.double import in_single
@@ -23,6 +22,7 @@ from .plan.running import Still, call
 from .plan.verify import ANOTHER
 from .plan.verify import verify as permutation_test
 from .rehearsal import failure, rehearse
+from .surgery.modules import check_registered
 from .surgery.undo import uncollected
 from .turns import plainly
 

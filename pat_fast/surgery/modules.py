@@ -9,8 +9,9 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import PlanError
 from ..plan import recurrent
 from ..plan.named import Named
 from ..plan.types import IndexArray, Kept, Width
@@ -167,6 +168,9 @@ SIZES: dict[type[nn.Module], SizeRule] = {
 }
 
 
+_SAID: dict[type[nn.Module], dict[str, tuple[str, int]]] = {}  # by users, of their layers
+
+
 def register_sizes(kind: type[nn.Module], sizes: dict[str, tuple[str, int]]) -> None:
     """Say that attributes of modules of ``kind`` are the sizes of (tensor, dimension)."""
 
@@ -176,6 +180,24 @@ def register_sizes(kind: type[nn.Module], sizes: dict[str, tuple[str, int]]) -> 
         return tuple(known[d] for d in range(ndim)) if len(known) == ndim else None
 
     SIZES[kind] = SizeRule(tuple(sizes), _dimensions(**sizes), shape)
+    _SAID[kind] = sizes
+
+
+def check_registered(model: nn.Module) -> None:
+    """Raise :class:`PlanError` where a layer does not have the sizes that ``register_layer`` said it has.
+
+    A name that is spelt wrong would leave an attribute as it was, and the layer would say a wrong size.
+    """
+    for name, module in model.named_modules() if _SAID else ():
+        sizes = next((_SAID[kind] for kind in type(module).__mro__ if kind in _SAID), {})
+        for attribute, (parameter, dim) in sizes.items():
+            tensor, size = getattr(module, parameter, None), getattr(module, attribute, None)
+            if not isinstance(tensor, Tensor) or dim >= tensor.dim() or size != tensor.shape[dim]:
+                of = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+                raise PlanError(
+                    f"{name or 'the model'}: register_layer said of {type(module).__name__} that {attribute!r} is "
+                    f"dimension {dim} of {parameter!r}; got {attribute} = {size!r} and {parameter} {of}"
+                )
 
 
 def rule_of(module: nn.Module) -> SizeRule | None:
