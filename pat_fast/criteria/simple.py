@@ -14,17 +14,21 @@ from ..plan.bind import Binding
 from .base import Watching
 
 
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, Integral) and -(2**63) <= int(value) < 2**64
+
+
 class Random(Watching):
     """Scores drawn evenly from [0, 1): the baseline that every criterion has to beat.
 
     Args:
         seed: of a generator of its own, whose state a checkpoint holds; by default PyTorch's generator draws.
     Raises:
-        ConfigError: the seed is not a whole number.
+        ConfigError: the seed is not a whole number of 64 bits.
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        check("seed", seed, lambda v: v is None or isinstance(v, Integral), "a whole number, or None")
+        check("seed", seed, lambda v: v is None or _is_seed(v), "a whole number of 64 bits, or None")
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def score(self, binding: Binding) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..criteria.ledger import book
 from ..criteria.reductions import reduce_members
+from ..errors import check_flag
 from ..ops import channel_reduce
 from ..plan.bind import Binding
 from .penalty import Penalty
@@ -37,6 +38,7 @@ class BNScaleRegularizer(Penalty):
         self, strength: float = 1e-5, group_lasso: bool = False, warmup: int = 0, decoupled: bool = False
     ) -> None:
         super().__init__(strength, warmup, decoupled)
+        check_flag("group_lasso", group_lasso)
         self.group_lasso = group_lasso
 
     @torch.no_grad()

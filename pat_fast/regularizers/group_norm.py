@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..criteria import Criterion, GroupNorm
-from ..errors import check
+from ..errors import check, check_flag
 from ..plan.bind import Binding
 from .penalty import Penalty
 from .push import push_layers, push_norms, shrink_layers
@@ -44,6 +44,7 @@ class GroupNormRegularizer(Penalty):
         decoupled: bool = False,
     ) -> None:
         super().__init__(strength, warmup, decoupled)
+        check_flag("bias", bias)
         check("alpha", alpha, lambda v: 1 <= v < math.inf, "a number, at least 1")
         self.alpha = alpha
         self.criterion = criterion or GroupNorm(2.0)

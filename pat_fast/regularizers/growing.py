@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..criteria import Criterion, GroupNorm
-from ..errors import PlanError, check
+from ..errors import PlanError, check, check_flag
 from ..plan.bind import Binding
 from ..plan.types import Plan
 from .penalty import Penalty
@@ -52,6 +52,7 @@ class GrowingRegularizer(Penalty):
         decoupled: bool = False,
     ) -> None:
         super().__init__(strength, warmup, decoupled)
+        check_flag("bias", bias)
         check("delta", delta, lambda v: 0 <= v < math.inf, "a number, at least 0")
         self.delta = delta
         self.criterion = criterion or GroupNorm(2.0)
