@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from torch import nn
+
 from ..distributed import unwrapped
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..pruner import Pruner
 from ..report import StepReport
 from ..resume import fit, load_training, read_training, save_training
@@ -35,7 +38,9 @@ class PruningCallback(TrainerCallback):
         options: all other arguments of :class:`pat_fast.Pruner`. With ``unit="step"`` pruning is counted in optimizer
             steps.
     Raises:
-        CheckpointError: (from ``Trainer(...)``) there is no such checkpoint, or it is of another model.
+        CheckpointError: (from ``Trainer(...)``) there is no such checkpoint, or it is of another model; (from
+            ``train``) its weights have other names than the model's, as Transformers 5 writes ViT's, so that the
+            trainer passed over them.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class PruningCallback(TrainerCallback):
         if self.pruner is None:
             self.pruner = Pruner(unwrapped(kwargs["model"]), **self._options)
             if self._resume_from is not None:
+                _check_names(self.pruner.model, self._resume_from.with_name("model.safetensors"))
                 load_training(self._resume_from, pruner=self.pruner)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,3 +84,21 @@ class PruningCallback(TrainerCallback):
         """Remove what is only masked when pruning is over."""
         if self.pruner is not None and self.pruner.done and self.pruner.is_ready:  # a run that was over had no forward
             self.pruner.finalize()
+
+
+def _check_names(model: nn.Module, file: Path) -> None:
+    """Raise :class:`CheckpointError` if ``file`` is there and does not name each parameter by one of its names."""
+    if not file.exists():
+        return
+    with safe_open(file, "pt") as saved:
+        there = set(saved.keys())
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    missing = [own[0] for own in names.values() if not there.intersection(own)]
+    if missing:
+        raise CheckpointError(
+            f"{file} lacks {missing[0]!r} ({len(missing)} missing): Transformers writes weights of "
+            f"{type(model).__name__} under other names, which its trainer does not load; go on in a loop of your own, "
+            "with pat.load_training"
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import pat_fast as pat
@@ -67,5 +69,11 @@ def test_checkpoints_that_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(pat.CheckpointError, match="cannot read"):
         train(tmp_path, tmp_path / "nothing")
     train(tmp_path / "whole")
+    renamed = tmp_path / "renamed"  # as Transformers 5 writes the weights of a ViT: its trainer passes over them
+    shutil.copytree(tmp_path / "whole/checkpoint-4", renamed)
+    file = renamed / "model.safetensors"
+    save_file({name.replace(".encoder.layer.", ".layers."): t for name, t in load_file(file).items()}, file)
+    with pytest.raises(pat.CheckpointError, match=r"lacks 'bert.encoder.layer.0.*which its trainer does not load"):
+        train(tmp_path / "again", renamed)
     with pytest.raises(Exception, match=r"add_callback is too late|size mismatch"):
         train(tmp_path / "late", tmp_path / "whole/checkpoint-4", late=True)
