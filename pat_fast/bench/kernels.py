@@ -88,17 +88,17 @@ class Kernels:
 
     def _cut(self, device: torch.device) -> None:
         """Destinations of a compaction that keeps `KEEP` of the rows and columns of every matrix."""
-        lists: list[Tensor] = []
+        self.lists: list[list[Tensor]] = []
         cuts, at = [], 0
         for x in self.xs:
-            starts, left = [], []
+            lists, starts = list[Tensor](), []
             for length in x.shape[:2]:
                 kept = torch.randperm(length, generator=torch.Generator().manual_seed(length))
-                lists.append(kept[: math.ceil(length * KEEP)].sort().values)
+                lists.append(kept[: math.ceil(length * KEEP)].sort().values.to(device))
                 starts.append(at)
-                left.append(len(lists[-1]))
-                at += left[-1]
-            out = torch.empty([*left, *x.shape[2:]], dtype=x.dtype, device=device)
+                at += len(lists[-1])
+            self.lists.append(lists)
+            out = torch.empty([*map(len, lists), *x.shape[2:]], dtype=x.dtype, device=device)
             if self.channels_last and x.dim() == 4:
                 out = out.to(memory_format=torch.channels_last)
             cuts.append((out, starts))
@@ -109,7 +109,7 @@ class Kernels:
             replace(tile, row=starts[0], col=starts[1] if len(starts) > 1 else NONE)
             for tile, (_, starts) in zip(plain, cuts, strict=True)
         ]
-        self.index = torch.cat(lists).to(device, torch.int32)
+        self.index = torch.cat([kept for lists in self.lists for kept in lists]).to(torch.int32)
         self.out_table = TileTable.from_tiles(self.outs, tiles, at, shared_slots=True)
 
     def call(self, name: str, ops: Ops) -> Call:
@@ -135,16 +135,15 @@ class Kernels:
     def along(self) -> int:
         """Bytes of what a compaction drops that lie in one line with what it keeps."""
         read = 0
-        for x, row in zip(self.xs, self.out_table.rows, strict=True):
+        for x, lists in zip(self.xs, self.lists, strict=True):
             keeps = torch.ones_like(x, dtype=torch.bool)
-            for dim, start, size in ((0, row[8], row[2]), (1, row[9], row[3])):
-                if start >= 0:
-                    keeps.index_fill_(dim, dropped(self.index[start : start + size].long(), x.shape[dim]), False)
+            for dim, kept in enumerate(lists):
+                keeps &= torch.zeros_like(keeps).index_fill_(dim, kept, True)
             in_memory = keeps.as_strided((x.numel(),), (1,))
             each = LINE // x.element_size()
             lines = nn.functional.pad(in_memory, (0, -x.numel() % each)).view(-1, each)
             read += int(lines.any(1).sum()) * LINE
-        return max(0, read - self.kept)
+        return read - self.kept
 
     def _fresh(self, op: Callable[..., Any]) -> Call:
         """A prune's copies: of every tensor four, into memory that is new; beside it one dimension after the other.
@@ -152,10 +151,6 @@ class Kernels:
         As in a prune, the backend that can copies the small tensors, with those that have most of the bytes under way.
         """
         xs = [x for copy in (self.xs, self.ys, *self._moments()) for x in copy]
-        lists = [
-            [self.index[start : start + size].long() for start, size in ((t[8], t[2]), (t[9], t[3])) if start >= 0]
-            for t in self.out_table.rows
-        ] * COPIES
         places, count = largest_first(np.array([out.numel() for out in self.outs] * COPIES))
         order = places.tolist()
         is_able = op is shortcut("channel_compact", self.index.device.type)
@@ -179,7 +174,7 @@ class Kernels:
                 found.append(x)
             return found
 
-        cuts = [(xs[i], lists[i]) for i in order]
+        cuts = [(xs[i], self.lists[i % len(self.lists)]) for i in order]
         return Call("copy", 2 * COPIES * self.kept, ours, [], COPIES * self.along, ("index_select", rival))
 
     def _part(self, xs: list[Tensor], places: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -231,13 +226,6 @@ class Kernels:
             return ""
         worst = float((got.double() - want.double()).abs().max())
         return f"differs from the reference by up to {worst:.1e} in a tensor of shape {list(want.shape)}"
-
-
-def dropped(kept: Tensor, length: int) -> Tensor:
-    """What of ``range(length)`` is not in ``kept``."""
-    gone = torch.ones(length, dtype=torch.bool, device=kept.device)
-    gone[kept] = False
-    return gone.nonzero().view(-1)
 
 
 def tiles_of(xs: Sequence[Tensor]) -> tuple[list[Tile], int]:
