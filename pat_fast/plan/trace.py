@@ -278,8 +278,10 @@ class Tracer(TorchDispatchMode):
             kept = module._buffers.keys() - module._non_persistent_buffers_set if module._buffers else ()
             for local in kept if not type(module).__module__.startswith("torch.") else ():
                 leaf = self.leaves.get(id(module._buffers[local]))
-                if leaf is not None and not leaf.axes and leaf.mark is None:
-                    found += [f"{name}.{local}"] * (leaf.tensor.numel() > 1 and leaf.tensor.is_floating_point())
+                if leaf is None or leaf.axes or leaf.mark is not None:
+                    continue
+                if leaf.tensor.numel() > 1 and leaf.tensor.is_floating_point():
+                    found.append(f"{name}.{local}")
         return sorted(found)
 
     def leaf_factors(self, leaf: Leaf) -> Factors:
