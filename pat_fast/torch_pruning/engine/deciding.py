@@ -65,15 +65,16 @@ class Deciding:
         """What decides which groups may be pruned; scripts add to ``ignored_layers`` between steps."""
         return self.engine.lowered, tuple(map(id, self.ignored_layers)), tuple(self.root_module_types)
 
-    def _is_open(self, number: int) -> bool:
+    def _open_groups(self) -> list[int]:
+        """The numbers of the groups that may be pruned."""
         limits = self._limits()
         if self._open[0] != limits:
             self._open = (limits, {})
-        known = self._open[1]
-        root = self.engine.plan.groups[number].root
-        if root not in known:
-            known[root] = self.DG.is_open(root, number, set(limits[1]), (), limits[2])
-        return known[root]
+        known, groups = self._open[1], self.engine.plan.groups
+        for number, group in enumerate(groups):
+            if group.root not in known:
+                known[group.root] = self.DG.is_open(group.root, number, set(limits[1]), (), limits[2])
+        return [number for number, group in enumerate(groups) if known[group.root]]
 
     def _read(self) -> tuple[Scores, Ahead | None]:
         """Importance of every channel of the plan, and what a prune needs of the model, made current first.
@@ -81,11 +82,9 @@ class Deciding:
         The second is None if code of the user's decides what goes. Where none does, the model is looked at while other
         threads read its weights.
         """
-        if not self._only_reads():
-            self.engine.current()
-            return self._scores(), None
+        only_reads = self._only_reads()
         beside = getattr(self.importance, "score_beside", None)
-        if beside is not None and not depends_on_order(self.importance):
+        if only_reads and beside is not None:
             found: list[Ahead] = []
 
             def look() -> None:
@@ -99,7 +98,7 @@ class Deciding:
             except PatError:  # others have changed the model; anything else comes up again
                 pass
         self.engine.current()
-        ahead = self.engine.look_ahead()
+        ahead = self.engine.look_ahead() if only_reads else None
         return self._scores(), ahead
 
     def _decide(self, values: Scores) -> tuple[Decision, list[Any]]:
@@ -128,21 +127,20 @@ class Deciding:
         """Importance of every channel of the plan ``[N]``; NaN where there is none."""
         binding = self.engine.binding
         if self._estimates_by_itself() and type(self.importance) is RandomImportance:
-            open_ = (n for n in range(len(binding.plan.groups)) if self._is_open(n))
-            return self.importance.drawn(binding, open_).numpy()  # as Torch-Pruning, which draws none for the others
+            open_ = self._open_groups()  # as Torch-Pruning, which draws none for the others
+            return self.importance.drawn(binding, open_).numpy()
         if self._estimates_by_itself() and scores_plans(self.importance):
             if depends_on_order(self.importance):
-                groups = (self.DG.maker.whole(n) for n in range(len(binding.plan.groups)) if self._is_open(n))
-                return self.importance.score(binding, member_order(binding, groups)).numpy(force=True)
+                order = member_order(binding, map(self.DG.maker.whole, self._open_groups()))
+                return self.importance.score(binding, order).numpy(force=True)
             return self.importance.score(binding).numpy(force=True)
         found = torch.full((binding.plan.n_channels,), torch.nan)
-        for number in range(len(binding.plan.groups)):
-            if self._is_open(number):
-                for group, channels in self.DG.maker.parts(number):
-                    scores = self.estimate_importance(group)
-                    if scores is not None:
-                        own = of_channels(group, scores, len(channels))
-                        found[torch.from_numpy(channels)] = own.to(found.dtype)
+        for number in self._open_groups():
+            for group, channels in self.DG.maker.parts(number):
+                scores = self.estimate_importance(group)
+                if scores is not None:
+                    own = of_channels(group, scores, len(channels))
+                    found[torch.from_numpy(channels)] = own.to(found.dtype)
         return found.numpy()
 
     def _estimates_by_itself(self) -> bool:
@@ -171,10 +169,9 @@ class Deciding:
             all_single = plan.n_units == plan.n_channels
             single = plan.unit_size[plan.unit] == 1
             found = []
-            for number, group in enumerate(plan.groups):
-                if self._is_open(number):
-                    own = slice(group.start, group.stop)
-                    found.append(self._stand(number, all_single or bool(single[own].all())))
+            for number in self._open_groups():
+                own = slice(plan.groups[number].start, plan.groups[number].stop)
+                found.append(self._stand(number, all_single or bool(single[own].all())))
             self._stands = (plan, scoping, self._side_by_side(found))
         return self._stands[2]
 

@@ -29,8 +29,8 @@ def open_channels(pruner: BasePruner) -> Tensor:
     """The channels that the pruner may prune: bool ``[N]``, on the model's device."""
     plan = pruner.engine.plan
     mask = np.zeros(plan.n_channels, dtype=np.bool_)
-    for number, group in enumerate(plan.groups):
-        mask[group.start : group.stop] = pruner._is_open(number)
+    for group in (plan.groups[number] for number in pruner._open_groups()):
+        mask[group.start : group.stop] = True
     return torch.from_numpy(mask).to(pruner.engine.binding.device)
 
 

@@ -177,14 +177,14 @@ class BasePruner(Deciding, _Original):
                 self.in_channel_groups[module] = pruner.get_in_channel_groups(module)
         self.init_num_heads = dict(self.num_heads)
         plan = self.engine.plan
-        for number, group in enumerate(plan.groups):
-            if self._is_open(number):
-                attention = self.engine.attentions.get(group.root)
-                self._units_at_first[group.root] = int(plan.group_units[number])
-                if attention is not None:
-                    self._heads_at_first[group.root] = attention.heads
-                if attention is not None and not attention.whole:
-                    self._units_at_first[group.root] = group.channels // attention.heads - attention.extras
+        for number in self._open_groups():
+            group = plan.groups[number]
+            attention = self.engine.attentions.get(group.root)
+            self._units_at_first[group.root] = int(plan.group_units[number])
+            if attention is not None:
+                self._heads_at_first[group.root] = attention.heads
+            if attention is not None and not attention.whole:
+                self._units_at_first[group.root] = group.channels // attention.heads - attention.extras
         self._heads = dict(self._heads_at_first)
         self.initial_total_channels = sum(self._units_at_first.values())
         self.initial_total_heads = sum(self._heads_at_first.values())
@@ -346,7 +346,8 @@ class BasePruner(Deciding, _Original):
                 layer = self.model.get_submodule(name)
                 self.num_heads[layer] = self.num_heads[layer] * left // before
                 self.out_channel_groups[layer] = self.num_heads[layer]
-                self._counted = self._counts()
+        if decision.heads:
+            self._counted = self._counts()
 
     # Other things to do with it
 
