@@ -2,7 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <exception>
+#include <utility>
+#include <vector>
 
 #include "cpu/engine.h"
 #include "cpu/groups.h"
@@ -46,34 +50,69 @@ void scale(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uint
                      threads);
 }
 
-// Calls `work` with a `Meanwhile` that calls `python`, unless it is None; what that raises is raised when all is done.
-template <class Work>
-void with_meanwhile(const py::object& python, const Work& work) {
-  std::exception_ptr raised;
-  pat::Meanwhile meanwhile;
-  if (!python.is_none()) {
-    meanwhile = [&] {
-      const py::gil_scoped_acquire locked;
-      try {
-        python();
-      } catch (...) {
-        raised = std::current_exception();
+// What a thread brings from Python while others work: addresses, then whatever `last` does, unless it is None.
+class Bringing {
+ public:
+  // `parts` is an iterator over tuples of lists of addresses, one for each of `all`, which have their sizes already.
+  Bringing(const py::object& parts, std::vector<pat::Addresses*> all, const py::object& last)
+      : parts_(parts), last_(last), all_(std::move(all)) {}
+
+  // Calls `work` with what brings them; what was raised in Python stops it and is raised then.
+  template <class Work>
+  void beside(const Work& work) {
+    {
+      const py::gil_scoped_release unlocked;
+      work([this](pat::Arrived& arrived) {
+        const py::gil_scoped_acquire locked;
+        try {
+          bring(arrived);
+          if (!last_.is_none()) last_();
+        } catch (...) {
+          raised_ = std::current_exception();
+          arrived.stop();
+        }
+      });
+    }
+    if (raised_) std::rethrow_exception(raised_);
+  }
+
+ private:
+  void bring(pat::Arrived& arrived) {
+    std::vector<size_t> counts(all_.size(), 0);
+    for (const py::handle part : py::iter(parts_)) {
+      size_t least = SIZE_MAX;
+      for (size_t i = 0; i < all_.size(); ++i) {
+        pat::Addresses& to = *all_[i];
+        for (const py::handle address : py::list(part[py::int_(i)]))
+          if (counts[i] < to.size()) to[counts[i]++] = PyLong_AsVoidPtr(address.ptr());
+        if (PyErr_Occurred()) throw py::error_already_set();
+        if (counts[i] < to.size()) least = std::min(least, counts[i]);
       }
-    };
+      arrived.tensors(static_cast<int64_t>(std::min<size_t>(least, INT64_MAX)));
+    }
+    for (size_t i = 0; i < all_.size(); ++i)
+      if (counts[i] < all_[i]->size()) throw py::value_error("fewer tensors than the table names");
+    arrived.all();
   }
-  {
-    const py::gil_scoped_release unlocked;
-    work(meanwhile);
-  }
-  if (raised) std::rethrow_exception(raised);
+
+  const py::object &parts_, &last_;
+  const std::vector<pat::Addresses*> all_;
+  std::exception_ptr raised_;
+};
+
+// Room for the addresses of the tensors that a table names.
+pat::Addresses room_for(const pat::Tile* tiles, int64_t n_tiles) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < n_tiles; ++i) n = std::max(n, tiles[i].tensor + 1);
+  return pat::Addresses(n);
 }
 
-void compact(const py::list& outs, const py::list& xs, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles,
-             int64_t element_bytes, uintptr_t index, int threads, const py::object& python) {
-  const pat::Addresses out = addresses(outs), x = addresses(xs);
-  with_meanwhile(python, [&](const pat::Meanwhile& meanwhile) {
-    pat::channel_compact(out, x, pointer<pat::Tile>(tiles), pointer<pat::Tile>(out_tiles), n_tiles, element_bytes,
-                         pointer<int32_t>(index), threads, meanwhile);
+void compact(const py::object& parts, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles, int64_t element_bytes,
+             uintptr_t index, int threads, const py::object& last) {
+  const auto *from = pointer<pat::Tile>(tiles), *to = pointer<pat::Tile>(out_tiles);
+  pat::Addresses out = room_for(to, n_tiles), x = room_for(from, n_tiles);
+  Bringing(parts, {&out, &x}, last).beside([&](const pat::Meanwhile& meanwhile) {
+    pat::channel_compact(out, x, from, to, n_tiles, element_bytes, pointer<int32_t>(index), threads, meanwhile);
   });
 }
 
@@ -83,12 +122,13 @@ pat::Grouping grouping(uintptr_t runs, int64_t n_runs, int64_t slots, uintptr_t 
   return {pointer<pat::Run>(runs), n_runs, slots, pointer<int64_t>(sizes), n_groups, channels};
 }
 
-void totals(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
-            const pat::Grouping& of, uintptr_t out, bool divided, int threads, const py::object& python) {
-  const pat::Addresses x = addresses(xs);
-  with_meanwhile(python, [&](const pat::Meanwhile& meanwhile) {
-    pat::channel_totals(x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype),
-                        static_cast<pat::Func>(func), p, of, divided, pointer<void>(out), threads, meanwhile);
+void totals(const py::object& parts, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
+            const pat::Grouping& of, uintptr_t out, bool divided, int threads, const py::object& last) {
+  const auto* from = pointer<pat::Tile>(tiles);
+  pat::Addresses x = room_for(from, n_tiles);
+  Bringing(parts, {&x}, last).beside([&](const pat::Meanwhile& meanwhile) {
+    pat::channel_totals(x, from, n_tiles, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, divided,
+                        pointer<void>(out), threads, meanwhile);
   });
 }
 

@@ -29,8 +29,7 @@ std::atomic<int64_t> g_stream_bytes{kStreamBytes};
 
 // One tile and its destination: n rows, c columns, k; the axis that is far apart in the source is rows.
 struct Move {
-  const char* from;
-  char* to;
+  int64_t out, offset;  // the destination's tensor, and how far in it begins
   Canonical src;
   int64_t n, c, k, stride, sc, sk;
   const int32_t *rows, *cols;  // kept; null: all
@@ -41,8 +40,7 @@ struct Move {
   bool packed() const { return src.sc == unit() && (sc == unit() || c == 1); }
 };
 
-Move make_move(const Addresses& outs, const Addresses& xs, const Tile& source, Tile target, int64_t element_bytes,
-               const int32_t* index) {
+Move make_move(const Tile& source, Tile target, const int32_t* index) {
   Move m{};
   m.src = canonical(source);
   if (m.src.swapped) {
@@ -53,8 +51,7 @@ Move make_move(const Addresses& outs, const Addresses& xs, const Tile& source, T
   m.n = target.r, m.stride = target.sr;
   m.c = target.c, m.sc = target.sc;
   m.k = target.k, m.sk = target.sk;
-  m.from = static_cast<const char*>(xs[source.tensor]) + source.offset * element_bytes;
-  m.to = static_cast<char*>(outs[target.tensor]) + target.offset * element_bytes;
+  m.out = target.tensor, m.offset = target.offset;
   m.rows = target.row >= 0 ? index + target.row : nullptr;
   m.cols = target.col >= 0 ? index + target.col : nullptr;
   return m;
@@ -138,29 +135,33 @@ class Masks {
 // How rows of a tile are moved.
 template <class T>
 struct Mover {
-  explicit Mover(const Move& move) : m(move), unit_bytes(m.unit() * static_cast<int64_t>(sizeof(T))) {
+  Mover(const Move& move, const void* x, void* out)
+      : m(move),
+        from(static_cast<const T*>(x) + m.src.offset),
+        to(static_cast<T*>(out) + m.offset),
+        unit_bytes(m.unit() * static_cast<int64_t>(sizeof(T))) {
     ahead = kAheadBytes / std::max<int64_t>(1, m.src.c * m.src.k * static_cast<int64_t>(sizeof(T))) + 1;
     if (!m.packed() || m.masks) return;
     long_runs = m.cols == nullptr || m.unit() > 1 || m.c * unit_bytes >= kRunBytes * count_runs(m.cols, m.c);
     if (long_runs) runs = runs_of(m.cols, m.c);
   }
 
-  const T* row(int64_t r) const {
-    return reinterpret_cast<const T*>(m.from) + (m.rows ? m.rows[r] : r) * m.src.rows.stride;
-  }
+  const T* row(int64_t r) const { return from + (m.rows ? m.rows[r] : r) * m.src.rows.stride; }
   const T* later(int64_t r) const { return row(std::min(r + ahead, m.n - 1)); }
-  T* target(int64_t r) const { return reinterpret_cast<T*>(m.to) + r * m.stride; }
+  T* target(int64_t r) const { return to + r * m.stride; }
   int64_t words() const { return m.src.c * unit_bytes / 4; }
 
   const Move& m;
+  const T* from;
+  T* to;
   int64_t unit_bytes, ahead;
   std::vector<Run> runs;
   bool long_runs = false;  // whether columns are copied by runs; else they are picked out
 };
 
 template <class T>
-void move_rows(const Move& m, int64_t r0, int64_t r1) {
-  const Mover<T> mover(m);
+void move_rows(const Mover<T>& mover, int64_t r0, int64_t r1) {
+  const Move& m = mover.m;
   for (int64_t r = r0; r < r1; ++r) {
     const T *from = mover.row(r), *later = mover.later(r);
     T* to = mover.target(r);
@@ -186,8 +187,8 @@ void move_rows(const Move& m, int64_t r0, int64_t r1) {
 
 // The same of rows that are packed, into rows that lie one behind the other, past the caches.
 template <class T>
-void stream_rows(const Move& m, int64_t r0, int64_t r1) {
-  const Mover<T> mover(m);
+void stream_rows(const Mover<T>& mover, int64_t r0, int64_t r1) {
+  const Move& m = mover.m;
   Stream out(reinterpret_cast<char*>(mover.target(r0)));
   for (int64_t r = r0; r < r1; ++r) {
     const T* from = mover.row(r);
@@ -213,12 +214,12 @@ void stream_rows(const Move& m, int64_t r0, int64_t r1) {
 }
 
 template <class T>
-void move_segment(const Move& m, const Segment& s, int64_t stream_from) {
+void move_segment(const Mover<T>& mover, const Segment& s, int64_t stream_from) {
+  const Move& m = mover.m;
   const bool dense = m.packed() && m.k_packed() && (m.n == 1 || m.stride == m.c * m.unit());
-  const int64_t bytes = (s.r1 - s.r0) * m.c * m.k * static_cast<int64_t>(sizeof(T));
-  const char* middle = m.to + s.r0 * m.stride * static_cast<int64_t>(sizeof(T)) + bytes / 2;
-  if (dense && bytes >= stream_from && !is_fresh(middle)) stream_rows<T>(m, s.r0, s.r1);
-  else move_rows<T>(m, s.r0, s.r1);
+  const int64_t elements = (s.r1 - s.r0) * m.c * m.k, bytes = elements * static_cast<int64_t>(sizeof(T));
+  if (dense && bytes >= stream_from && !is_fresh(mover.target(s.r0) + elements / 2)) stream_rows(mover, s.r0, s.r1);
+  else move_rows(mover, s.r0, s.r1);
 }
 
 }  // namespace
@@ -233,7 +234,7 @@ void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* til
   Plan plan;
   moves.reserve(n_tiles);
   for (int64_t i = 0; i < n_tiles; ++i) {
-    moves.push_back(make_move(outs, xs, tiles[i], out_tiles[i], element_bytes, index));
+    moves.push_back(make_move(tiles[i], out_tiles[i], index));
     if (kernels().compress) moves[i].masks = masks.of(moves[i], element_bytes);
     plan.bytes += moves[i].n * moves[i].c * moves[i].k * element_bytes;
   }
@@ -244,7 +245,7 @@ void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* til
     const int64_t step = std::max<int64_t>(1, target / std::max<int64_t>(1, row_bytes));
     for (int64_t r = 0; r < m.n && row_bytes > 0; r += step) {
       const int64_t end = std::min(m.n, r + step);
-      plan.add({i, r, end, 0, m.c, -1}, (end - r) * row_bytes, target);
+      plan.add({i, std::max(m.src.tensor, m.out) + 1, r, end, 0, m.c, -1}, (end - r) * row_bytes, target);
     }
   }
   plan.close();
@@ -253,10 +254,12 @@ void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* til
   const int64_t stream_from = streams ? std::min(least, kStreamSegment) : INT64_MAX;
   const auto move = [&](const Segment& s, int) {
     const Move& m = moves[s.tile];
-    if (element_bytes == 1) move_segment<uint8_t>(m, s, stream_from);
-    else if (element_bytes == 2) move_segment<uint16_t>(m, s, stream_from);
-    else if (element_bytes == 4) move_segment<uint32_t>(m, s, stream_from);
-    else move_segment<uint64_t>(m, s, stream_from);
+    const void* x = xs[m.src.tensor];
+    void* out = outs[m.out];
+    if (element_bytes == 1) move_segment(Mover<uint8_t>(m, x, out), s, stream_from);
+    else if (element_bytes == 2) move_segment(Mover<uint16_t>(m, x, out), s, stream_from);
+    else if (element_bytes == 4) move_segment(Mover<uint32_t>(m, x, out), s, stream_from);
+    else move_segment(Mover<uint64_t>(m, x, out), s, stream_from);
   };
   for_segments(plan, threads, move, meanwhile);
 }

@@ -1,5 +1,7 @@
 #include "engine.h"
 
+#include <thread>
+
 #include "passes.h"
 #include "plan.h"
 #include "scratch.h"
@@ -54,6 +56,15 @@ void scale_all(const Addresses& xs, const Plan& plan, DType dtype, const void* v
 }
 
 }  // namespace
+
+bool Arrived::wait(int64_t n) const {
+  constexpr int kPatience = 64;
+  for (int looks = 0;; ++looks) {
+    const int64_t there = n_.load(std::memory_order_acquire);
+    if (there < 0 || there >= n) return there >= 0;
+    if (looks > kPatience) std::this_thread::yield();  // the thread that brings them may need this processor
+  }
+}
 
 void channel_reduce(const Addresses& xs, const Addresses& ys, const Tile* tiles, int64_t n_tiles, DType dtype,
                     Func func, double p, void* out, int64_t slots, int threads) {

@@ -1,6 +1,7 @@
 // The four ops over tables of tiles. Arguments are trusted: the Python wrappers checked them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -17,9 +18,24 @@ struct Tile {
 
 using Addresses = std::vector<void*>;
 
-// What the calling thread does before it helps the others with a call's work, which they begin meanwhile. It runs
-// exactly once, before that work where there are no others, and throws nothing.
-using Meanwhile = std::function<void()>;
+// How many of a call's tensors, the first ones, have their addresses already.
+class Arrived {
+ public:
+  void tensors(int64_t n) { n_.store(n, std::memory_order_release); }
+  void all() { tensors(INT64_MAX); }
+  // No more will come, and what is done of the work does not matter.
+  void stop() { tensors(-1); }
+  // Waits until there are `n`; false: stopped.
+  bool wait(int64_t n) const;
+
+ private:
+  std::atomic<int64_t> n_{0};
+};
+
+// What the calling thread does before it helps the others with a call's work, which they begin meanwhile: it brings the
+// addresses of the tensors, and may do more. It runs exactly once, before that work where there are no others, and
+// throws nothing. Empty: all addresses are there.
+using Meanwhile = std::function<void(Arrived&)>;
 
 // out: [slots] in the accumulator type of `dtype`; overwritten. `ys` is empty for functions of x alone.
 void channel_reduce(const Addresses& xs, const Addresses& ys, const Tile* tiles, int64_t n_tiles, DType dtype,
@@ -30,7 +46,7 @@ void channel_scale(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DTyp
                    int threads);
 void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* tiles, const Tile* out_tiles,
                      int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads,
-                     const Meanwhile& meanwhile = {});
+                     const Meanwhile& meanwhile);
 
 // For tests: bytes that a compaction must write to do so past the caches; below 0 what it takes otherwise.
 void set_stream_bytes(int64_t bytes);

@@ -35,7 +35,7 @@ void cut_tile(Plan& plan, int64_t index, int64_t element_bytes, int64_t target) 
     const int64_t step = std::max<int64_t>(1, target / col_bytes);
     for (int64_t c = 0; c < t.c; c += step) {
       const int64_t end = std::min(t.c, c + step);
-      plan.add({index, 0, 1, c, end, -1}, (end - c) * col_bytes, target);
+      plan.add({index, t.tensor + 1, 0, 1, c, end, -1}, (end - c) * col_bytes, target);
     }
     return;
   }
@@ -43,7 +43,7 @@ void cut_tile(Plan& plan, int64_t index, int64_t element_bytes, int64_t target) 
   const bool partial = t.col >= 0 && t.rows.n > step;
   for (int64_t r = 0; r < t.rows.n; r += step) {
     const int64_t end = std::min(t.rows.n, r + step);
-    plan.add({index, r, end, 0, t.c, partial ? plan.scratch : -1}, (end - r) * row_bytes, target);
+    plan.add({index, t.tensor + 1, r, end, 0, t.c, partial ? plan.scratch : -1}, (end - r) * row_bytes, target);
     if (partial) plan.scratch += t.c;
   }
 }

@@ -28,9 +28,10 @@ struct Canonical {
   int64_t block() const;
 };
 
-// Rows [r0, r1) and columns [c0, c1) of a tile. `scratch` is where its column sums go, -1: straight out.
+// Rows [r0, r1) and columns [c0, c1) of a tile, which needs the first `tensors` of the call. `scratch` is where its
+// column sums go, -1: straight out.
 struct Segment {
-  int64_t tile, r0, r1, c0, c1, scratch;
+  int64_t tile, tensors, r0, r1, c0, c1, scratch;
 };
 
 struct Plan {

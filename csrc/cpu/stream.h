@@ -13,7 +13,7 @@
 namespace pat {
 
 // Whether no page is there yet: the system will clear it when it is first written, and leave it in the caches.
-inline bool is_fresh([[maybe_unused]] const char* at) {
+inline bool is_fresh([[maybe_unused]] const void* at) {
 #ifdef __linux__
   static const uintptr_t kPage = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   unsigned char state = 1;

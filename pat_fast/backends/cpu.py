@@ -5,7 +5,7 @@ Arguments are those of the op schemas; they were checked by the public wrappers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,26 +79,46 @@ def channel_scale_(xs: Sequence[Tensor], tiles: Tensor, scale: Tensor) -> None:
 
 
 def channel_compact(
-    outs: Sequence[Tensor],
-    xs: Sequence[Tensor],
+    outs: Sequence[Tensor], xs: Sequence[Tensor], tiles: Tensor, out_tiles: Tensor, index: Tensor
+) -> None:
+    """Copy the rows and columns that ``index`` keeps."""
+    if xs:
+        compact_beside([(outs, xs)], tiles, out_tiles, index, xs[0].element_size())
+
+
+def compact_beside(
+    parts: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]],
     tiles: Tensor,
     out_tiles: Tensor,
     index: Tensor,
+    element_bytes: int,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Copy the rows and columns that ``index`` keeps; ``meanwhile`` is called while other threads copy already."""
-    if xs:
+    """:func:`channel_compact` with ``outs`` and ``xs`` that come in ``parts``, some of each at a time.
+
+    While other threads copy the first ones, the next are asked for (and made then, it may be); when all are there,
+    ``meanwhile`` is called. What any of this raises comes out of this call, whose ``outs`` are not written then.
+    """
+    held: list[object] = []  # for as long as they are written
+
+    def addresses() -> Iterator[tuple[list[int], list[int]]]:
+        for part in parts:
+            held.append(part)
+            yield _addresses(part[0]), _addresses(part[1])
+
+    try:
         _C.compact(
-            _addresses(outs),
-            _addresses(xs),
+            addresses(),
             tiles.data_ptr(),
             out_tiles.data_ptr(),
             len(tiles),
-            xs[0].element_size(),
+            element_bytes,
             index.data_ptr(),
             torch.get_num_threads(),
             meanwhile,
         )
+    finally:
+        held.clear()  # the traceback of an error would keep them
 
 
 def grouping(runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device) -> Any:
@@ -122,7 +142,7 @@ def channel_totals(
     dtype = xs[0].dtype
     out = torch.empty(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     _C.totals(
-        _addresses(xs),
+        [(_addresses(xs),)],
         tiles.data_ptr(),
         len(tiles),
         native.DTYPES[dtype],
@@ -176,7 +196,7 @@ OPS = {
     "channel_compact": channel_compact,
 }
 _SHORTCUTS = {
-    "channel_compact": channel_compact,
+    "compact_beside": compact_beside,
     "grouping": grouping,
     "channel_totals": channel_totals,
     "group_push": group_push,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backends import reference, shortcut
+from ..backends import reference, select, shortcut
 from ..ops import NONE, Tile, TileTable, accumulator
+from ..surgery.journal import PART
 from ..surgery.layout import largest_first
 from .clock import Timed
 from .results import Mismatch
@@ -57,6 +58,10 @@ class Call:
     written: list[Tensor]
     along: int = 0
     rival: tuple[str, Callable[[], list[Tensor]]] | None = None
+
+
+Copied = tuple[list[Tensor], list[Tensor], Tensor, Tensor]
+"""What tensors become, the tensors, and the two tables."""
 
 
 class Kernels:
@@ -153,17 +158,23 @@ class Kernels:
         xs = [x for copy in (self.xs, self.ys, *self._moments()) for x in copy]
         places, count = largest_first(np.array([out.numel() for out in self.outs] * COPIES))
         order = places.tolist()
-        is_able = op is shortcut("channel_compact", self.index.device.type)
-        large, small = (self._part(xs, part) for part in ((order[:count], order[count:]) if is_able else (order, [])))
+        device = self.index.device.type
+        is_chosen = any(choice.run is op for choice in select(device))
+        beside = shortcut("compact_beside", device) if is_chosen else None
+        parts = (order, []) if beside is None else (order[:count], order[count:])
+        large, small = (self._part(xs, part) for part in parts)
 
         def ours() -> list[Tensor]:
-            outs, others = [torch.empty_like(out) for out in large[0]], list[Tensor]()
+            if beside is None:
+                outs = list(map(torch.empty_like, large[0]))
+                op(outs, *large[1:], self.index)
+                return outs
+            bytes_, outs, others = xs[0].element_size(), list[Tensor](), list[Tensor]()
 
             def meanwhile() -> None:
-                others.extend(torch.empty_like(out) for out in small[0])
-                op(others, *small[1:], self.index)
+                beside(made(small, others), *small[2:], self.index, bytes_)
 
-            op(outs, *large[1:], self.index, *([meanwhile] if is_able else []))
+            beside(made(large, outs), *large[2:], self.index, bytes_, meanwhile)
             return outs + others
 
         def rival() -> list[Tensor]:
@@ -177,8 +188,8 @@ class Kernels:
         cuts = [(xs[i], self.lists[i % len(self.lists)]) for i in order]
         return Call("copy", 2 * COPIES * self.kept, ours, [], COPIES * self.along, ("index_select", rival))
 
-    def _part(self, xs: list[Tensor], places: list[int]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """What some of the copies become, what they are copies of, and the two tables."""
+    def _part(self, xs: list[Tensor], places: list[int]) -> Copied:
+        """Some of the copies."""
         tables = [table.table.repeat(COPIES, 1)[places] for table in (self.table, self.out_table)]
         for table in tables:
             table[:, 0] = torch.arange(len(places))
@@ -226,6 +237,13 @@ class Kernels:
             return ""
         worst = float((got.double() - want.double()).abs().max())
         return f"differs from the reference by up to {worst:.1e} in a tensor of shape {list(want.shape)}"
+
+
+def made(copied: Copied, outs: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Make new tensors, some at a time, as a prune does."""
+    for at in range(0, len(copied[0]), PART):
+        outs += map(torch.empty_like, copied[0][at : at + PART])
+        yield outs[at:], copied[1][at : at + PART]
 
 
 def tiles_of(xs: Sequence[Tensor]) -> tuple[list[Tile], int]:

@@ -6,7 +6,7 @@ are as large as it was. The last batch keeps its old tensors; its new ones are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -32,6 +32,7 @@ STEP = 16 * 2**20
 """Bytes that are cut at once if there is room for them and the largest tensor is no larger. What comes next finds its
 memory where these were; more than 32 MiB at once the C library would ask of the system, page by page."""
 SOME = 2**20  # elements that are put back at once
+PART = 64  # tensors that are made at a time, while others are copied
 MUCH = 2**20  # bytes from which on the small tensors are cut while others are copied
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that hold what is moved, by size
 
@@ -169,28 +170,46 @@ class Copy:
         if self._moves.lazy:
             xs = [x.resolve_neg().resolve_conj() for x in xs]
             strides = list(map(Tensor.stride, xs))
-        self._lay_out(xs, strides)
+        shapes = self._lay_out(strides)
         before, after = self._kept()
+        gone = 0
         if lets_go:
-            sources, targets, length = self._gone()
+            sources, targets, gone = self._gone()
             before, after = np.concatenate([before, sources]), np.concatenate([after, targets])
             self._layouts = [(x.shape, x.stride()) for x in xs]
-            self._outs.append(xs[0].new_empty(length))
         index = self._gathering.index()
         self._tables = before, after, index
         # The tables were made from the plan and from tensors that were held against it just now: the public
         # wrapper's checks of each tensor would say the same again. Nor has anyone seen the new tensors yet.
         tables = torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device)
-        compact = shortcut("channel_compact", "cpu") if xs[0].device.type == "cpu" and not is_watched() else None
+        making = self._make(xs, *shapes, gone if lets_go else None)
+        compact = shortcut("compact_beside", "cpu") if xs[0].device.type == "cpu" and not is_watched() else None
         if compact is not None:
-            compact(self._outs, xs, *tables, meanwhile)
+            compact(making, *tables, xs[0].element_size(), meanwhile)
             return
+        for _ in making:
+            pass
         torch.ops.pat_fast.channel_compact.default(self._outs, xs, *tables)
         if meanwhile is not None:
             meanwhile()
 
-    def _lay_out(self, xs: list[Tensor], strides: list[tuple[int, ...]]) -> None:
-        """Make the new tensors, and note which have one tile, and the tiles of the others."""
+    def _make(
+        self, xs: list[Tensor], shapes: list[list[int]], strides: list[list[int]], gone: int | None
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Make the new tensors, some at a time, so that the first can be written while others are made."""
+        # No name here for what is new: the traceback of an error would keep it.
+        outs, like = self._outs, xs[0]
+        make = partial(torch.empty_strided, dtype=like.dtype, device=like.device)
+        for at in range(0, len(xs), PART):
+            part = slice(at, at + PART)
+            outs += map(like.new_empty_strided if type(like) is Tensor else make, shapes[part], strides[part])
+            yield outs[part], xs[part]
+        if gone is not None:
+            outs.append(like.new_empty(gone))
+            yield outs[-1:], []
+
+    def _lay_out(self, strides: list[tuple[int, ...]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Shapes and strides of the new tensors; note which have one tile, and the tiles of the others."""
         gathering, numbers = self._gathering, self._numbers
         shapes, dense = gathering.rows(gathering.sizes, numbers), gathering.rows(gathering.strides, numbers)
         plain = gathering.plain[numbers]
@@ -202,9 +221,7 @@ class Copy:
             for stays, pair in pairs(gathering, int(numbers[place]), place, strides[place], tuple(dense[place])):
                 (self._odd if stays else self._odd_gone).append(pair)
         self._plain = np.flatnonzero(plain)
-        make = partial(torch.empty_strided, dtype=xs[0].dtype, device=xs[0].device)
-        # No name here for what is new: the traceback of an error would keep it.
-        self._outs = list(map(xs[0].new_empty_strided if type(xs[0]) is Tensor else make, shapes, dense))
+        return shapes, dense
 
     def put(self, lets_go: bool) -> None:
         """Put what stays in the places of the tensors."""
@@ -261,7 +278,7 @@ class Copy:
         odd = np.array(self._odd_gone, dtype=np.int64).reshape(len(self._odd_gone), 2, WIDTH).swapaxes(0, 1)
         sources, targets = np.concatenate([plain, odd], axis=1)
         length = targets[:, 2:5].prod(1)
-        targets[:, 0], targets[:, 1] = len(self._outs), np.cumsum(length) - length
+        targets[:, 0], targets[:, 1] = len(self._places), np.cumsum(length) - length
         some = length > 0
         return sources[some], targets[some], int(length.sum())
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -156,22 +158,26 @@ def test_a_large_compaction_writes_past_the_caches_and_the_same() -> None:
     assert all(map(torch.equal, outs, want))
 
 
-def halved(x: torch.Tensor, meanwhile: Any, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Every other row and every other column of a matrix."""
-    r, c = x.shape
-    out = x.new_empty(0) if out is None else out
-    out.resize_((r + 1) // 2, (c + 1) // 2).fill_(torch.nan)
-    tiles = torch.tensor([[0, 0, r, c, 1, c, 1, 1, -1, -1]])
-    out_tiles = torch.tensor([[0, 0, *out.shape, 1, out.shape[1], 1, 1, 0, out.shape[0]]])
+def halve(parts: Iterable[Any], xs: list[torch.Tensor], meanwhile: Any = None) -> None:
+    """Write every other row and every other column of matrices of one shape, some at a time."""
+    (r, c), each = xs[0].shape, range(len(xs))
+    rows, cols = (r + 1) // 2, (c + 1) // 2
+    tiles = torch.tensor([[i, 0, r, c, 1, c, 1, 1, -1, -1] for i in each])
+    out_tiles = torch.tensor([[i, 0, rows, cols, 1, cols, 1, 1, 0, rows] for i in each])
     index = torch.cat([torch.arange(0, n, 2, dtype=torch.int32) for n in (r, c)])
-    cpu.channel_compact([out], [x], tiles, out_tiles, index, meanwhile)
+    cpu.compact_beside(parts, tiles, out_tiles, index, xs[0].element_size(), meanwhile)
+
+
+def halved(x: torch.Tensor, meanwhile: Any) -> torch.Tensor:
+    out = torch.full_like(x[::2, ::2], torch.nan, memory_format=torch.contiguous_format)
+    halve([([out], [x])], [x], meanwhile)
     return out
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1500, 700)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_what_is_to_be_done_meanwhile_is_done_once(shape: tuple[int, int], threads: int) -> None:
-    """On the caller's thread; it may use the kernels, and what it raises comes out when all is copied."""
+    """On the caller's thread; it may use the kernels, and what it raises comes out."""
     torch.set_num_threads(threads)
     x = torch.randn(shape)
     seen: list[Any] = []
@@ -179,14 +185,38 @@ def test_what_is_to_be_done_meanwhile_is_done_once(shape: tuple[int, int], threa
     ident, inner, _ = seen
     assert ident == threading.get_ident()
     assert torch.equal(inner, x[::2, ::2])
-    out = torch.empty(0)
 
     def fails() -> None:
         raise KeyError("no")
 
     with pytest.raises(KeyError):
-        halved(x, fails, out)
-    assert torch.equal(out, x[::2, ::2])
+        halved(x, fails)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_tensors_may_be_made_while_others_are_written(threads: int) -> None:
+    """What making them raises comes out, and nobody waits for those that do not come."""
+    torch.set_num_threads(threads)
+    xs = list(torch.randn(100, 200, 90))
+
+    def make(into: list[torch.Tensor], good: int) -> Iterator[Any]:
+        for at in range(0, len(xs), 7):
+            if at == good:
+                raise KeyError(at)
+            if at % 3 == 2:
+                time.sleep(0.01)  # the others wait
+            into += [torch.full((100, 45), torch.nan) for _ in xs[at : at + 7]]
+            yield into[at:], xs[at : at + 7]
+
+    outs: list[torch.Tensor] = []
+    halve(make(outs, -1), xs)
+    assert all(torch.equal(out, x[::2, ::2]) for out, x in zip(outs, xs, strict=True))
+    for good in (0, 7, 70):
+        with pytest.raises(KeyError, match=str(good)):
+            halve(make([], good), xs)
+    with pytest.raises(ValueError, match="fewer tensors"):
+        halve(islice(make([], -1), 14), xs)
+    assert torch.equal(halved(xs[0], None), xs[0][::2, ::2])
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -85,23 +85,25 @@ def test_what_a_prune_copies_is_held_against_index_select(monkeypatch: pytest.Mo
 @pytest.mark.skipif(cpu.unavailable() is not None, reason="the C++ extension is not built")
 def test_a_prune_copies_what_is_small_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the backend can, and only if it is the one that a prune would use."""
-    right, calls = cpu.channel_compact, list[tuple[int, bool]]()
+    calls = list[tuple[int, bool]]()
 
-    def copy(outs: Any, *arguments: Any) -> None:
-        calls.append((len(outs), len(arguments) > 4))
-        right(outs, *arguments)
+    def beside(parts: Any, tiles: Any, *arguments: Any) -> None:
+        calls.append((len(tiles), len(arguments) > 3))
+        cpu.compact_beside(parts, tiles, *arguments)
 
+    def other(*arguments: Any) -> None:
+        cpu.channel_compact(*arguments)
+
+    monkeypatch.setattr("pat_fast.bench.kernels.shortcut", lambda *_: beside)
     case = Kernels(SHAPES["tiny"](), torch.float32, torch.device("cpu"), False)
-    for name in (copy, None):
-        monkeypatch.setattr("pat_fast.bench.kernels.shortcut", lambda *_, name=name: name)
-        case.check("channel_compact fresh", {"channel_compact": copy})
-    total = 4 * len(case.xs)
-    (large, first), (small, second), whole = calls
+    case.check("channel_compact fresh", {"channel_compact": other})
+    assert not calls
+    case.check("channel_compact fresh", {"channel_compact": cpu.channel_compact})
+    (large, first), (small, second) = calls
     assert first
     assert not second
-    assert large + small == total
+    assert large + small == 4 * len(case.xs)
     assert min(large, small) > 0
-    assert whole == (total, False)
 
 
 @pytest.mark.parametrize("op", ["channel_reduce", "channel_scale_", "channel_compact"])
