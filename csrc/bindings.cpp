@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -50,11 +51,12 @@ void scale(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uint
                      threads);
 }
 
-// What a thread brings from Python while others work: addresses, then whatever `last` does, unless it is None.
+// What a thread brings from Python while others work: addresses, then whatever `last` does.
 class Bringing {
  public:
   // `parts` is an iterator over tuples of lists of addresses, one for each of `all`, which have their sizes already.
-  Bringing(const py::object& parts, std::vector<pat::Addresses*> all, const py::object& last)
+  template <class Last>
+  Bringing(const py::object& parts, std::vector<pat::Addresses*> all, const Last& last)
       : parts_(parts), last_(last), all_(std::move(all)) {}
 
   // Calls `work` with what brings them; what was raised in Python stops it and is raised then.
@@ -66,7 +68,7 @@ class Bringing {
         const py::gil_scoped_acquire locked;
         try {
           bring(arrived);
-          if (!last_.is_none()) last_();
+          last_();
         } catch (...) {
           raised_ = std::current_exception();
           arrived.stop();
@@ -95,10 +97,18 @@ class Bringing {
     arrived.all();
   }
 
-  const py::object &parts_, &last_;
+  const py::object& parts_;
+  const std::function<void()> last_;
   const std::vector<pat::Addresses*> all_;
   std::exception_ptr raised_;
 };
+
+// Calls what may be None.
+std::function<void()> calling(const py::object& python) {
+  return [&python] {
+    if (!python.is_none()) python();
+  };
+}
 
 // Room for the addresses of the tensors that a table names.
 pat::Addresses room_for(const pat::Tile* tiles, int64_t n_tiles) {
@@ -111,7 +121,7 @@ void compact(const py::object& parts, uintptr_t tiles, uintptr_t out_tiles, int6
              uintptr_t index, int threads, const py::object& last) {
   const auto *from = pointer<pat::Tile>(tiles), *to = pointer<pat::Tile>(out_tiles);
   pat::Addresses out = room_for(to, n_tiles), x = room_for(from, n_tiles);
-  Bringing(parts, {&out, &x}, last).beside([&](const pat::Meanwhile& meanwhile) {
+  Bringing(parts, {&out, &x}, calling(last)).beside([&](const pat::Meanwhile& meanwhile) {
     pat::channel_compact(out, x, from, to, n_tiles, element_bytes, pointer<int32_t>(index), threads, meanwhile);
   });
 }
@@ -126,18 +136,25 @@ void totals(const py::object& parts, uintptr_t tiles, int64_t n_tiles, int dtype
             const pat::Grouping& of, uintptr_t out, bool divided, int threads, const py::object& last) {
   const auto* from = pointer<pat::Tile>(tiles);
   pat::Addresses x = room_for(from, n_tiles);
-  Bringing(parts, {&x}, last).beside([&](const pat::Meanwhile& meanwhile) {
+  Bringing(parts, {&x}, calling(last)).beside([&](const pat::Meanwhile& meanwhile) {
     pat::channel_totals(x, from, n_tiles, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, divided,
                         pointer<void>(out), threads, meanwhile);
   });
 }
 
-void push(const py::list& ys, const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
-          const pat::Grouping& of, double alpha, double strength, uintptr_t where, int threads) {
-  const pat::Addresses y = addresses(ys), x = addresses(xs);
-  const py::gil_scoped_release unlocked;
-  pat::group_push(y, x, pointer<pat::Tile>(tiles), n_tiles, static_cast<pat::DType>(dtype),
-                  static_cast<pat::Func>(func), p, of, alpha, strength, pointer<uint8_t>(where), threads);
+// `ys` makes the list of their addresses while the xs are read; nothing is added if it raises.
+void push(const py::object& ys, const py::object& parts, uintptr_t tiles, int64_t n_tiles, int dtype, int func,
+          double p, const pat::Grouping& of, double alpha, double strength, uintptr_t where, int threads) {
+  const auto* from = pointer<pat::Tile>(tiles);
+  pat::Addresses y, x = room_for(from, n_tiles);
+  const auto last = [&] {
+    y = addresses(ys());
+    if (y.size() < x.size()) throw py::value_error("fewer tensors to change than the table names");
+  };
+  Bringing(parts, {&x}, last).beside([&](const pat::Meanwhile& meanwhile) {
+    pat::group_push(y, x, from, n_tiles, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, alpha,
+                    strength, pointer<uint8_t>(where), threads, meanwhile);
+  });
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ void channel_scale(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DTyp
                    int threads);
 void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* tiles, const Tile* out_tiles,
                      int64_t n_tiles, int64_t element_bytes, const int32_t* index, int threads,
-                     const Meanwhile& meanwhile);
+                     const Meanwhile& meanwhile = {});
 
 // For tests: bytes that a compaction must write to do so past the caches; below 0 what it takes otherwise.
 void set_stream_bytes(int64_t bytes);

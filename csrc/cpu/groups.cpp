@@ -16,10 +16,11 @@ namespace {
 constexpr int64_t kPart = 2048;
 
 // Sums over all that belongs to a channel, in the order of the slots: [channels]. `room` is for the slots and a pass.
+// False: stopped.
 template <class A>
-void sum_channels(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, A* totals,
-                  A* room, int threads, const Meanwhile& meanwhile = {}) {
-  reduce(xs, {}, plan, dtype, func, p, room, g.slots, room + padded(g.slots), threads, meanwhile);
+bool sum_channels(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, A* totals,
+                  A* room, int threads, const Meanwhile& meanwhile) {
+  if (!reduce(xs, {}, plan, dtype, func, p, room, g.slots, room + padded(g.slots), threads, meanwhile)) return false;
   const int64_t bytes = (g.slots + g.channels) * static_cast<int64_t>(sizeof(A));
   parallel_for((g.channels + kPart - 1) / kPart, bytes, threads, [&](int64_t part, int) {
     const int64_t first = part * kPart, last = std::min(g.channels, first + kPart);
@@ -30,6 +31,7 @@ void sum_channels(const Addresses& xs, const Plan& plan, DType dtype, Func func,
       for (int64_t c = std::max(first, run->channel); c < end; ++c) totals[c] += slots[c];
     }
   });
+  return true;
 }
 
 // Calls work(channel, channels) with the range of each group.
@@ -102,17 +104,18 @@ template <class A>
 void totals_of(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, bool divided,
                A* totals, int threads, const Meanwhile& meanwhile) {
   const Scratch scratch((padded(g.slots) + room_for(plan, threads)) * sizeof(A));
-  sum_channels(xs, plan, dtype, func, p, g, totals, scratch.as<A>(), threads, meanwhile);
+  if (!sum_channels(xs, plan, dtype, func, p, g, totals, scratch.as<A>(), threads, meanwhile)) return;
   if (divided) for_groups(g, threads, [&](int64_t at, int64_t n) { divide_by_mean(totals + at, n); });
 }
 
 template <class A>
 void push(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtype, Func func, double p,
-          const Grouping& g, double alpha, double strength, const uint8_t* where, int threads) {
+          const Grouping& g, double alpha, double strength, const uint8_t* where, int threads,
+          const Meanwhile& meanwhile) {
   const int64_t each = padded(g.channels);
   const Scratch scratch((2 * each + padded(g.slots) + room_for(plan, threads)) * sizeof(A));
   A *totals = scratch.as<A>(), *gamma = totals + each, *slots = gamma + each;
-  sum_channels(xs, plan, dtype, func, p, g, totals, slots, threads);
+  if (!sum_channels(xs, plan, dtype, func, p, g, totals, slots, threads, meanwhile)) return;
   for_groups(g, threads, [&](int64_t at, int64_t n) {
     weigh(totals + at, gamma + at, n, alpha, strength);
     for (int64_t i = at; where != nullptr && i < at + n; ++i) gamma[i] = where[i] ? gamma[i] : A(0);
@@ -135,10 +138,11 @@ void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DTy
 }
 
 void group_push(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func,
-                double p, const Grouping& g, double alpha, double strength, const uint8_t* where, int threads) {
+                double p, const Grouping& g, double alpha, double strength, const uint8_t* where, int threads,
+                const Meanwhile& meanwhile) {
   const Plan plan = make_plan(tiles, n_tiles, kElementBytes[dtype]);
-  if (dtype == kF64) push<double>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads);
-  else push<float>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads);
+  if (dtype == kF64) push<double>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads, meanwhile);
+  else push<float>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads, meanwhile);
 }
 
 }  // namespace pat

@@ -27,8 +27,10 @@ void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DTy
 // The penalty of a group's norms, n_c = sqrt(total_c), in one call:
 //   gamma_c = strength * alpha ** ((n_max - n_c) / (n_max - n_min)), 0 in a group with a norm that is not finite;
 //   y += (gamma[row] + gamma[col]) * x for tensors with a y.
-// `where` is null, or [channels]: 0 for channels of gamma 0.
+// `where` is null, or [channels]: 0 for channels of gamma 0. The ys are needed when `meanwhile` has ended, and stay as
+// they are where it stopped the call.
 void group_push(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func,
-                double p, const Grouping& grouping, double alpha, double strength, const uint8_t* where, int threads);
+                double p, const Grouping& grouping, double alpha, double strength, const uint8_t* where, int threads,
+                const Meanwhile& meanwhile = {});
 
 }  // namespace pat

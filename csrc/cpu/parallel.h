@@ -38,9 +38,9 @@ void parallel_for(int64_t n, int64_t bytes, int threads, const Work& work) {
   parallel_for(n, bytes, threads, work, [] {});
 }
 
-// Calls work(segment, thread) for every segment, a chunk at a time, once its tensors have arrived.
+// Calls work(segment, thread) for every segment, a chunk at a time, once its tensors have arrived; false: stopped.
 template <class Work>
-void for_segments(const Plan& plan, int threads, const Work& work, const Meanwhile& meanwhile = {}) {
+bool for_segments(const Plan& plan, int threads, const Work& work, const Meanwhile& meanwhile = {}) {
   Arrived arrived;
   if (!meanwhile) arrived.all();
   const auto of_chunk = [&](int64_t chunk, int thread) {
@@ -52,6 +52,7 @@ void for_segments(const Plan& plan, int threads, const Work& work, const Meanwhi
   parallel_for(static_cast<int64_t>(plan.chunks.size()) - 1, plan.bytes, threads, of_chunk, [&] {
     if (meanwhile) meanwhile(arrived);
   });
+  return arrived.wait(0);
 }
 
 }  // namespace pat

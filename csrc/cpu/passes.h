@@ -141,18 +141,19 @@ void update_segment(const Canonical& t, const Segment& s, const Sides<A>& sides,
 // Elements that the passes need beside their vectors.
 inline int64_t room_for(const Plan& plan, int threads) { return plan.scratch + padded(plan.widest) * threads + 16; }
 
-// out: [slots], overwritten.
+// out: [slots], overwritten. False: stopped.
 template <class A>
-void reduce(const Addresses& xs, const Addresses& ys, const Plan& plan, DType dtype, Func func, double p, A* out,
+bool reduce(const Addresses& xs, const Addresses& ys, const Plan& plan, DType dtype, Func func, double p, A* out,
             int64_t slots, A* room, int threads, const Meanwhile& meanwhile = {}) {
   std::fill(out, out + slots, A(0));
   const int64_t each = padded(plan.widest);
   const Reduction<A> work{xs, ys, plan, dtype, func, p, out, room + each * threads};
   const auto run = [&](const Segment& s, int thread) { work.run(s, room + each * thread); };
-  for_segments(plan, threads, run, meanwhile);
+  if (!for_segments(plan, threads, run, meanwhile)) return false;
   if (plan.scratch > 0)
     parallel_for(static_cast<int64_t>(plan.tiles.size()), plan.scratch * static_cast<int64_t>(sizeof(A)), threads,
                  [&](int64_t tile, int) { work.combine(tile); });
+  return true;
 }
 
 // Adds to y; `sides(tile)` are the coefficients. Tensors whose y is null are left alone.

@@ -127,7 +127,8 @@ def grouping(runs: Tensor, slots: int, sizes: Tensor, channels: int, device: tor
 
 
 def channel_totals(
-    xs: Sequence[Tensor],
+    parts: Iterable[Sequence[Tensor]],
+    dtype: torch.dtype,
     tiles: Tensor,
     channels: int,
     groups: Any,
@@ -137,12 +138,12 @@ def channel_totals(
 ) -> Tensor:
     """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups.
 
-    ``meanwhile`` is called while other threads read already.
+    The xs come in ``parts``: while other threads read the first ones, the next are asked for; when all are there,
+    ``meanwhile`` is called. What any of this raises comes out of this call.
     """
-    dtype = xs[0].dtype
     out = torch.empty(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     _C.totals(
-        [(_addresses(xs),)],
+        ((_addresses(xs),) for xs in parts),
         tiles.data_ptr(),
         len(tiles),
         native.DTYPES[dtype],
@@ -158,9 +159,10 @@ def channel_totals(
 
 
 def group_push(
-    ys: Sequence[Tensor],
+    ys: Callable[[], Sequence[Tensor]],
     places: Sequence[int],
-    xs: Sequence[Tensor],
+    parts: Iterable[Sequence[Tensor]],
+    dtype: torch.dtype,
     tiles: Tensor,
     groups: Any,
     p: float,
@@ -168,17 +170,32 @@ def group_push(
     strength: float,
     where: Tensor | None,
 ) -> None:
-    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs."""
-    to = _addresses(ys)
-    if len(to) < len(xs):
+    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs.
+
+    The xs come in ``parts``, then the ys are asked for, while other threads read. What any of this raises comes out of
+    this call, which adds nothing then.
+    """
+    count = 0
+
+    def addresses() -> Iterator[tuple[list[int]]]:
+        nonlocal count
+        for xs in parts:
+            count += len(xs)
+            yield (_addresses(xs),)
+
+    def targets() -> list[int]:
+        to = _addresses(ys())
+        if len(to) == count:
+            return to
         by_place = dict(zip(places, to, strict=True))
-        to = [by_place.get(i, 0) for i in range(len(xs))]
+        return [by_place.get(i, 0) for i in range(count)]
+
     _C.push(
-        to,
-        _addresses(xs),
+        targets,
+        addresses(),
         tiles.data_ptr(),
         len(tiles),
-        native.DTYPES[xs[0].dtype],
+        native.DTYPES[dtype],
         native.function("pow", p),
         p,
         groups,

@@ -8,8 +8,9 @@ table to the device: each table needs one call before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -220,7 +221,8 @@ def _summing(call: _Call, like: Tensor, tiles: Tensor, groups: Groups, p: float)
 
 
 def channel_totals(
-    xs: Sequence[Tensor],
+    parts: Iterable[Sequence[Tensor]],
+    dtype: torch.dtype,
     tiles: Tensor,
     channels: int,
     groups: Groups,
@@ -230,8 +232,9 @@ def channel_totals(
 ) -> Tensor:
     """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups.
 
-    ``meanwhile`` is called while the device is at it.
+    The xs come in ``parts``. ``meanwhile`` is called while the device is at it.
     """
+    xs = list(chain.from_iterable(parts))
     call = _Call.of(xs)
     arguments, slots = _summing(call, xs[0], tiles, groups, p)
     totals = slots.new_empty(channels)
@@ -242,9 +245,10 @@ def channel_totals(
 
 
 def group_push(
-    ys: Sequence[Tensor],
+    ys: Callable[[], Sequence[Tensor]],
     places: Sequence[int],
-    xs: Sequence[Tensor],
+    parts: Iterable[Sequence[Tensor]],
+    dtype: torch.dtype,
     tiles: Tensor,
     groups: Groups,
     p: float,
@@ -252,9 +256,13 @@ def group_push(
     strength: float,
     where: Tensor | None,
 ) -> None:
-    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs."""
+    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs.
+
+    The xs come in ``parts``, then the ys are asked for.
+    """
+    xs = list(chain.from_iterable(parts))
     to = [0] * len(xs)
-    for place, y in zip(places, ys, strict=True):
+    for place, y in zip(places, ys(), strict=True):
         to[place] = y.data_ptr()
     call = _Call(xs[0].device, len(xs), [*map(Tensor.data_ptr, xs), *to])
     arguments, slots = _summing(call, xs[0], tiles, groups, p)

@@ -7,7 +7,7 @@ called before. On the CPU sums and scores are the same to the last bit on both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,10 +102,22 @@ def channel_totals(
     Raises:
         OpError: tensors that do not fit the table.
     """
-    run = shortcut("channel_totals", grouping.device.type)
-    if run is None or not _are_plain("xs", xs, table, grouping):
+    run = _chosen("channel_totals", xs, grouping)
+    if run is None:
         return None
-    found: Tensor = run(xs, table.table, grouping.channels, grouping.native, p, divided, meanwhile)
+    try:
+        found: Tensor = run(
+            _looked_at(xs, table, grouping),
+            xs[0].dtype,
+            table.table,
+            grouping.channels,
+            grouping.native,
+            p,
+            divided,
+            meanwhile,
+        )
+    except _NotPlain:
+        return None
     return found
 
 
@@ -135,25 +147,64 @@ def group_push(
     Raises:
         OpError: tensors that do not fit, or that overlap.
     """
-    run = shortcut("group_push", grouping.device.type)
-    if run is None or not _are_plain("xs", xs, table, grouping):
-        return False
-    if not _are_like("ys", ys, ys_table, places, xs, table, grouping):
+    run = _chosen("group_push", xs, grouping)
+    if run is None:
         return False
     if where is not None:
         wanted = torch.bool, (grouping.channels,), grouping.device
         if not is_plain(where) or (where.dtype, where.shape, where.device) != wanted:
             return False
         where = where.contiguous()
-    _check_writable("ys", table)
-    own = [xs[i] for i in places]
-    if ys_table is not None:
-        _check_apart("ys", ys, own, grouping.sizes, ys_table)
-    elif (found := clash(ys, own)) is not None:
-        _fail("ys that share no memory with other tensors of the call", f"tensor {found[0]} inside {found[1]}")
-    run(ys, places, xs, table.table, grouping.native, p, alpha, strength, where)
+
+    def checked() -> Sequence[Tensor]:
+        if not _are_like("ys", ys, ys_table, places, xs, table, grouping):
+            raise _NotPlain
+        _check_writable("ys", table)
+        own = [xs[i] for i in places]
+        if ys_table is not None:
+            _check_apart("ys", ys, own, grouping.sizes, ys_table)
+        elif (found := clash(ys, own)) is not None:
+            _fail("ys that share no memory with other tensors of the call", f"tensor {found[0]} inside {found[1]}")
+        return ys
+
+    looked_at = _looked_at(xs, table, grouping)
+    try:
+        run(checked, places, looked_at, xs[0].dtype, table.table, grouping.native, p, alpha, strength, where)
+    except _NotPlain:
+        return False
     bump(ys)
     return True
+
+
+class _NotPlain(Exception):
+    """Some tensors are not just memory of the grouping's device."""
+
+
+def _chosen(name: str, xs: Sequence[Tensor], grouping: Grouping) -> Callable[..., Any] | None:
+    """The shortcut, if there is one for such tensors and nothing wants to see what is called."""
+    if torch.compiler.is_compiling() or is_watched() or not len(xs) or xs[0].device != grouping.device:
+        return None
+    return shortcut(name, grouping.device.type)
+
+
+def _looked_at(xs: Sequence[Tensor], table: TileTable, grouping: Grouping) -> Iterator[Sequence[Tensor]]:
+    """The tensors in parts, each as soon as it has been looked at: others can read it meanwhile.
+
+    Raises:
+        OpError: they do not fit the table.
+        _NotPlain: it is said so of some of them.
+    """
+    known, done = table.known.get("xs"), 0
+    if known is not None and known.plain and len(xs) == table.n_tensors and xs[0].dtype is known.dtype:
+        for number, part in enumerate(known.parts):
+            if not known.matches_part(number, xs):
+                break
+            yield xs[part]
+            done = part.stop
+    if done < len(xs):
+        if not _are_plain("xs", xs, table, grouping):
+            raise _NotPlain
+        yield xs[done:]
 
 
 def _are_like(
@@ -180,6 +231,4 @@ def _are_plain(name: str, xs: Sequence[Tensor], table: TileTable, grouping: Grou
     """Whether the tensors, which are checked, are nothing but memory of the grouping's device, and nothing watches."""
     if not len(xs) or xs[0].device != grouping.device:
         return False
-    if _check_tensors(name, xs, table):
-        return True
-    return not torch.compiler.is_compiling() and not is_watched() and all(map(is_plain, xs))
+    return _check_tensors(name, xs, table) or all(map(is_plain, xs))

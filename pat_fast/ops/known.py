@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
+PART = 32
+"""Tensors that are compared in one call."""
 
 
 class Known:
@@ -22,13 +25,14 @@ class Known:
     Attributes:
         dtype, device: of all of them.
         plain: whether :func:`is_plain` holds for all.
+        parts: of the list, one behind the other, that :meth:`matches_part` compares.
     """
 
-    __slots__ = ("_guards", "_length", "device", "dtype", "plain")
+    __slots__ = ("_guards", "device", "dtype", "parts", "plain")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._guards = _make(tensors)
-        self._length = len(tensors)
+        self.parts = [slice(at, min(at + PART, len(tensors))) for at in range(0, len(tensors), PART)]
+        self._guards = [_make(tensors[part]) for part in self.parts]
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
         self.plain = all(map(is_plain, tensors))
 
@@ -38,7 +42,12 @@ class Known:
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` would pass, too; the same modes are on."""
-        return len(tensors) == self._length and bool(self._guards.check(*tensors))
+        numbers = range(len(self.parts))
+        return len(tensors) == self.parts[-1].stop and all(map(self.matches_part, numbers, repeat(tensors)))
+
+    def matches_part(self, number: int, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of the ``parts`` of a list that is as long would pass."""
+        return bool(self._guards[number].check(*tensors[self.parts[number]]))
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -292,6 +292,50 @@ def test_ys_that_do_not_fit_are_refused(table: TileTable, grouping: Grouping, y:
             grouped.group_push([y], table, (0,), [WEIGHT], table, grouping, 2.0, 16.0, 1.0, None)
 
 
+class Another(Tensor):
+    """No plain tensor."""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_tensor_that_others_are_read_before_is_looked_at_too(threads: int) -> None:
+    """One that does not fit stops the call: an error, or the long way; neither changes anything."""
+    torch.set_num_threads(threads)
+    n = 90  # more than are looked at in one go
+    xs = [torch.randn(40, 30, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+    table = TileTable.from_tiles(xs, [Tile(i, 0, (40, 30, 1), (30, 1, 1), 70 * i, 70 * i + 40) for i in range(n)])
+    grouping = Grouping.of(table, torch.arange(70 * n), torch.tensor([70] * n))
+    assert grouping is not None
+    called: list[int] = []
+
+    def totals(tensors: list[Tensor]) -> Tensor | None:
+        return grouped.channel_totals(tensors, table, grouping, 2.0, True, lambda: called.append(1))
+
+    first = totals(xs)
+    for _ in range(3):  # looked at, remembered, recognised
+        found = totals(xs)
+        assert first is not None
+        assert found is not None
+        assert torch.equal(first, found)
+    called.clear()
+    for at in (0, 40, 80, 89):
+        wrong = [*xs[:at], torch.randn(30, 40).t(), *xs[at + 1 :]]
+        odd = [*xs[:at], torch.randn(40, 30).as_subclass(Another), *xs[at + 1 :]]
+        ys = [torch.zeros(40, 30) for _ in xs]
+        with pytest.raises(OpError, match=rf"xs\[{at}\]"):
+            totals(wrong)
+        with pytest.raises(OpError, match=rf"xs\[{at}\]"):
+            grouped.group_push(ys, table, range(n), wrong, table, grouping, 2.0, 16.0, 1.0, None)
+        assert totals(odd) is None
+        assert not grouped.group_push(ys, table, range(n), odd, table, grouping, 2.0, 16.0, 1.0, None)
+        own = [*ys[:at], xs[at], *ys[at + 1 :]]
+        with pytest.raises(OpError, match="share no memory"):
+            grouped.group_push(own, table, range(n), xs, table, grouping, 2.0, 16.0, 1.0, None)
+        assert not any(y.any() for y in ys)
+    assert not called
+    with pytest.raises(OpError):
+        totals(xs[:-1])
+
+
 @pytest.mark.parametrize("where", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
 def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
     table: TileTable, grouping: Grouping, where: Tensor
