@@ -177,7 +177,7 @@ def group_push(
 
 
 class _NotPlain(Exception):
-    """Some tensors are not just memory of the grouping's device."""
+    """Some tensors are more than memory of the grouping's device."""
 
 
 def _chosen(name: str, xs: Sequence[Tensor], grouping: Grouping) -> Callable[..., Any] | None:
@@ -192,7 +192,7 @@ def _looked_at(xs: Sequence[Tensor], table: TileTable, grouping: Grouping) -> It
 
     Raises:
         OpError: they do not fit the table.
-        _NotPlain: it is said so of some of them.
+        _NotPlain: see there.
     """
     known, done = table.known.get("xs"), 0
     if known is not None and known.plain and len(xs) == table.n_tensors and xs[0].dtype is known.dtype:
@@ -228,7 +228,7 @@ def _are_like(
 
 
 def _are_plain(name: str, xs: Sequence[Tensor], table: TileTable, grouping: Grouping) -> bool:
-    """Whether the tensors, which are checked, are nothing but memory of the grouping's device, and nothing watches."""
+    """Whether the tensors, which are checked, are nothing but memory of the grouping's device."""
     if not len(xs) or xs[0].device != grouping.device:
         return False
     return _check_tensors(name, xs, table) or all(map(is_plain, xs))
