@@ -57,7 +57,7 @@ def make_regularizer(given: Any, strength: float, criterion: Criterion | None = 
         strength: for options without one.
     Raises:
         ConfigError: it is no regulariser, or an option is unknown or out of range; a strength beside a regulariser that
-            has its own.
+            has its own, or beside none.
     """
     if isinstance(given, (str, Mapping)):
         name, options = named_options("regularizer", given, REGULARIZERS, hidden=("criterion",))
@@ -71,10 +71,8 @@ def make_regularizer(given: Any, strength: float, criterion: Criterion | None = 
     if given is not None and (isinstance(given, type) or not callable(getattr(given, "apply", None))):
         known = [repr(name) for name in REGULARIZERS]
         raise ConfigError(f"regularizer: expected {', '.join(known)}, None or an object with apply(), got {given!r}")
-    if given is not None and strength != DEFAULT_STRENGTH:
-        raise ConfigError(
-            f"reg_strength: expected none beside a {type(given).__name__}, which has a strength of its own, got "
-            f"{strength!r}"
-        )
+    if strength != DEFAULT_STRENGTH:
+        why = "without a regulariser" if given is None else f"beside a {type(given).__name__}, which has one of its own"
+        raise ConfigError(f"reg_strength: expected no strength {why}, got {strength!r}")
     found: Regularizer | None = given
     return found

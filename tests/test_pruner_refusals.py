@@ -52,6 +52,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"regularizer": 3}, r"regularizer: expected 'group_norm', .* None or an object with apply\(\), got 3"),
     ({"reg_strength": -1e-4}, r"strength: expected a number, at least 0, got -0.0001"),
     ({"reg_strength": 1e-3, "regularizer": pat.regularizers.GroupNormRegularizer()}, r"reg_strength: .* a GroupNorm"),
+    ({"reg_strength": 1e-3, "regularizer": None}, r"reg_strength: expected no strength without a regulariser, got"),
     ({"reg_strength": 1e-3, "regularizer": {"name": "growing", "strength": 2e-3}}, r"got 0.001 and 0.002"),
     ({"schedule": lambda t: 2 * t}, r"schedule: the curve must return a fraction in 0 .. 1, got 1.2 at epoch 6"),
     ({"schedule": lambda t: "all"}, r"schedule: the curve must return a fraction in 0 .. 1, got 'all' at epoch 1"),
