@@ -28,7 +28,8 @@ def started(mode: Any, model: nn.Module | None = None, **options: Any) -> tuple[
     torch.manual_seed(0)
     model = (Small() if model is None else model).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
-    options = {"target_sparsity": 0.5, "end_epoch": 4, "reg_strength": 1e-2} | options
+    strength = {} if "regularizer" in options else {"reg_strength": 1e-2}
+    options = {"target_sparsity": 0.5, "end_epoch": 4} | strength | options
     return model, optimizer, pat.Pruner(model, mode=mode, example_inputs=X, optimizer=optimizer, **options)
 
 

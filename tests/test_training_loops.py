@@ -24,7 +24,8 @@ X = small_inputs(dtype=torch.float64)
 
 def twin(mode: str, model: nn.Module, optimizer: Optimizer, extra: Any = None, **options: Any) -> Twin:
     x = X.to(next(model.parameters()).dtype)
-    settings: dict[str, Any] = {"reg_strength": 1e-3, "end_epoch": 2, "verify": False, **options}
+    strength = {} if options.get("regularizer", "group_norm") is None else {"reg_strength": 1e-3}
+    settings: dict[str, Any] = {**strength, "end_epoch": 2, "verify": False, **options}
     return Twin(model, [optimizer], pat.Pruner(model, 0.5, example_inputs=x, mode=mode, **settings), extra)
 
 
