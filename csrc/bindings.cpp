@@ -55,9 +55,8 @@ void scale(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uint
 class Bringing {
  public:
   // `parts` is an iterator over tuples of lists of addresses, one for each of `all`, which have their sizes already.
-  template <class Last>
-  Bringing(const py::object& parts, std::vector<pat::Addresses*> all, const Last& last)
-      : parts_(parts), last_(last), all_(std::move(all)) {}
+  Bringing(const py::object& parts, std::vector<pat::Addresses*> all, std::function<void()> last)
+      : parts_(parts), last_(std::move(last)), all_(std::move(all)) {}
 
   // Calls `work` with what brings them; what was raised in Python stops it and is raised then.
   template <class Work>
@@ -82,15 +81,15 @@ class Bringing {
   void bring(pat::Arrived& arrived) {
     std::vector<size_t> counts(all_.size(), 0);
     for (const py::handle part : py::iter(parts_)) {
-      size_t least = SIZE_MAX;
+      int64_t there = INT64_MAX;
       for (size_t i = 0; i < all_.size(); ++i) {
-        pat::Addresses& to = *all_[i];
-        for (const py::handle address : py::list(part[py::int_(i)]))
-          if (counts[i] < to.size()) to[counts[i]++] = PyLong_AsVoidPtr(address.ptr());
-        if (PyErr_Occurred()) throw py::error_already_set();
-        if (counts[i] < to.size()) least = std::min(least, counts[i]);
+        const pat::Addresses some = addresses(part[py::int_(i)]);
+        const size_t n = std::min(some.size(), all_[i]->size() - counts[i]);
+        std::copy_n(some.begin(), n, all_[i]->begin() + counts[i]);
+        counts[i] += n;
+        if (counts[i] < all_[i]->size()) there = std::min(there, static_cast<int64_t>(counts[i]));
       }
-      arrived.tensors(static_cast<int64_t>(std::min<size_t>(least, INT64_MAX)));
+      arrived.tensors(there);
     }
     for (size_t i = 0; i < all_.size(); ++i)
       if (counts[i] < all_[i]->size()) throw py::value_error("fewer tensors than the table names");

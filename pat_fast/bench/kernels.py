@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backends import reference, select, shortcut
+from ..backends import reference, runner, shortcut
 from ..ops import NONE, Tile, TileTable, accumulator
 from ..surgery.journal import PART
 from ..surgery.layout import largest_first
@@ -159,8 +159,7 @@ class Kernels:
         places, count = largest_first(np.array([out.numel() for out in self.outs] * COPIES))
         order = places.tolist()
         device = self.index.device.type
-        is_chosen = any(choice.run is op for choice in select(device))
-        beside = shortcut("compact_beside", device) if is_chosen else None
+        beside = shortcut("compact_beside", device) if op is runner("channel_compact", device) else None
         parts = (order, []) if beside is None else (order[:count], order[count:])
         large, small = (self._part(xs, part) for part in parts)
 

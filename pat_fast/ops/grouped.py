@@ -196,11 +196,9 @@ def _looked_at(xs: Sequence[Tensor], table: TileTable, grouping: Grouping) -> It
     """
     known, done = table.known.get("xs"), 0
     if known is not None and known.plain and len(xs) == table.n_tensors and xs[0].dtype is known.dtype:
-        for number, part in enumerate(known.parts):
-            if not known.matches_part(number, xs):
-                break
-            yield xs[part]
-            done = part.stop
+        for part in known.matching(xs):
+            yield part
+            done += len(part)
     if done < len(xs):
         if not _are_plain("xs", xs, table, grouping):
             raise _NotPlain

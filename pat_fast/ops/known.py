@@ -6,9 +6,8 @@ of PyTorch, so it is tried out first; where it is missing or misses something, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -25,14 +24,14 @@ class Known:
     Attributes:
         dtype, device: of all of them.
         plain: whether :func:`is_plain` holds for all.
-        parts: of the list, one behind the other, that :meth:`matches_part` compares.
     """
 
-    __slots__ = ("_guards", "device", "dtype", "parts", "plain")
+    __slots__ = ("_guards", "_length", "device", "dtype", "plain")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.parts = [slice(at, min(at + PART, len(tensors))) for at in range(0, len(tensors), PART)]
-        self._guards = [_make(tensors[part]) for part in self.parts]
+        parts = (slice(at, at + PART) for at in range(0, len(tensors), PART))
+        self._guards = [(part, _make(tensors[part])) for part in parts]
+        self._length = len(tensors)
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
         self.plain = all(map(is_plain, tensors))
 
@@ -42,12 +41,15 @@ class Known:
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` would pass, too; the same modes are on."""
-        numbers = range(len(self.parts))
-        return len(tensors) == self.parts[-1].stop and all(map(self.matches_part, numbers, repeat(tensors)))
+        return len(tensors) == self._length and sum(map(len, self.matching(tensors))) == self._length
 
-    def matches_part(self, number: int, tensors: Sequence[Tensor]) -> bool:
-        """Whether one of the ``parts`` of a list that is as long would pass."""
-        return bool(self._guards[number].check(*tensors[self.parts[number]]))
+    def matching(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """The parts of a list that is as long, one after the other, up to the first that would not pass."""
+        for part, guards in self._guards:
+            some = tensors[part]
+            if not guards.check(*some):
+                return
+            yield some
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -172,7 +172,7 @@ class Copy:
             strides = list(map(Tensor.stride, xs))
         shapes = self._lay_out(strides)
         before, after = self._kept()
-        gone = 0
+        gone: int | None = None
         if lets_go:
             sources, targets, gone = self._gone()
             before, after = np.concatenate([before, sources]), np.concatenate([after, targets])
@@ -182,7 +182,7 @@ class Copy:
         # The tables were made from the plan and from tensors that were held against it just now: the public
         # wrapper's checks of each tensor would say the same again. Nor has anyone seen the new tensors yet.
         tables = torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device)
-        making = self._make(xs, *shapes, gone if lets_go else None)
+        making = self._make(xs, *shapes, gone)
         compact = shortcut("compact_beside", "cpu") if xs[0].device.type == "cpu" and not is_watched() else None
         if compact is not None:
             compact(making, *tables, xs[0].element_size(), meanwhile)

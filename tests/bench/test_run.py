@@ -91,12 +91,16 @@ def test_a_prune_copies_what_is_small_meanwhile(monkeypatch: pytest.MonkeyPatch)
         calls.append((len(tiles), len(arguments) > 3))
         cpu.compact_beside(parts, tiles, *arguments)
 
-    def other(*arguments: Any) -> None:
-        cpu.channel_compact(*arguments)
+    others: list[int] = []
+
+    def other(outs: Any, *arguments: Any) -> None:
+        others.append(len(outs))
+        cpu.channel_compact(outs, *arguments)
 
     monkeypatch.setattr("pat_fast.bench.kernels.shortcut", lambda *_: beside)
     case = Kernels(SHAPES["tiny"](), torch.float32, torch.device("cpu"), False)
     case.check("channel_compact fresh", {"channel_compact": other})
+    assert others == [4 * len(case.xs)]
     assert not calls
     case.check("channel_compact fresh", {"channel_compact": cpu.channel_compact})
     (large, first), (small, second) = calls
