@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .criteria import Criterion, Watching
-from .criteria.accumulator import Accumulator
 from .errors import ConfigError, PlanError
 from .modes import Mode
 from .plan import Binding, Plan
@@ -21,12 +20,10 @@ from .plan.types import Kept
 from .regularizers import GrowingRegularizer, Penalty, Regularizer
 from .resume import fit, structure_of
 from .stability import Steady
-from .surgery import register_state_layout
 from .surgery.undo import remember
 from .targets import Goal
 
 VERSION = 2
-register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # surgery shrinks it likewise
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..surgery import register_state_layout
 
 
 class Accumulator:
@@ -70,3 +71,6 @@ class Accumulator:
 
 def _wider(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # no optimizer, but laid out as one's

@@ -23,7 +23,6 @@ from ..criteria.magnitude import distances, distances_of
 from ..errors import ConfigError, PlanError
 from ..plan.bind import Binding, Tiles
 from ..plan.types import Axis, TensorMap
-from ..surgery import register_state_layout
 from ._fisher import OBDCImportance
 from ._groups import LAYERS, Item, is_depthwise, member_order, rows
 from ._magnitude import WEIGHTED, GroupMagnitudeImportance
@@ -46,8 +45,6 @@ __all__ = [
     "TaylorImportance",
     "member_order",
 ]
-
-register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]
 
 
 class MagnitudeImportance(GroupMagnitudeImportance):
