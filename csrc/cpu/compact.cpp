@@ -1,8 +1,14 @@
 // channel_compact: gathers kept rows and columns. Moves bits, so it knows element sizes, not dtypes.
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <tuple>
 
 #include "engine.h"
@@ -19,13 +25,36 @@ constexpr int64_t kRunBytes = 32;
 // faster picked out.
 // Of fewer rows they are picked out, too: to make masks for these takes longer.
 constexpr int64_t kLongBytes = 256, kFew = 6, kFewRows = 4;
-// What is fetched ahead of what is copied, at least, in whole rows: the processor cannot know which rows are kept.
-constexpr int64_t kAheadBytes = 8192;
 // Calls that write at least so much write past the caches, which could not hold it anyway; but not the smallest
 // tensors: to wait until all is written takes as long as to copy these.
 constexpr int64_t kStreamBytes = 32 << 20, kStreamSegment = 4096;
 
 std::atomic<int64_t> g_stream_bytes{kStreamBytes};
+
+struct Lines {
+  static void stream(char* to, const char* from, int64_t bytes) { kernels().stream(to, from, bytes); }
+  static void fence() { kernels().fence(); }
+};
+
+// Whether no page is there yet: the system will clear it when it is first written, and leave it in the caches. To ask
+// takes as long as to copy 10 KB: a thread that has found pages a few times in a row asks now and then.
+bool is_fresh([[maybe_unused]] const void* at) {
+#ifdef __linux__
+  constexpr int kFew = 4, kSeldom = 16;
+  static thread_local int found = 0, passed = 0;
+  if (found >= kFew && ++passed < kSeldom) return false;
+  passed = 0;
+  static const uintptr_t kPage = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char state = 1;
+  mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(at) / kPage * kPage), 1, &state);
+  found = state & 1 ? std::min(found + 1, kFew) : 0;
+  return found == 0;
+#else
+  return false;
+#endif
+}
+
+class Mask;
 
 // One tile and its destination: n rows, c columns, k; the axis that is far apart in the source is rows.
 struct Move {
@@ -33,7 +62,7 @@ struct Move {
   Canonical src;
   int64_t n, c, k, stride, sc, sk;
   const int32_t *rows, *cols;  // kept; null: all
-  const uint16_t* masks;       // the same columns as bits of words of 4 bytes; null: not to be compressed
+  Mask* mask;                  // the same columns as bits of words of 4 bytes; null: not to be compressed
 
   bool k_packed() const { return k == 1 || (src.sk == 1 && sk == 1); }
   int64_t unit() const { return k_packed() ? k : 1; }  // elements that stay together
@@ -92,30 +121,25 @@ void gather(const int32_t* cols, int64_t n, const T* from, T* to) {
   for (int64_t c = 0; c < n; ++c) to[c] = from[cols[c]];
 }
 
-// Columns as bits, made once for all tiles that keep the same ones.
-class Masks {
+// Columns as bits: made for all tiles that keep the same ones, by the thread that first needs them.
+class Mask {
  public:
-  const uint16_t* of(const Move& m, int64_t element_bytes) {
-    const int64_t words = m.unit() * element_bytes / 4;
-    if (!m.cols || m.n < kFewRows || m.c * kFew < m.src.c || m.c == 0) return nullptr;
-    if (!m.packed() || m.unit() * element_bytes % 4 != 0 || words * 4 >= kLongBytes) return nullptr;
-    const auto [found, is_new] = made_.try_emplace({m.cols, m.c, m.src.c, words});
-    std::vector<uint16_t>& bits = found->second;
-    if (is_new) make(m, words, bits);
-    return bits.empty() ? nullptr : bits.data();
+  // Null where runs are so long that they are copied faster. `m`, `words`: of any of these tiles.
+  const uint16_t* bits(const Move& m, int64_t words) {
+    std::call_once(made_, [&] { make(m.cols, m.c, m.src.c, words); });
+    return bits_.empty() ? nullptr : bits_.data();
   }
 
  private:
-  // Leaves no bits where runs are so long that they are copied faster.
-  static void make(const Move& m, int64_t words, std::vector<uint16_t>& bits) {
-    if (m.c * words * 4 >= kLongBytes * count_runs(m.cols, m.c)) return;
-    bits.resize((m.src.c * words + 63) / 64 * 4);
+  void make(const int32_t* cols, int64_t n, int64_t of, int64_t words) {
+    if (n * words * 4 >= kLongBytes * count_runs(cols, n)) return;
+    bits_.resize((of * words + 63) / 64 * 4);
     // 64 bits are put together before they are written.
     const uint64_t unit = (uint64_t{1} << words) - 1;
-    uint16_t* const to = bits.data();
+    uint16_t* const to = bits_.data();
     uint64_t open = 0, at = 0;
-    for (int64_t c = 0; c < m.c; ++c) {
-      const uint64_t from = static_cast<uint64_t>(m.cols[c] * words), place = from % 64;
+    for (int64_t c = 0; c < n; ++c) {
+      const uint64_t from = static_cast<uint64_t>(cols[c] * words), place = from % 64;
       if (from / 64 != at) {
         std::memcpy(to + 4 * at, &open, 8);
         open = 0, at = from / 64;
@@ -129,7 +153,21 @@ class Masks {
     std::memcpy(to + 4 * at, &open, 8);
   }
 
-  std::map<std::tuple<const int32_t*, int64_t, int64_t, int64_t>, std::vector<uint16_t>> made_;
+  std::once_flag made_;
+  std::vector<uint16_t> bits_;
+};
+
+class Masks {
+ public:
+  Mask* of(const Move& m, int64_t element_bytes) {
+    const int64_t words = m.unit() * element_bytes / 4;
+    if (!m.cols || m.n < kFewRows || m.c * kFew < m.src.c || m.c == 0) return nullptr;
+    if (!m.packed() || m.unit() * element_bytes % 4 != 0 || words * 4 >= kLongBytes) return nullptr;
+    return &all_[{m.cols, m.c, m.src.c, words}];
+  }
+
+ private:
+  std::map<std::tuple<const int32_t*, int64_t, int64_t, int64_t>, Mask> all_;
 };
 
 // How rows of a tile are moved.
@@ -140,31 +178,53 @@ struct Mover {
         from(static_cast<const T*>(x) + m.src.offset),
         to(static_cast<T*>(out) + m.offset),
         unit_bytes(m.unit() * static_cast<int64_t>(sizeof(T))) {
-    ahead = kAheadBytes / std::max<int64_t>(1, m.src.c * m.src.k * static_cast<int64_t>(sizeof(T))) + 1;
-    if (!m.packed() || m.masks) return;
+    if (m.mask) masks = m.mask->bits(m, m.unit() * static_cast<int64_t>(sizeof(T)) / 4);
+    far = kFarBytes / std::max<int64_t>(1, m.src.c * m.src.k * static_cast<int64_t>(sizeof(T))) + 1;
+    if (!m.packed() || masks) return;
     long_runs = m.cols == nullptr || m.unit() > 1 || m.c * unit_bytes >= kRunBytes * count_runs(m.cols, m.c);
     if (long_runs) runs = runs_of(m.cols, m.c);
   }
 
   const T* row(int64_t r) const { return from + (m.rows ? m.rows[r] : r) * m.src.rows.stride; }
-  const T* later(int64_t r) const { return row(std::min(r + ahead, m.n - 1)); }
   T* target(int64_t r) const { return to + r * m.stride; }
-  int64_t words() const { return m.src.c * unit_bytes / 4; }
+  const char* later(int64_t r) const { return reinterpret_cast<const char*>(row(std::min(r + far, m.n - 1))); }
+  Words words() const {
+    const int64_t each = static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<const char*>(from), m.src.rows.stride * each, m.src.c * m.src.k * each, m.rows, m.n,
+            m.src.c * unit_bytes / 4, m.c * unit_bytes / 4, masks};
+  }
 
   const Move& m;
   const T* from;
   T* to;
-  int64_t unit_bytes, ahead;
+  int64_t unit_bytes, far = 0;
   std::vector<Run> runs;
+  const uint16_t* masks = nullptr;
   bool long_runs = false;  // whether columns are copied by runs; else they are picked out
 };
 
 template <class T>
+void compress_rows(const Mover<T>& mover, int64_t r0, int64_t r1) {
+  const Move& m = mover.m;
+  const int64_t stride = m.stride * static_cast<int64_t>(sizeof(T));
+  Words x = mover.words();
+  if (m.k_packed()) return kernels().compress(&x, r0, r1, reinterpret_cast<char*>(mover.target(r0)), stride);
+  for (int64_t r = r0; r < r1; ++r) {
+    for (int64_t k = 0; k < m.k; ++k) {
+      x.from = reinterpret_cast<const char*>(mover.from + k * m.src.sk);
+      kernels().compress(&x, r, r + 1, reinterpret_cast<char*>(mover.target(r) + k * m.sk), stride);
+    }
+  }
+}
+
+template <class T>
 void move_rows(const Mover<T>& mover, int64_t r0, int64_t r1) {
   const Move& m = mover.m;
+  if (mover.masks) return compress_rows(mover, r0, r1);
   for (int64_t r = r0; r < r1; ++r) {
-    const T *from = mover.row(r), *later = mover.later(r);
+    const T* from = mover.row(r);
     T* to = mover.target(r);
+    expect_row(mover.later(r));
     if (!m.packed()) {
       move_one_by_one(m, from, to);
       continue;
@@ -172,11 +232,7 @@ void move_rows(const Mover<T>& mover, int64_t r0, int64_t r1) {
     for (int64_t k = 0; k < (m.k_packed() ? 1 : m.k); ++k) {
       const T* x = from + k * m.src.sk;
       T* y = to + k * m.sk;
-      if (m.masks)
-        kernels().compress(reinterpret_cast<uint32_t*>(y), m.c * mover.unit_bytes / 4,
-                           reinterpret_cast<const uint32_t*>(x), mover.words(), m.masks,
-                           reinterpret_cast<const uint32_t*>(later + k * m.src.sk));
-      else if (mover.long_runs)
+      if (mover.long_runs)
         for (const Run& run : mover.runs)
           std::memcpy(reinterpret_cast<char*>(y) + run.to * mover.unit_bytes,
                       reinterpret_cast<const char*>(x) + run.from * mover.unit_bytes, run.length * mover.unit_bytes);
@@ -189,21 +245,20 @@ void move_rows(const Mover<T>& mover, int64_t r0, int64_t r1) {
 template <class T>
 void stream_rows(const Mover<T>& mover, int64_t r0, int64_t r1) {
   const Move& m = mover.m;
-  Stream out(reinterpret_cast<char*>(mover.target(r0)));
+  char* const to = reinterpret_cast<char*>(mover.target(r0));
+  if (mover.masks) {
+    const Words x = mover.words();
+    return kernels().compress_past(&x, r0, r1, to);
+  }
+  Stream<Lines> out(to);
   for (int64_t r = r0; r < r1; ++r) {
     const T* from = mover.row(r);
-    if (m.masks) {
-      const auto *x = reinterpret_cast<const uint32_t*>(from),
-                 *later = reinterpret_cast<const uint32_t*>(mover.later(r));
-      constexpr int64_t kWords = Stream::kPiece / 4;
-      for (int64_t w = 0; w < mover.words(); w += kWords)
-        out.wrote(4 * kernels().compress(reinterpret_cast<uint32_t*>(out.room()), kWords + 16, x + w,
-                                         std::min(kWords, mover.words() - w), m.masks + w / 16, later + w));
-    } else if (mover.long_runs) {
+    expect_row(mover.later(r));
+    if (mover.long_runs) {
       for (const Run& run : mover.runs)
         out.copy(reinterpret_cast<const char*>(from) + run.from * mover.unit_bytes, run.length * mover.unit_bytes);
     } else {
-      constexpr int64_t kMost = Stream::kPiece / sizeof(T);
+      constexpr int64_t kMost = Stream<Lines>::kPiece / sizeof(T);
       for (int64_t c = 0; c < m.c; c += kMost) {
         const int64_t n = std::min(kMost, m.c - c);
         gather(m.cols + c, n, from, reinterpret_cast<T*>(out.room()));
@@ -235,7 +290,7 @@ void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* til
   moves.reserve(n_tiles);
   for (int64_t i = 0; i < n_tiles; ++i) {
     moves.push_back(make_move(tiles[i], out_tiles[i], index));
-    if (kernels().compress) moves[i].masks = masks.of(moves[i], element_bytes);
+    if (kernels().compress) moves[i].mask = masks.of(moves[i], element_bytes);
     plan.bytes += moves[i].n * moves[i].c * moves[i].k * element_bytes;
   }
   const int64_t target = chunk_bytes(plan);

@@ -16,6 +16,27 @@ struct Rows {
   int64_t inner, inner_stride;
 };
 
+// Rows of words of 4 bytes, `stride` bytes apart, in tensors whose rows have so many bytes. Of the rows those in rows [n]
+// stay (null: the first n), of each of their `length` words the `kept` ones whose bit is set in
+// masks [ceil(length / 16)].
+struct Words {
+  const char* from;
+  int64_t stride, bytes;
+  const int32_t* rows;
+  int64_t n, length, kept;
+  const uint16_t* masks;
+};
+
+// So many bytes before a row is copied, in whole rows, all of its lines are asked for, and still earlier the first ones:
+// the processor cannot know which rows stay, but goes on by itself where it has seen one begin.
+constexpr int64_t kNearBytes = 4096, kFarBytes = 8192;
+
+// Asks for the first lines of a row. GCC leaves calls of it out, as of a function without effect, unless it is inlined.
+static inline __attribute__((always_inline)) void expect_row(const char* row) {
+  __builtin_prefetch(row);
+  __builtin_prefetch(row + 64);
+}
+
 // Sums, coefficients and scales are double for kF64 and float for the other dtypes. A vector over the
 // elements of a row is [outer * inner]; a vector over rows is [n]. Both may be null.
 struct Kernels {
@@ -25,11 +46,11 @@ struct Kernels {
   void (*axpy[kDTypes])(void* y, const void* x, const Rows* rows, const void* row_coef, const void* col_coef);
   // x *= row_scale[r] * col_scale[j]; null counts as 1; a product of 0 writes 0.
   void (*scale[kDTypes])(void* x, const Rows* rows, const void* row_scale, const void* col_scale);
-  // Copies those of `length` words of 4 bytes whose bit is set in masks [ceil(length / 16)] to `to`, which has room for
-  // as many and maybe more, and is changed behind them; returns how many they are. What lies at `ahead`, as long, is
-  // fetched meanwhile. Null where the instruction set has nothing for it.
-  int64_t (*compress)(uint32_t* to, int64_t room, const uint32_t* from, int64_t length, const uint16_t* masks,
-                      const uint32_t* ahead);
+  // Copies what stays of the rows [r0, r1) of those that stay, to rows `stride` bytes apart. Null where the instruction
+  // set has nothing for it.
+  void (*compress)(const Words* x, int64_t r0, int64_t r1, char* to, int64_t stride);
+  // The same to rows that lie one behind the other, past the caches; others see them at the end.
+  void (*compress_past)(const Words* x, int64_t r0, int64_t r1, char* to);
   // Copies whole lines of 64 bytes to where a line begins, past the caches; others see them after `fence`, called by
   // the same thread. Null where the instruction set has nothing for it.
   void (*stream)(void* to, const void* from, int64_t bytes);

@@ -1,31 +1,15 @@
-// Memory that is written in order and past the caches: lines that are written whole need not be read first.
+// Memory that is written in order and past the caches: lines that are written whole need not be read first. Compiled with
+// several instruction sets: no std header is included, and `Lines`, and all of this with it, has internal linkage.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
-#include <cstring>
-
-#include "engine.h"
+#include <stdint.h>
 
 namespace pat {
 
-// Whether no page is there yet: the system will clear it when it is first written, and leave it in the caches.
-inline bool is_fresh([[maybe_unused]] const void* at) {
-#ifdef __linux__
-  static const uintptr_t kPage = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  unsigned char state = 1;
-  mincore(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(at) / kPage * kPage), 1, &state);
-  return (state & 1) == 0;
-#else
-  return false;
-#endif
-}
-
 // What comes is gathered in a buffer that stays in the first-level cache, and written a line of memory at a time. Lines
-// that belong to others in part, the first and the last, are written as ever. Needs kernels().stream.
+// that belong to others in part, the first and the last, are written as ever. Lines::stream and Lines::fence are those of
+// the kernels.
+template <class Lines>
 class Stream {
  public:
   static constexpr int64_t kPiece = 4096;  // bytes that may come at once
@@ -33,8 +17,8 @@ class Stream {
   explicit Stream(char* to) : fill_(reinterpret_cast<uintptr_t>(to) % kLine), skip_(fill_), to_(to - fill_) {}
   ~Stream() {
     drain();
-    std::memcpy(to_ + skip_, buffer_ + skip_, fill_ - skip_);
-    kernels().fence();
+    __builtin_memcpy(to_ + skip_, buffer_ + skip_, fill_ - skip_);
+    Lines::fence();
   }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
@@ -52,7 +36,7 @@ class Stream {
       put(from, bytes, (kLine - fill_ % kLine) % kLine);
       drain();
       const int64_t whole = bytes / kLine * kLine;
-      kernels().stream(to_, from, whole);
+      Lines::stream(to_, from, whole);
       to_ += whole, from += whole, bytes -= whole;
     }
     put(from, bytes, bytes);
@@ -63,7 +47,7 @@ class Stream {
   static constexpr int64_t kLine = 64, kDrain = 2048, kLong = 512;
 
   void put(const char*& from, int64_t& left, int64_t bytes) {
-    std::memcpy(room(), from, bytes);
+    __builtin_memcpy(room(), from, bytes);
     fill_ += bytes, from += bytes, left -= bytes;
   }
 
@@ -71,9 +55,9 @@ class Stream {
     const int64_t whole = fill_ / kLine * kLine;
     if (whole == 0) return;
     const int64_t first = skip_ > 0 ? kLine : 0;
-    if (first > 0) std::memcpy(to_ + skip_, buffer_ + skip_, first - skip_);
-    kernels().stream(to_ + first, buffer_ + first, whole - first);
-    std::memcpy(buffer_, buffer_ + whole, kLine);
+    if (first > 0) __builtin_memcpy(to_ + skip_, buffer_ + skip_, first - skip_);
+    Lines::stream(to_ + first, buffer_ + first, whole - first);
+    __builtin_memcpy(buffer_, buffer_ + whole, kLine);
     to_ += whole, fill_ -= whole, skip_ = 0;
   }
 
