@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backends import reference, runner, shortcut
 from ..ops import NONE, Tile, TileTable, accumulator
-from ..surgery.journal import PART
+from ..surgery.fresh import fresh
 from ..surgery.layout import largest_first
 from .clock import Timed
 from .results import Mismatch
@@ -60,8 +60,17 @@ class Call:
     rival: tuple[str, Callable[[], list[Tensor]]] | None = None
 
 
-Copied = tuple[list[Tensor], list[Tensor], Tensor, Tensor]
-"""What tensors become, the tensors, and the two tables."""
+class Copied(NamedTuple):
+    """Tensors, the shapes and strides of what they become, and the two tables."""
+
+    xs: list[Tensor]
+    shapes: list[Shape]
+    strides: list[Shape]
+    tables: tuple[Tensor, Tensor]
+
+    def fresh(self, outs: list[Tensor]) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
+        """Make what they become, some at a time."""
+        return fresh(self.xs, self.shapes, self.strides, outs, watched=False)
 
 
 class Kernels:
@@ -165,15 +174,15 @@ class Kernels:
 
         def ours() -> list[Tensor]:
             if beside is None:
-                outs = list(map(torch.empty_like, large[0]))
-                op(outs, *large[1:], self.index)
+                outs = [out for part, _ in large.fresh([]) for out in part]
+                op(outs, large.xs, *large.tables, self.index)
                 return outs
             bytes_, outs, others = xs[0].element_size(), list[Tensor](), list[Tensor]()
 
             def meanwhile() -> None:
-                beside(made(small, others), *small[2:], self.index, bytes_)
+                beside(small.fresh(others), *small.tables, self.index, bytes_)
 
-            beside(made(large, outs), *large[2:], self.index, bytes_, meanwhile)
+            beside(large.fresh(outs), *large.tables, self.index, bytes_, meanwhile)
             return outs + others
 
         def rival() -> list[Tensor]:
@@ -192,7 +201,9 @@ class Kernels:
         tables = [table.table.repeat(COPIES, 1)[places] for table in (self.table, self.out_table)]
         for table in tables:
             table[:, 0] = torch.arange(len(places))
-        return [self.outs[i % len(self.outs)] for i in places], [xs[i] for i in places], tables[0], tables[1]
+        outs = [self.outs[i % len(self.outs)] for i in places]
+        shapes = [tuple(out.shape) for out in outs]
+        return Copied([xs[i] for i in places], shapes, [out.stride() for out in outs], (tables[0], tables[1]))
 
     def _moments(self) -> list[list[Tensor]]:
         if not self._more:
@@ -236,13 +247,6 @@ class Kernels:
             return ""
         worst = float((got.double() - want.double()).abs().max())
         return f"differs from the reference by up to {worst:.1e} in a tensor of shape {list(want.shape)}"
-
-
-def made(copied: Copied, outs: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Make new tensors, some at a time, as a prune does."""
-    for at in range(0, len(copied[0]), PART):
-        outs += map(torch.empty_like, copied[0][at : at + PART])
-        yield outs[at:], copied[1][at : at + PART]
 
 
 def tiles_of(xs: Sequence[Tensor]) -> tuple[list[Tile], int]:

@@ -24,6 +24,7 @@ from ..plan.types import Axis, Plan, TensorMap, groups_left
 from .layout import Layout, dense_strides
 
 Row = list[int]  # of a tile table
+Shape = tuple[int, ...]  # or strides
 Pair = tuple[Row, Row]  # of both tables of a copy
 
 
@@ -78,13 +79,13 @@ class Gathering:
             self.large = np.append(layout.large, ones[:, 0] == 1)
             self.expected = [*layout.strides, *[(1,) for _ in joints]]
 
-    def rows(self, of: IndexArray, numbers: IndexArray) -> list[list[int]]:
+    def rows(self, of: IndexArray, numbers: IndexArray) -> list[Shape]:
         """What ``sizes`` or ``strides`` say of these tensors."""
         ndim, rows = self.ndim[numbers], of[numbers]
         starts = [0, *(np.flatnonzero(np.diff(ndim)) + 1).tolist(), len(numbers)]
-        found: list[list[int]] = []
+        found: list[Shape] = []
         for start, stop in pairwise(starts):
-            found += rows[start:stop, : int(ndim[start])].tolist() if stop > start else []
+            found += map(tuple, rows[start:stop, : int(ndim[start])].tolist()) if stop > start else []
         return found
 
     def index(self) -> Tensor:
@@ -167,7 +168,7 @@ def pairs(
     smaller = TensorMap(
         tensor.name,
         tensor.is_parameter,
-        tuple(gathering.rows(gathering.sizes, np.array([number]))[0]),
+        gathering.rows(gathering.sizes, np.array([number]))[0],
         groups_left(tensor, left),
         tensor.whole_groups,
         axes,

@@ -6,8 +6,7 @@ are as large as it was. The last batch keeps its old tensors; its new ones are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +20,8 @@ from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
 from ..plan.flat import IndexArray
 from ..plan.held import Kind, Seen
-from .gather import Gathering, Pair, Part, Row, pairs
+from .fresh import fresh
+from .gather import Gathering, Pair, Part, Row, Shape, pairs
 from .layout import dense_strides
 from .put import Blanks, blank_like, is_alone, set_tensor
 
@@ -32,7 +32,6 @@ STEP = 16 * 2**20
 """Bytes that are cut at once if there is room for them and the largest tensor is no larger. What comes next finds its
 memory where these were; more than 32 MiB at once the C library would ask of the system, page by page."""
 SOME = 2**20  # elements that are put back at once
-PART = 64  # tensors that are made at a time, while others are copied
 MUCH = 2**20  # bytes from which on the small tensors are cut while others are copied
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # dtypes that hold what is moved, by size
 
@@ -182,8 +181,9 @@ class Copy:
         # The tables were made from the plan and from tensors that were held against it just now: the public
         # wrapper's checks of each tensor would say the same again. Nor has anyone seen the new tensors yet.
         tables = torch.from_numpy(before), torch.from_numpy(after), index.to(xs[0].device)
-        making = self._make(xs, *shapes, gone)
-        compact = shortcut("compact_beside", "cpu") if xs[0].device.type == "cpu" and not is_watched() else None
+        watched = is_watched()
+        making = self._make(xs, *shapes, gone, watched)
+        compact = shortcut("compact_beside", "cpu") if xs[0].device.type == "cpu" and not watched else None
         if compact is not None:
             compact(making, *tables, xs[0].element_size(), meanwhile)
             return
@@ -194,21 +194,15 @@ class Copy:
             meanwhile()
 
     def _make(
-        self, xs: list[Tensor], shapes: list[list[int]], strides: list[list[int]], gone: int | None
-    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Make the new tensors, some at a time, so that the first can be written while others are made."""
-        # No name here for what is new: the traceback of an error would keep it.
-        outs, like = self._outs, xs[0]
-        make = partial(torch.empty_strided, dtype=like.dtype, device=like.device)
-        for at in range(0, len(xs), PART):
-            part = slice(at, at + PART)
-            outs += map(like.new_empty_strided if type(like) is Tensor else make, shapes[part], strides[part])
-            yield outs[part], xs[part]
+        self, xs: list[Tensor], shapes: list[Shape], strides: list[Shape], gone: int | None, watched: bool
+    ) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
+        """Make the new tensors, some at a time."""
+        yield from fresh(xs, shapes, strides, self._outs, watched=watched)
         if gone is not None:
-            outs.append(like.new_empty(gone))
-            yield outs[-1:], []
+            self._outs.append(xs[0].new_empty(gone))
+            yield self._outs[-1:], []
 
-    def _lay_out(self, strides: list[tuple[int, ...]]) -> tuple[list[list[int]], list[list[int]]]:
+    def _lay_out(self, strides: list[tuple[int, ...]]) -> tuple[list[Shape], list[Shape]]:
         """Shapes and strides of the new tensors; note which have one tile, and the tiles of the others."""
         gathering, numbers = self._gathering, self._numbers
         shapes, dense = gathering.rows(gathering.sizes, numbers), gathering.rows(gathering.strides, numbers)
@@ -217,8 +211,8 @@ class Copy:
         if strides != expected:
             plain &= [a == b for a, b in zip(strides, expected, strict=True)]
         for place in np.flatnonzero(~plain).tolist():
-            dense[place] = list(dense_strides(shapes[place], strides[place]))
-            for stays, pair in pairs(gathering, int(numbers[place]), place, strides[place], tuple(dense[place])):
+            dense[place] = dense_strides(shapes[place], strides[place])
+            for stays, pair in pairs(gathering, int(numbers[place]), place, strides[place], dense[place]):
                 (self._odd if stays else self._odd_gone).append(pair)
         self._plain = np.flatnonzero(plain)
         return shapes, dense
