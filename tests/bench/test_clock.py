@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -65,6 +66,22 @@ def test_times_are_milliseconds_of_the_call_alone() -> None:
         return lambda: None
 
     assert clock.compare({"": prepare})[""].ms < 40
+
+
+def test_what_a_call_returns_outlives_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Letting go of what is new is no part of making it."""
+    clock, ends = Clock(torch.device("cpu"), rounds=2, mebibytes=1), list[bool]()
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def run() -> torch.Tensor:
+        tensor = torch.ones(1)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Clock, "_wait", lambda self: ends.append(bool(made) and made[-1]() is not None))
+    clock.compare({"": lambda: run})
+    assert ends == [False, True] * 3
+    assert made[-1]() is None
 
 
 def test_every_kind_of_traffic_gets_the_best_rate_seen(monkeypatch: pytest.MonkeyPatch) -> None:
