@@ -190,8 +190,14 @@ struct Mover {
   const char* later(int64_t r) const { return reinterpret_cast<const char*>(row(std::min(r + far, m.n - 1))); }
   Words words() const {
     const int64_t each = static_cast<int64_t>(sizeof(T));
-    return {reinterpret_cast<const char*>(from), m.src.rows.stride * each, m.src.c * m.src.k * each, m.rows, m.n,
-            m.src.c * unit_bytes / 4, m.c * unit_bytes / 4, masks};
+    return {reinterpret_cast<const char*>(from),
+            m.src.rows.stride * each,
+            m.src.c * m.src.k * each,
+            m.rows,
+            m.n,
+            m.src.c * unit_bytes / 4,
+            m.c * unit_bytes / 4,
+            masks};
   }
 
   const Move& m;

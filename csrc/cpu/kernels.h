@@ -16,9 +16,9 @@ struct Rows {
   int64_t inner, inner_stride;
 };
 
-// Rows of words of 4 bytes, `stride` bytes apart, in tensors whose rows have so many bytes. Of the rows those in rows [n]
-// stay (null: the first n), of each of their `length` words the `kept` ones whose bit is set in
-// masks [ceil(length / 16)].
+// Rows of words of 4 bytes, `stride` bytes apart, in tensors whose rows have so many bytes. Of the rows those in rows
+// [n] stay (null: the first n), of each of their `length` words the `kept` ones whose bit is set in masks [ceil(length
+// / 16)].
 struct Words {
   const char* from;
   int64_t stride, bytes;
@@ -27,8 +27,8 @@ struct Words {
   const uint16_t* masks;
 };
 
-// So many bytes before a row is copied, in whole rows, all of its lines are asked for, and still earlier the first ones:
-// the processor cannot know which rows stay, but goes on by itself where it has seen one begin.
+// So many bytes before a row is copied, in whole rows, all of its lines are asked for, and still earlier the first
+// ones: the processor cannot know which rows stay, but goes on by itself where it has seen one begin.
 constexpr int64_t kNearBytes = 4096, kFarBytes = 8192;
 
 // Asks for the first lines of a row. GCC leaves calls of it out, as of a function without effect, unless it is inlined.

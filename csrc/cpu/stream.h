@@ -1,5 +1,5 @@
-// Memory that is written in order and past the caches: lines that are written whole need not be read first. Compiled with
-// several instruction sets: no std header is included, and `Lines`, and all of this with it, has internal linkage.
+// Memory that is written in order and past the caches: lines that are written whole need not be read first. Compiled
+// with several instruction sets: no std header is included, and `Lines`, and all of this with it, has internal linkage.
 #pragma once
 
 #include <stdint.h>
@@ -7,8 +7,8 @@
 namespace pat {
 
 // What comes is gathered in a buffer that stays in the first-level cache, and written a line of memory at a time. Lines
-// that belong to others in part, the first and the last, are written as ever. Lines::stream and Lines::fence are those of
-// the kernels.
+// that belong to others in part, the first and the last, are written as ever. Lines::stream and Lines::fence are those
+// of the kernels.
 template <class Lines>
 class Stream {
  public:
