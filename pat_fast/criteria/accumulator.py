@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..surgery import register_state_layout
 
 
 class Accumulator:
@@ -19,6 +18,8 @@ class Accumulator:
     shrinks it along with the parameter (pass it to :func:`pat_fast.surgery.prune` among the optimizers). Sums
     are float32, or float64 where the parameter is.
     """
+
+    state_layout: ClassVar = {"sum": "elementwise"}
 
     def __init__(self) -> None:
         self.state: dict[Tensor, dict[str, Any]] = {}
@@ -71,6 +72,3 @@ class Accumulator:
 
 def _wider(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-register_state_layout(Accumulator, {"sum": "elementwise"})  # type: ignore[arg-type]  # no optimizer, but laid out as one's

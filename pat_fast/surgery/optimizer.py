@@ -329,8 +329,11 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def _layout(cls: type) -> dict[str, Layout]:
-    """What is known of ``cls``: its own layout, and that of its bases for keys that it does not name."""
-    known: dict[str, Layout] = {}
+    """What is known of ``cls``: its own layout, and that of its bases for keys that it does not name.
+
+    What is like an optimizer, but of a part that surgery knows nothing of, names it itself, as its ``state_layout``.
+    """
+    known: dict[str, Layout] = dict(getattr(cls, "state_layout", {}))
     for base in reversed(cls.__mro__):
         known.update(_LAYOUTS.get(base, {}))
     return known
