@@ -54,6 +54,9 @@ bool is_fresh([[maybe_unused]] const void* at) {
 #endif
 }
 
+// Of the words that a unit's bits are compressed by.
+int64_t word_bytes(int64_t unit_bytes) { return unit_bytes % 4 == 0 ? 4 : 2; }
+
 class Mask;
 
 // One tile and its destination: n rows, c columns, k; the axis that is far apart in the source is rows.
@@ -62,7 +65,7 @@ struct Move {
   Canonical src;
   int64_t n, c, k, stride, sc, sk;
   const int32_t *rows, *cols;  // kept; null: all
-  Mask* mask;                  // the same columns as bits of words of 4 bytes; null: not to be compressed
+  Mask* mask;                  // the same columns as bits of words; null: not to be compressed
 
   bool k_packed() const { return k == 1 || (src.sk == 1 && sk == 1); }
   int64_t unit() const { return k_packed() ? k : 1; }  // elements that stay together
@@ -124,15 +127,16 @@ void gather(const int32_t* cols, int64_t n, const T* from, T* to) {
 // Columns as bits: made for all tiles that keep the same ones, by the thread that first needs them.
 class Mask {
  public:
-  // Null where runs are so long that they are copied faster. `m`, `words`: of any of these tiles.
-  const uint16_t* bits(const Move& m, int64_t words) {
-    std::call_once(made_, [&] { make(m.cols, m.c, m.src.c, words); });
+  // Null where runs are so long that they are copied faster. `m`, `unit_bytes`: of any of these tiles.
+  const uint16_t* bits(const Move& m, int64_t unit_bytes) {
+    std::call_once(made_, [&] { make(m.cols, m.c, m.src.c, unit_bytes); });
     return bits_.empty() ? nullptr : bits_.data();
   }
 
  private:
-  void make(const int32_t* cols, int64_t n, int64_t of, int64_t words) {
-    if (n * words * 4 >= kLongBytes * count_runs(cols, n)) return;
+  void make(const int32_t* cols, int64_t n, int64_t of, int64_t unit_bytes) {
+    if (n * unit_bytes >= kLongBytes * count_runs(cols, n)) return;
+    const int64_t words = unit_bytes / word_bytes(unit_bytes);
     bits_.resize((of * words + 63) / 64 * 4);
     // 64 bits are put together before they are written.
     const uint64_t unit = (uint64_t{1} << words) - 1;
@@ -160,13 +164,15 @@ class Mask {
 class Masks {
  public:
   Mask* of(const Move& m, int64_t element_bytes) {
-    const int64_t words = m.unit() * element_bytes / 4;
+    const int64_t unit_bytes = m.unit() * element_bytes;
     if (!m.cols || m.n < kFewRows || m.c * kFew < m.src.c || m.c == 0) return nullptr;
-    if (!m.packed() || m.unit() * element_bytes % 4 != 0 || words * 4 >= kLongBytes) return nullptr;
-    return &all_[{m.cols, m.c, m.src.c, words}];
+    if (!m.packed() || unit_bytes % 2 != 0 || unit_bytes >= kMost * word_bytes(unit_bytes)) return nullptr;
+    return &all_[{m.cols, m.c, m.src.c, unit_bytes}];
   }
 
  private:
+  static constexpr int64_t kMost = 64;  // words of a unit, whose bits are put into one integer
+
   std::map<std::tuple<const int32_t*, int64_t, int64_t, int64_t>, Mask> all_;
 };
 
@@ -178,7 +184,7 @@ struct Mover {
         from(static_cast<const T*>(x) + m.src.offset),
         to(static_cast<T*>(out) + m.offset),
         unit_bytes(m.unit() * static_cast<int64_t>(sizeof(T))) {
-    if (m.mask) masks = m.mask->bits(m, m.unit() * static_cast<int64_t>(sizeof(T)) / 4);
+    if (m.mask) masks = m.mask->bits(m, unit_bytes);
     far = kFarBytes / std::max<int64_t>(1, m.src.c * m.src.k * static_cast<int64_t>(sizeof(T))) + 1;
     if (!m.packed() || masks) return;
     long_runs = m.cols == nullptr || m.unit() > 1 || m.c * unit_bytes >= kRunBytes * count_runs(m.cols, m.c);
@@ -189,14 +195,15 @@ struct Mover {
   T* target(int64_t r) const { return to + r * m.stride; }
   const char* later(int64_t r) const { return reinterpret_cast<const char*>(row(std::min(r + far, m.n - 1))); }
   Words words() const {
-    const int64_t each = static_cast<int64_t>(sizeof(T));
+    const int64_t each = static_cast<int64_t>(sizeof(T)), size = word_bytes(unit_bytes);
     return {reinterpret_cast<const char*>(from),
             m.src.rows.stride * each,
             m.src.c * m.src.k * each,
+            size,
             m.rows,
             m.n,
-            m.src.c * unit_bytes / 4,
-            m.c * unit_bytes / 4,
+            m.src.c * unit_bytes / size,
+            m.c * unit_bytes / size,
             masks};
   }
 

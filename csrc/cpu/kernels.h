@@ -16,12 +16,12 @@ struct Rows {
   int64_t inner, inner_stride;
 };
 
-// Rows of words of 4 bytes, `stride` bytes apart, in tensors whose rows have so many bytes. Of the rows those in rows
-// [n] stay (null: the first n), of each of their `length` words the `kept` ones whose bit is set in masks [ceil(length
-// / 16)].
+// Rows of words of `size` bytes, 2 or 4, `stride` bytes apart, in tensors whose rows have so many bytes. Of the rows
+// those in rows [n] stay (null: the first n), of each of their `length` words the `kept` ones whose bit is set in masks
+// [ceil(length / 16)].
 struct Words {
   const char* from;
-  int64_t stride, bytes;
+  int64_t stride, bytes, size;
   const int32_t* rows;
   int64_t n, length, kept;
   const uint16_t* masks;

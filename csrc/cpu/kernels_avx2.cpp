@@ -4,8 +4,6 @@
 namespace pat {
 namespace {
 
-constexpr int64_t kWords = 8;
-
 // For each of the sets of eight words, the numbers of those in it, from the first on; then zeros.
 struct Order {
   constexpr Order() : of() {
@@ -17,29 +15,33 @@ struct Order {
 };
 alignas(64) constexpr Order kOrder;
 
-inline __m256i in_order(__m256i words, unsigned bits) {
-  const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kOrder.of[bits]));
-  return _mm256_permutevar8x32_epi32(words, _mm256_cvtepu8_epi32(order));
-}
+struct Words4 {
+  static constexpr int64_t kBytes = 4, kWords = 8;
 
-inline int64_t put(char* to, const char* from, unsigned bits) {
-  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(words, bits));
-  return 4 * __builtin_popcount(bits);
-}
+  static __m256i in_order(__m256i words, unsigned bits) {
+    const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kOrder.of[bits]));
+    return _mm256_permutevar8x32_epi32(words, _mm256_cvtepu8_epi32(order));
+  }
 
-// Bits as lanes whose sign is set.
-inline __m256i lanes(unsigned bits) {
-  return _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(bits)),
-                           _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
-}
+  static int64_t put(char* to, const char* from, unsigned bits) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), in_order(words, bits));
+    return kBytes * __builtin_popcount(bits);
+  }
 
-inline int64_t put_few(char* to, const char* from, unsigned bits) {
-  const int count = __builtin_popcount(bits);
-  const __m256i words = _mm256_maskload_epi32(reinterpret_cast<const int*>(from), lanes(bits));
-  _mm256_maskstore_epi32(reinterpret_cast<int*>(to), lanes((1u << count) - 1u), in_order(words, bits));
-  return 4 * count;
-}
+  // Bits as lanes whose sign is set.
+  static __m256i lanes(unsigned bits) {
+    const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    return _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), to_sign);
+  }
+
+  static int64_t put_few(char* to, const char* from, unsigned bits) {
+    const int count = __builtin_popcount(bits);
+    const __m256i words = _mm256_maskload_epi32(reinterpret_cast<const int*>(from), lanes(bits));
+    _mm256_maskstore_epi32(reinterpret_cast<int*>(to), lanes((1u << count) - 1u), in_order(words, bits));
+    return kBytes * count;
+  }
+};
 
 }  // namespace
 }  // namespace pat
