@@ -51,7 +51,8 @@ def channel_reduce(
         ``[table.slots]`` in the accumulator dtype; 0 for slots that no tile names.
 
     Raises:
-        OpError: tensors that do not fit the table, an unknown ``f``, ``ys`` missing or superfluous.
+        OpError: tensors that do not fit the table, tiles that name the same slots, an unknown ``f``, ``ys`` missing or
+            superfluous.
     """
     if f not in FUNCTIONS:
         _fail(f"f to be one of {', '.join(FUNCTIONS)}", f"{f!r}{did_you_mean(str(f), FUNCTIONS)}")
@@ -62,6 +63,8 @@ def channel_reduce(
         exponent = float(p)
     except (TypeError, ValueError):
         _fail("p to be a number", repr(p))
+    if isinstance(table, TileTable) and table.shares_slots:
+        _fail("tiles that name slots of their own", "a table of shared slots, as a compaction's destination has it")
     plain = _check_tensors("xs", xs, table)
     if ys is not None:
         plain = _check_tensors("ys", ys, table, like=xs) and plain

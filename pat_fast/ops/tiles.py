@@ -69,6 +69,7 @@ class TileTable:
         shapes, strides: the same, apart.
         extents: ``[n_tensors]``, elements from a tensor's first to its last.
         rows: ``table`` as Python integers.
+        shares_slots: whether tiles name the same slots, as those of a compaction's destination may.
         writable: whether no element is named twice, so that each can be written on its own.
         known: lists of tensors that were given before, by the name of the argument; None for one that came once.
         apart: addresses of tensors that were seen to share no memory, with the sizes that matter.
@@ -82,6 +83,7 @@ class TileTable:
         "n_tensors",
         "rows",
         "shapes",
+        "shares_slots",
         "slots",
         "strides",
         "table",
@@ -126,7 +128,8 @@ class TileTable:
         if not _surely_inside(columns, extents, slots):
             for number, row in enumerate(self.rows):  # says what is wrong, if anything is
                 _check_tile(number, row, extents, slots)
-        if not shared_slots and not _surely_own_slots(columns):
+        self.shares_slots = not _surely_own_slots(columns)
+        if self.shares_slots and not shared_slots:
             _check_slots(self.rows)
         self.writable = _is_disjoint(self.rows, columns, extents)
         self.known: dict[str, Known | None] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -204,6 +206,17 @@ def test_bad_compactions_are_refused(change, message: str) -> None:
     with pytest.raises(OpError, match=message):
         ops.channel_compact(**arguments)
     assert target.x.isnan().all()
+
+
+def test_sums_into_slots_that_tiles_share_are_refused() -> None:
+    """Threads would add to them side by side."""
+    x = torch.ones(4, 3)
+    tile = Tile(0, 0, (4, 3, 1), (3, 1, 1), 0, 4)
+    shared = TileTable.from_tiles([x, x.clone()], [tile, replace(tile, tensor=1, col=7)], shared_slots=True)
+    with pytest.raises(OpError, match="slots of their own"):
+        ops.channel_reduce([x, x.clone()], shared)
+    alone = TileTable.from_tiles([x], [tile], shared_slots=True)
+    assert ops.channel_reduce([x], alone).tolist() == [3] * 4 + [4] * 3
 
 
 def test_a_destination_inside_the_source_is_refused() -> None:
