@@ -6,11 +6,13 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
 #include "cpu/groups.h"
+#include "cpu/plan.h"
 
 namespace py = pybind11;
 
@@ -109,50 +111,45 @@ std::function<void()> calling(const py::object& python) {
   };
 }
 
-// Room for the addresses of the tensors that a table names.
-pat::Addresses room_for(const pat::Tile* tiles, int64_t n_tiles) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < n_tiles; ++i) n = std::max(n, tiles[i].tensor + 1);
-  return pat::Addresses(n);
-}
-
 void compact(const py::object& parts, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles, int64_t element_bytes,
              uintptr_t index, int threads, const py::object& last) {
   const auto *from = pointer<pat::Tile>(tiles), *to = pointer<pat::Tile>(out_tiles);
-  pat::Addresses out = room_for(to, n_tiles), x = room_for(from, n_tiles);
+  pat::Addresses out(pat::tensors_of(to, n_tiles)), x(pat::tensors_of(from, n_tiles));
   Bringing(parts, {&out, &x}, calling(last)).beside([&](const pat::Meanwhile& meanwhile) {
     pat::channel_compact(out, x, from, to, n_tiles, element_bytes, pointer<int32_t>(index), threads, meanwhile);
   });
 }
 
-// Runs as rows of three, and the sizes of groups; both stay with the caller.
-pat::Grouping grouping(uintptr_t runs, int64_t n_runs, int64_t slots, uintptr_t sizes, int64_t n_groups,
-                       int64_t channels) {
-  return {pointer<pat::Run>(runs), n_runs, slots, pointer<int64_t>(sizes), n_groups, channels};
+// Runs as rows of three, and the sizes of groups; these and the tiles stay with the caller.
+std::unique_ptr<pat::Grouping> grouping(uintptr_t tiles, int64_t n_tiles, uintptr_t runs, int64_t n_runs, int64_t slots,
+                                        uintptr_t sizes, int64_t n_groups, int64_t channels) {
+  return std::make_unique<pat::Grouping>(pointer<pat::Tile>(tiles), n_tiles, pointer<pat::Run>(runs), n_runs, slots,
+                                         pointer<int64_t>(sizes), n_groups, channels);
 }
 
-void totals(const py::object& parts, uintptr_t tiles, int64_t n_tiles, int dtype, int func, double p,
-            const pat::Grouping& of, uintptr_t out, bool divided, int threads, const py::object& last) {
-  const auto* from = pointer<pat::Tile>(tiles);
-  pat::Addresses x = room_for(from, n_tiles);
-  Bringing(parts, {&x}, calling(last)).beside([&](const pat::Meanwhile& meanwhile) {
-    pat::channel_totals(x, from, n_tiles, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, divided,
-                        pointer<void>(out), threads, meanwhile);
+// `out` makes the sums' memory while the xs are read, and says where it is.
+void totals(const py::object& out, const py::object& parts, int dtype, int func, double p, const pat::Grouping& of,
+            bool divided, int threads) {
+  pat::Addresses x(of.n_tensors);
+  void* sums = nullptr;
+  const auto last = [&] { sums = pointer<void>(py::cast<uintptr_t>(out())); };
+  Bringing(parts, {&x}, last).beside([&](const pat::Meanwhile& meanwhile) {
+    pat::channel_totals(x, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, divided, sums, threads,
+                        meanwhile);
   });
 }
 
 // `ys` makes the list of their addresses while the xs are read; nothing is added if it raises.
-void push(const py::object& ys, const py::object& parts, uintptr_t tiles, int64_t n_tiles, int dtype, int func,
-          double p, const pat::Grouping& of, double alpha, double strength, uintptr_t where, int threads) {
-  const auto* from = pointer<pat::Tile>(tiles);
-  pat::Addresses y, x = room_for(from, n_tiles);
+void push(const py::object& ys, const py::object& parts, int dtype, int func, double p, const pat::Grouping& of,
+          double alpha, double strength, uintptr_t where, int threads) {
+  pat::Addresses y, x(of.n_tensors);
   const auto last = [&] {
     y = addresses(ys());
     if (y.size() < x.size()) throw py::value_error("fewer tensors to change than the table names");
   };
   Bringing(parts, {&x}, last).beside([&](const pat::Meanwhile& meanwhile) {
-    pat::group_push(y, x, from, n_tiles, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, alpha,
-                    strength, pointer<uint8_t>(where), threads, meanwhile);
+    pat::group_push(y, x, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, alpha, strength,
+                    pointer<uint8_t>(where), threads, meanwhile);
   });
 }
 
@@ -164,7 +161,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("axpy", &axpy);
   m.def("scale", &scale);
   m.def("compact", &compact);
-  py::class_<pat::Grouping>(m, "Grouping").def(py::init(&grouping));
+  py::class_<pat::Grouping>(m, "Grouping")
+      .def(py::init(&grouping))
+      .def_readonly("tensors", &pat::Grouping::n_tensors)
+      .def_readonly("channels", &pat::Grouping::channels);
   m.def("totals", &totals);
   m.def("push", &push);
   m.def("isa", &pat::isa, "Instruction set in use.");

@@ -12,26 +12,23 @@
 namespace pat {
 namespace {
 
-// Channels that a thread adds up at a time.
-constexpr int64_t kPart = 2048;
+// The least that a thread adds up at a time, and how many parts for each thread: each looks at all runs.
+constexpr int64_t kPart = 256, kParts = 2;
 
-// Sums over all that belongs to a channel, in the order of the slots: [channels]. `room` is for the slots and a pass.
-// False: stopped.
+// Sums over all that belongs to a channel, in the order of the slots: [channels].
 template <class A>
-bool sum_channels(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, A* totals,
-                  A* room, int threads, const Meanwhile& meanwhile) {
-  if (!reduce(xs, {}, plan, dtype, func, p, room, g.slots, room + padded(g.slots), threads, meanwhile)) return false;
+void sum_channels(const A* of_slots, const Grouping& g, A* totals, int threads) {
   const int64_t bytes = (g.slots + g.channels) * static_cast<int64_t>(sizeof(A));
-  parallel_for((g.channels + kPart - 1) / kPart, bytes, threads, [&](int64_t part, int) {
-    const int64_t first = part * kPart, last = std::min(g.channels, first + kPart);
+  const int64_t each = std::max(kPart, g.channels / (kParts * threads) + 1);
+  parallel_for((g.channels + each - 1) / each, bytes, threads, [&](int64_t part, int) {
+    const int64_t first = part * each, last = std::min(g.channels, first + each);
     std::fill(totals + first, totals + last, A(0));
     for (const Run* run = g.runs; run != g.runs + g.n_runs; ++run) {
-      const A* slots = room + run->slot - run->channel;
+      const A* slots = of_slots + run->slot - run->channel;
       const int64_t end = std::min(last, run->channel + run->length);
       for (int64_t c = std::max(first, run->channel); c < end; ++c) totals[c] += slots[c];
     }
   });
-  return true;
 }
 
 // Calls work(channel, channels) with the range of each group.
@@ -102,9 +99,13 @@ const A* at_side(const Grouping& g, int64_t slot, int64_t length, const A* value
 
 template <class A>
 void totals_of(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, bool divided,
-               A* totals, int threads, const Meanwhile& meanwhile) {
-  const Scratch scratch((padded(g.slots) + room_for(plan, threads)) * sizeof(A));
-  if (!sum_channels(xs, plan, dtype, func, p, g, totals, scratch.as<A>(), threads, meanwhile)) return;
+               void* const& to, int threads, const Meanwhile& meanwhile) {
+  const int64_t each = padded(g.slots);
+  const Scratch scratch((each + room_for(plan, threads)) * sizeof(A));
+  A* slots = scratch.as<A>();
+  if (!reduce(xs, {}, plan, dtype, func, p, slots, g.slots, slots + each, threads, meanwhile)) return;
+  A* totals = static_cast<A*>(to);
+  sum_channels(slots, g, totals, threads);
   if (divided) for_groups(g, threads, [&](int64_t at, int64_t n) { divide_by_mean(totals + at, n); });
 }
 
@@ -115,32 +116,53 @@ void push(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtyp
   const int64_t each = padded(g.channels);
   const Scratch scratch((2 * each + padded(g.slots) + room_for(plan, threads)) * sizeof(A));
   A *totals = scratch.as<A>(), *gamma = totals + each, *slots = gamma + each;
-  if (!sum_channels(xs, plan, dtype, func, p, g, totals, slots, threads, meanwhile)) return;
+  A* room = slots + padded(g.slots);
+  if (!reduce(xs, {}, plan, dtype, func, p, slots, g.slots, room, threads, meanwhile)) return;
+  sum_channels(slots, g, totals, threads);
   for_groups(g, threads, [&](int64_t at, int64_t n) {
     weigh(totals + at, gamma + at, n, alpha, strength);
     for (int64_t i = at; where != nullptr && i < at + n; ++i) gamma[i] = where[i] ? gamma[i] : A(0);
   });
-  std::vector<Sides<A>> sides;
-  for (const Canonical& t : plan.tiles)
-    sides.push_back({at_side(g, t.row, t.rows.n, gamma, slots), at_side(g, t.col, t.c, gamma, slots)});
-  axpy<A>(
-      ys, xs, plan, dtype, [&](const Canonical& t) { return sides[&t - plan.tiles.data()]; }, slots + padded(g.slots),
-      threads);
+  const auto n_tiles = static_cast<int64_t>(plan.tiles.size());
+  std::vector<Sides<A>> sides(n_tiles);
+  parallel_for(n_tiles, g.slots * static_cast<int64_t>(sizeof(A)), threads, [&](int64_t i, int) {
+    const Canonical& t = plan.tiles[i];
+    sides[i] = {at_side(g, t.row, t.rows.n, gamma, slots), at_side(g, t.col, t.c, gamma, slots)};
+  });
+  axpy<A>(ys, xs, plan, dtype, [&](const Canonical& t) { return sides[&t - plan.tiles.data()]; }, room, threads);
 }
 
 }  // namespace
 
-void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func, double p,
-                    const Grouping& g, bool divided, void* totals, int threads, const Meanwhile& meanwhile) {
-  const Plan plan = make_plan(tiles, n_tiles, kElementBytes[dtype]);
-  if (dtype == kF64) totals_of(xs, plan, dtype, func, p, g, divided, static_cast<double*>(totals), threads, meanwhile);
-  else totals_of(xs, plan, dtype, func, p, g, divided, static_cast<float*>(totals), threads, meanwhile);
+Grouping::Grouping(const Tile* tiles, int64_t n_tiles, const Run* runs, int64_t n_runs, int64_t slots,
+                   const int64_t* sizes, int64_t n_groups, int64_t channels)
+    : tiles(tiles),
+      n_tiles(n_tiles),
+      runs(runs),
+      n_runs(n_runs),
+      slots(slots),
+      sizes(sizes),
+      n_groups(n_groups),
+      channels(channels),
+      n_tensors(tensors_of(tiles, n_tiles)) {}
+
+const Plan& Grouping::plan(DType dtype) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_ptr<const Plan>& known = plans_[dtype];
+  if (known == nullptr) known = std::make_unique<const Plan>(make_plan(tiles, n_tiles, kElementBytes[dtype]));
+  return *known;
 }
 
-void group_push(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func,
-                double p, const Grouping& g, double alpha, double strength, const uint8_t* where, int threads,
-                const Meanwhile& meanwhile) {
-  const Plan plan = make_plan(tiles, n_tiles, kElementBytes[dtype]);
+void channel_totals(const Addresses& xs, DType dtype, Func func, double p, const Grouping& g, bool divided,
+                    void* const& totals, int threads, const Meanwhile& meanwhile) {
+  const Plan& plan = g.plan(dtype);
+  if (dtype == kF64) totals_of<double>(xs, plan, dtype, func, p, g, divided, totals, threads, meanwhile);
+  else totals_of<float>(xs, plan, dtype, func, p, g, divided, totals, threads, meanwhile);
+}
+
+void group_push(const Addresses& ys, const Addresses& xs, DType dtype, Func func, double p, const Grouping& g,
+                double alpha, double strength, const uint8_t* where, int threads, const Meanwhile& meanwhile) {
+  const Plan& plan = g.plan(dtype);
   if (dtype == kF64) push<double>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads, meanwhile);
   else push<float>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads, meanwhile);
 }

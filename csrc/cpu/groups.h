@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <mutex>
 
 #include "engine.h"
+#include "plan.h"
 
 namespace pat {
 
@@ -12,25 +15,41 @@ struct Run {
   int64_t slot, channel, length;
 };
 
-struct Grouping {
+// A table, its slots by channels, and these by groups. What it points at stays with the caller.
+class Grouping {
+ public:
+  // sizes: channels of each group, one group after the other.
+  Grouping(const Tile* tiles, int64_t n_tiles, const Run* runs, int64_t n_runs, int64_t slots, const int64_t* sizes,
+           int64_t n_groups, int64_t channels);
+
+  // How work on the table is cut; found out once.
+  const Plan& plan(DType dtype) const;
+
+  const Tile* tiles;
+  const int64_t n_tiles;
   const Run* runs;
-  int64_t n_runs, slots;
-  const int64_t* sizes;  // channels of each group, one group after the other
-  int64_t n_groups, channels;
+  const int64_t n_runs, slots;
+  const int64_t* sizes;
+  const int64_t n_groups, channels;
+  const int64_t n_tensors;  // that the table names
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::unique_ptr<const Plan> plans_[kDTypes];
 };
 
 // totals: [channels] in the accumulator type; the sums of `func` over all that belongs to a channel, divided by their
-// mean over the group if `divided` (which is added up in double precision).
-void channel_totals(const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func, double p,
-                    const Grouping& grouping, bool divided, void* totals, int threads, const Meanwhile& meanwhile = {});
+// mean over the group if `divided` (which is added up in double precision). Its address is needed when `meanwhile` has
+// ended.
+void channel_totals(const Addresses& xs, DType dtype, Func func, double p, const Grouping& grouping, bool divided,
+                    void* const& totals, int threads, const Meanwhile& meanwhile = {});
 
 // The penalty of a group's norms, n_c = sqrt(total_c), in one call:
 //   gamma_c = strength * alpha ** ((n_max - n_c) / (n_max - n_min)), 0 in a group with a norm that is not finite;
 //   y += (gamma[row] + gamma[col]) * x for tensors with a y.
 // `where` is null, or [channels]: 0 for channels of gamma 0. The ys are needed when `meanwhile` has ended, and stay as
 // they are where it stopped the call.
-void group_push(const Addresses& ys, const Addresses& xs, const Tile* tiles, int64_t n_tiles, DType dtype, Func func,
-                double p, const Grouping& grouping, double alpha, double strength, const uint8_t* where, int threads,
-                const Meanwhile& meanwhile = {});
+void group_push(const Addresses& ys, const Addresses& xs, DType dtype, Func func, double p, const Grouping& grouping,
+                double alpha, double strength, const uint8_t* where, int threads, const Meanwhile& meanwhile = {});
 
 }  // namespace pat

@@ -55,4 +55,13 @@ bool for_segments(const Plan& plan, int threads, const Work& work, const Meanwhi
   return arrived.wait(0);
 }
 
+// The same with the last chunk first: what was read last may still be in the caches.
+template <class Work>
+void for_segments_backwards(const Plan& plan, int threads, const Work& work) {
+  const int64_t n = static_cast<int64_t>(plan.chunks.size()) - 1;
+  parallel_for(n, plan.bytes, threads, [&](int64_t i, int thread) {
+    for (int64_t s = plan.chunks[n - 1 - i]; s < plan.chunks[n - i]; ++s) work(plan.segments[s], thread);
+  });
+}
+
 }  // namespace pat

@@ -83,10 +83,11 @@ struct Reduction {
   void run(const Segment& s, A* acc) const {
     const Canonical& t = plan.tiles[s.tile];
     if (t.row < 0 && t.col < 0) return;
+    if (t.row >= 0) std::fill(out + t.row + s.r0, out + t.row + s.r1, A(0));
     A* sums = nullptr;
     if (t.col >= 0) {
       sums = s.scratch >= 0 ? partials + s.scratch : out + t.col;
-      if (s.scratch >= 0) std::fill(sums, sums + t.c, A(0));
+      std::fill(sums + s.c0, sums + s.c1, A(0));
     }
     for (int64_t c = s.c0; c < s.c1; c += t.block())
       for (int64_t r = s.r0; r < s.r1; r += kFoldRows)
@@ -107,11 +108,11 @@ struct Reduction {
   // Adds up the column sums of a tile's segments, in their order.
   void combine(int64_t tile) const {
     const Canonical& t = plan.tiles[tile];
-    for (int64_t s = plan.first[tile]; s < plan.first[tile + 1]; ++s) {
-      const int64_t scratch = plan.segments[s].scratch;
-      if (scratch < 0) continue;
-      for (int64_t c = 0; c < t.c; ++c) out[t.col + c] += partials[scratch + c];
-    }
+    const int64_t first = plan.first[tile], end = plan.first[tile + 1];
+    if (first == end || plan.segments[first].scratch < 0) return;
+    std::fill(out + t.col, out + t.col + t.c, A(0));
+    for (int64_t s = first; s < end; ++s)
+      for (int64_t c = 0; c < t.c; ++c) out[t.col + c] += partials[plan.segments[s].scratch + c];
   }
 };
 
@@ -145,7 +146,7 @@ inline int64_t room_for(const Plan& plan, int threads) { return plan.scratch + p
 template <class A>
 bool reduce(const Addresses& xs, const Addresses& ys, const Plan& plan, DType dtype, Func func, double p, A* out,
             int64_t slots, A* room, int threads, const Meanwhile& meanwhile = {}) {
-  std::fill(out, out + slots, A(0));
+  if (plan.slots < slots) std::fill(out, out + slots, A(0));
   const int64_t each = padded(plan.widest);
   const Reduction<A> work{xs, ys, plan, dtype, func, p, out, room + each * threads};
   const auto run = [&](const Segment& s, int thread) { work.run(s, room + each * thread); };
@@ -156,12 +157,13 @@ bool reduce(const Addresses& xs, const Addresses& ys, const Plan& plan, DType dt
   return true;
 }
 
-// Adds to y; `sides(tile)` are the coefficients. Tensors whose y is null are left alone.
+// Adds to y; `sides(tile)` are the coefficients. Tensors whose y is null are left alone. The last first: for a penalty
+// all were read before.
 template <class A, class Of>
 void axpy(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtype, const Of& sides, A* room,
           int threads) {
   const int64_t bytes = kElementBytes[dtype], each = padded(plan.widest);
-  for_segments(plan, threads, [&](const Segment& s, int thread) {
+  for_segments_backwards(plan, threads, [&](const Segment& s, int thread) {
     const Canonical& t = plan.tiles[s.tile];
     void* y = ys[t.tensor];
     if (y == nullptr) return;

@@ -10,8 +10,9 @@ namespace {
 
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kMinChunkBytes = 128 * 1024;
-// What a segment costs beside its rows is about as much as reading four: clearing, folding and combining its sums.
-constexpr int64_t kMinRows = 64;
+// What a segment costs beside its rows is about as much as reading four: clearing, folding and combining its sums. So
+// it has some rows more than its bytes ask for, but not so many that other threads wait for it long.
+constexpr int64_t kFewRows = 64, kEnoughRows = 128, kMoreBytes = 4;
 // A lone column with a short kernel is a vector: read along the rows, not across.
 constexpr int64_t kShortKernel = 64;
 // Elements of a row worked on at once: their accumulators stay in the second-level cache.
@@ -28,6 +29,7 @@ bool rows_are_nearer(const Tile& t) {
 void cut_tile(Plan& plan, int64_t index, int64_t element_bytes, int64_t target) {
   const Canonical& t = plan.tiles[index];
   if (t.rows.n * t.c * t.k == 0) return;
+  plan.slots += (t.row >= 0 ? t.rows.n : 0) + (t.col >= 0 ? t.c : 0);
   plan.widest = std::max(plan.widest, t.block() * t.k);
   const int64_t col_bytes = t.k * element_bytes, row_bytes = t.c * col_bytes;
   if (t.rows.n == 1 && t.row < 0 && t.flat()) {
@@ -39,7 +41,7 @@ void cut_tile(Plan& plan, int64_t index, int64_t element_bytes, int64_t target) 
     }
     return;
   }
-  const int64_t step = std::max(target / row_bytes, kMinRows);
+  const int64_t rows = target / row_bytes, step = std::max(rows, std::clamp(kMoreBytes * rows, kFewRows, kEnoughRows));
   const bool partial = t.col >= 0 && t.rows.n > step;
   for (int64_t r = 0; r < t.rows.n; r += step) {
     const int64_t end = std::min(t.rows.n, r + step);
@@ -66,6 +68,12 @@ void Plan::add(const Segment& segment, int64_t segment_bytes, int64_t target) {
 }
 
 void Plan::close() { chunks.push_back(static_cast<int64_t>(segments.size())); }
+
+int64_t tensors_of(const Tile* tiles, int64_t n_tiles) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < n_tiles; ++i) n = std::max(n, tiles[i].tensor + 1);
+  return n;
+}
 
 Canonical canonical(const Tile& tile) {
   Tile t = tile;

@@ -42,6 +42,7 @@ struct Plan {
   int64_t scratch = 0;          // elements for column sums of tiles in several segments
   int64_t widest = 0;           // elements in the widest block of columns
   int64_t bytes = 0;
+  int64_t slots = 0;  // that segments make sums for, if each slot is named once
 
   // Puts a segment into the open chunk, or into a new one when that holds `target` bytes.
   void add(const Segment& segment, int64_t segment_bytes, int64_t target);
@@ -52,6 +53,9 @@ struct Plan {
 };
 
 int64_t chunk_bytes(const Plan& plan);
+
+// How many tensors a table names.
+int64_t tensors_of(const Tile* tiles, int64_t n_tiles);
 
 Canonical canonical(const Tile& tile);
 Plan make_plan(const Tile* tiles, int64_t n_tiles, int64_t element_bytes);

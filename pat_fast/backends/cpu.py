@@ -121,16 +121,16 @@ def compact_beside(
         held.clear()  # the traceback of an error would keep them
 
 
-def grouping(runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device) -> Any:
-    """What the two calls below know of channels and groups; ``runs`` and ``sizes`` must outlive it."""
-    return _C.Grouping(runs.data_ptr(), len(runs), slots, sizes.data_ptr(), len(sizes), channels)
+def grouping(tiles: Tensor, runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device) -> Any:
+    """What the two calls below know of a table, channels and groups; the tensors must outlive it."""
+    return _C.Grouping(
+        tiles.data_ptr(), len(tiles), runs.data_ptr(), len(runs), slots, sizes.data_ptr(), len(sizes), channels
+    )
 
 
 def channel_totals(
     parts: Iterable[Sequence[Tensor]],
     dtype: torch.dtype,
-    tiles: Tensor,
-    channels: int,
     groups: Any,
     p: float,
     divided: bool,
@@ -141,69 +141,46 @@ def channel_totals(
     The xs come in ``parts``: while other threads read the first ones, the next are asked for; when all are there,
     ``meanwhile`` is called. What any of this raises comes out of this call.
     """
-    out = torch.empty(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    _C.totals(
-        ((_addresses(xs),) for xs in parts),
-        tiles.data_ptr(),
-        len(tiles),
-        native.DTYPES[dtype],
-        native.function("pow", p),
-        p,
-        groups,
-        out.data_ptr(),
-        divided,
-        torch.get_num_threads(),
-        meanwhile,
-    )
-    return out
+    made: list[Tensor] = []
+
+    def out() -> int:
+        if meanwhile is not None:
+            meanwhile()
+        made.append(torch.empty(groups.channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+        return made[0].data_ptr()
+
+    number, func = native.DTYPES[dtype], native.function("pow", p)
+    _C.totals(out, ((_addresses(xs),) for xs in parts), number, func, p, groups, divided, torch.get_num_threads())
+    return made[0]
 
 
 def group_push(
-    ys: Callable[[], Sequence[Tensor]],
-    places: Sequence[int],
+    ys: Callable[[], tuple[Sequence[Tensor], Sequence[int]]],
     parts: Iterable[Sequence[Tensor]],
     dtype: torch.dtype,
-    tiles: Tensor,
     groups: Any,
     p: float,
     alpha: float,
     strength: float,
     where: Tensor | None,
 ) -> None:
-    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs.
+    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``, for the ys and their places among the xs.
 
     The xs come in ``parts``, then the ys are asked for, while other threads read. What any of this raises comes out of
     this call, which adds nothing then.
     """
-    count = 0
-
-    def addresses() -> Iterator[tuple[list[int]]]:
-        nonlocal count
-        for xs in parts:
-            count += len(xs)
-            yield (_addresses(xs),)
 
     def targets() -> list[int]:
-        to = _addresses(ys())
-        if len(to) == count:
+        tensors, places = ys()
+        to = _addresses(tensors)
+        if len(to) == groups.tensors:
             return to
         by_place = dict(zip(places, to, strict=True))
-        return [by_place.get(i, 0) for i in range(count)]
+        return [by_place.get(i, 0) for i in range(groups.tensors)]
 
-    _C.push(
-        targets,
-        addresses(),
-        tiles.data_ptr(),
-        len(tiles),
-        native.DTYPES[dtype],
-        native.function("pow", p),
-        p,
-        groups,
-        alpha,
-        strength,
-        0 if where is None else where.data_ptr(),
-        torch.get_num_threads(),
-    )
+    addresses = ((_addresses(xs),) for xs in parts)
+    number, func, chosen = native.DTYPES[dtype], native.function("pow", p), 0 if where is None else where.data_ptr()
+    _C.push(targets, addresses, number, func, p, groups, alpha, strength, chosen, torch.get_num_threads())
 
 
 OPS = {

@@ -181,15 +181,17 @@ def channel_compact(
 
 
 class Groups:
-    """The slots of each channel and the channels of each group, on the device.
+    """The slots of each channel of a table and the channels of each group, on the device.
 
     Args:
         runs: ``[n, 3]`` int64: a slot, its channel, and for how many slots both go on side by side.
         sizes: ``[groups]`` int64, channels of each group.
     """
 
-    def __init__(self, runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device) -> None:
-        self.channels, self.slots = channels, slots
+    def __init__(
+        self, tiles: Tensor, runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device
+    ) -> None:
+        self.tiles, self.channels, self.slots = tiles, channels, slots
         parts = _slots_by_channel(runs.numpy(), slots, sizes.numpy(), channels)
         self._memory = Upload.of(torch.from_numpy(np.concatenate(parts)), device)
         starts = self._memory.tensor.data_ptr() + 4 * np.cumsum([0, *map(len, parts[:-1])])
@@ -212,9 +214,9 @@ def _slots_by_channel(runs: IndexArray, slots: int, sizes: IndexArray, channels:
     return [part.astype(np.int32) for part in (starts, slot[order], np.append(0, np.cumsum(sizes)), of)]
 
 
-def _summing(call: _Call, like: Tensor, tiles: Tensor, groups: Groups, p: float) -> tuple[tuple[Any, ...], Tensor]:
+def _summing(call: _Call, like: Tensor, groups: Groups, p: float) -> tuple[tuple[Any, ...], Tensor]:
     """What both calls below begin with: arguments of the kernels, and room for the sums of slots."""
-    blocks, start = _blocks_of(tiles, like)
+    blocks, start = _blocks_of(groups.tiles, like)
     dtype, func = native.DTYPES[like.dtype], native.function("pow", p)
     arguments = call.pointers, call.target, start, blocks.of, dtype, func, p, groups.here()
     return arguments, _room(like, blocks, groups.slots, blocks.workspace)
@@ -223,8 +225,6 @@ def _summing(call: _Call, like: Tensor, tiles: Tensor, groups: Groups, p: float)
 def channel_totals(
     parts: Iterable[Sequence[Tensor]],
     dtype: torch.dtype,
-    tiles: Tensor,
-    channels: int,
     groups: Groups,
     p: float,
     divided: bool,
@@ -236,8 +236,8 @@ def channel_totals(
     """
     xs = list(chain.from_iterable(parts))
     call = _Call.of(xs)
-    arguments, slots = _summing(call, xs[0], tiles, groups, p)
-    totals = slots.new_empty(channels)
+    arguments, slots = _summing(call, xs[0], groups, p)
+    totals = slots.new_empty(groups.channels)
     _CUDA.totals(*arguments, divided, totals.data_ptr(), slots.data_ptr())
     if meanwhile is not None:
         meanwhile()
@@ -245,27 +245,25 @@ def channel_totals(
 
 
 def group_push(
-    ys: Callable[[], Sequence[Tensor]],
-    places: Sequence[int],
+    ys: Callable[[], tuple[Sequence[Tensor], Sequence[int]]],
     parts: Iterable[Sequence[Tensor]],
     dtype: torch.dtype,
-    tiles: Tensor,
     groups: Groups,
     p: float,
     alpha: float,
     strength: float,
     where: Tensor | None,
 ) -> None:
-    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``; ``places`` are those of the ys among the xs.
+    """Add ``(gamma[row] + gamma[col]) * x`` to ``y``, for the ys and their places among the xs.
 
     The xs come in ``parts``, then the ys are asked for.
     """
     xs = list(chain.from_iterable(parts))
     to = [0] * len(xs)
-    for place, y in zip(places, ys(), strict=True):
+    for y, place in zip(*ys(), strict=True):
         to[place] = y.data_ptr()
     call = _Call(xs[0].device, len(xs), [*map(Tensor.data_ptr, xs), *to])
-    arguments, slots = _summing(call, xs[0], tiles, groups, p)
+    arguments, slots = _summing(call, xs[0], groups, p)
     values, chosen = slots.new_empty(groups.channels), 0 if where is None else where.data_ptr()
     _CUDA.push(*arguments, alpha, strength, chosen, values.data_ptr(), slots.data_ptr())
 

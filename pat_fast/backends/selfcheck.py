@@ -117,9 +117,9 @@ def _push(ops: Ops, case: _Case) -> list[Tensor]:
     sizes = torch.full((groups,), channels // groups)
     if "group_push" in ops:
         of = torch.stack([torch.arange(case.slots), channel, torch.ones_like(channel)], 1)[channel < channels]
-        grouping = ops["grouping"](of, case.slots, sizes, channels, case.values.device)
-        arguments = [case.xs], case.xs[0].dtype, case.tiles, grouping, 2.0, alpha, strength, None
-        ops["group_push"](lambda: ys, range(len(ys)), *arguments)
+        grouping = ops["grouping"](case.tiles, of, case.slots, sizes, channels, case.values.device)
+        arguments = [case.xs], case.xs[0].dtype, grouping, 2.0, alpha, strength, None
+        ops["group_push"](lambda: (ys, range(len(ys))), *arguments)
         return ys
     sums = ops["channel_reduce"](case.xs, [], case.tiles, case.slots, "pow", 2.0)
     channel = channel.clamp_max(channels).to(sums.device)

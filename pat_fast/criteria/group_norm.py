@@ -104,7 +104,7 @@ class GroupNorm:
         """The total, or the score, in one call; None where there is none for it."""
 
         def call(tiles: Tiles, grouping: Grouping, _: bool) -> Tensor | None:
-            return channel_totals(tiles.tensors, tiles.table, grouping, self.p, divided)
+            return channel_totals(tiles.tensors, grouping, self.p, divided)
 
         found: Tensor | None = binding.at_once("scored", is_scored, call)
         return found

@@ -8,7 +8,7 @@ called before. On the CPU sums and scores are the same to the last bit on both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,35 +16,39 @@ from torch import Tensor
 
 from pat_fast.backends import DEVICES, shortcut
 from pat_fast.ops.functional import _check_apart, _check_tensors, _check_writable, _fail
-from pat_fast.ops.known import is_plain, is_watched
+from pat_fast.ops.known import is_compiled, is_intercepted, is_plain, is_watched
 from pat_fast.ops.memory import clash
 from pat_fast.ops.register import bump
 from pat_fast.ops.tiles import COL, ROW, TileTable
 
 
 class Grouping:
-    """Which slots make up a channel, and which channels a group; on the CPU, for tensors on ``device``.
+    """Which slots of a table make up a channel, and which channels a group; on the CPU, for tensors on ``device``.
 
     Attributes:
+        table: over the tensors.
         runs: ``[n, 3]`` int64: a slot, its channel, and for how many slots both go on side by side. A run lies in one
             side of a tile.
-        slots: of the table.
         sizes: ``[groups]`` int64, channels of each group.
         channels: how many there are.
-        native: the same for the backend, which may point at ``runs`` and ``sizes``.
+        native: the same for the backend, which may point at the table, ``runs`` and ``sizes``.
+        totals, push: the backend's ways to do the two calls below, or None.
     """
 
-    __slots__ = ("channels", "device", "native", "runs", "sizes", "slots")
+    __slots__ = ("channels", "device", "native", "push", "runs", "sizes", "table", "totals")
 
-    def __init__(self, runs: Tensor, slots: int, sizes: Tensor, device: torch.device) -> None:
+    def __init__(self, table: TileTable, runs: Tensor, sizes: Tensor, device: torch.device) -> None:
         make = shortcut("grouping", device.type)
-        self.runs, self.slots, self.sizes, self.device = runs, slots, sizes, device
+        self.table, self.runs, self.sizes, self.device = table, runs, sizes, device
         self.channels = int(sizes.sum())
-        self.native: Any = None if make is None else make(runs, slots, sizes, self.channels, device)
+        self.totals, self.push = (shortcut(name, device.type) for name in ("channel_totals", "group_push"))
+        self.native: Any = None
+        if make is not None:
+            self.native = make(table.table, runs, table.slots, sizes, self.channels, device)
 
-    def __reduce__(self) -> tuple[type[Grouping], tuple[Tensor, int, Tensor, torch.device]]:
+    def __reduce__(self) -> tuple[type[Grouping], tuple[TileTable, Tensor, Tensor, torch.device]]:
         """A copy points at memory of its own."""
-        return Grouping, (self.runs, self.slots, self.sizes, self.device)
+        return Grouping, (self.table, self.runs, self.sizes, self.device)
 
     @classmethod
     def of(cls, table: TileTable, slot_channel: Tensor, sizes: Tensor) -> Grouping | None:
@@ -63,7 +67,7 @@ class Grouping:
             return None
         if slot_channel.dtype != torch.int64 or slot_channel.shape != (table.slots,) or sizes.dtype != torch.int64:
             _fail(f"the channel of each of {table.slots} slots, int64", f"{list(slot_channel.shape)}")
-        return cls(runs_of(table, slot_channel, int(sizes.sum())), table.slots, sizes.contiguous(), device)
+        return cls(table, runs_of(table, slot_channel, int(sizes.sum())), sizes.contiguous(), device)
 
 
 def runs_of(table: TileTable, slot_channel: Tensor, channels: int) -> Tensor:
@@ -86,7 +90,6 @@ def runs_of(table: TileTable, slot_channel: Tensor, channels: int) -> Tensor:
 
 def channel_totals(
     xs: Sequence[Tensor],
-    table: TileTable,
     grouping: Grouping,
     p: float,
     divided: bool,
@@ -95,6 +98,7 @@ def channel_totals(
     """Sum ``|x|^p`` over all that belongs to a channel: ``[channels]`` in the accumulator dtype, or None.
 
     Args:
+        xs: the tensors of the grouping's table.
         divided: divide the sums by their mean over the group, but by no less than the least normal number.
         meanwhile: called once, on the caller's thread, while others read ``xs``; not if None is returned. What it
             raises comes out of this call.
@@ -102,31 +106,34 @@ def channel_totals(
     Raises:
         OpError: tensors that do not fit the table.
     """
-    run = _chosen("channel_totals", xs, grouping)
-    if run is None:
+    run = grouping.totals
+    if run is None or not len(xs) or is_compiled() or is_intercepted():
         return None
     try:
-        found: Tensor = run(
-            _looked_at(xs, table, grouping),
-            xs[0].dtype,
-            table.table,
-            grouping.channels,
-            grouping.native,
-            p,
-            divided,
-            meanwhile,
-        )
+        found: Tensor = run(_looked_at(xs, grouping), xs[0].dtype, grouping.native, p, divided, meanwhile)
     except _NotPlain:
         return None
     return found
 
 
+class Pushed(NamedTuple):
+    """The ys that are to change, each with the dtype, shape and strides of its x.
+
+    Attributes:
+        ys: they.
+        places: of their xs among all.
+        table: one over them, by which they are recognised; the grouping's own where all xs have a y; None: they are
+            looked at one by one.
+    """
+
+    ys: Sequence[Tensor]
+    places: Sequence[int]
+    table: TileTable | None
+
+
 def group_push(
-    ys: Sequence[Tensor],
-    ys_table: TileTable | None,
-    places: Sequence[int],
+    pushed: Callable[[], Pushed],
     xs: Sequence[Tensor],
-    table: TileTable,
     grouping: Grouping,
     p: float,
     alpha: float,
@@ -139,16 +146,15 @@ def group_push(
     ``gamma_c = strength * alpha ** ((n_max - n_c) / (n_max - n_min))``; 0 for a group with a norm that is not finite.
 
     Args:
-        ys: tensors to change, with the dtype, shapes and strides of their xs.
-        ys_table: a table over them, by which they are recognised; ``table`` itself where all xs have a y.
-        places: of the ys among the xs.
+        pushed: called once, while others read ``xs``; not if False is returned for them. Without any nothing is read.
+        xs: the tensors of the grouping's table.
         where: bool ``[channels]``: others have gamma 0.
 
     Raises:
         OpError: tensors that do not fit, or that overlap.
     """
-    run = _chosen("group_push", xs, grouping)
-    if run is None:
+    run = grouping.push
+    if run is None or not len(xs) or is_compiled() or is_intercepted():
         return False
     if where is not None:
         wanted = torch.bool, (grouping.channels,), grouping.device
@@ -156,72 +162,70 @@ def group_push(
             return False
         where = where.contiguous()
 
-    def checked() -> Sequence[Tensor]:
-        if not _are_like("ys", ys, ys_table, places, xs, table, grouping):
+    def checked() -> tuple[Sequence[Tensor], Sequence[int]]:
+        found = pushed()
+        if not found.ys:
+            raise _Nothing
+        if not _are_like(found, xs, grouping):
             raise _NotPlain
-        _check_writable("ys", table)
-        own = [xs[i] for i in places]
-        if ys_table is not None:
-            _check_apart("ys", ys, own, grouping.sizes, ys_table)
-        elif (found := clash(ys, own)) is not None:
-            _fail("ys that share no memory with other tensors of the call", f"tensor {found[0]} inside {found[1]}")
-        return ys
+        _check_writable("ys", grouping.table)
+        own = [xs[i] for i in found.places]
+        if found.table is not None:
+            _check_apart("ys", found.ys, own, grouping.sizes, found.table)
+        elif (both := clash(found.ys, own)) is not None:
+            _fail("ys that share no memory with other tensors of the call", f"tensor {both[0]} inside {both[1]}")
+        bump(found.ys)
+        return found.ys, found.places
 
-    looked_at = _looked_at(xs, table, grouping)
     try:
-        run(checked, places, looked_at, xs[0].dtype, table.table, grouping.native, p, alpha, strength, where)
+        run(checked, _looked_at(xs, grouping), xs[0].dtype, grouping.native, p, alpha, strength, where)
     except _NotPlain:
         return False
-    bump(ys)
+    except _Nothing:
+        pass
     return True
 
 
 class _NotPlain(Exception):
-    """Some tensors are more than memory of the grouping's device."""
+    """Some tensors are more than memory of the grouping's device, or something wants to see what is called."""
 
 
-def _chosen(name: str, xs: Sequence[Tensor], grouping: Grouping) -> Callable[..., Any] | None:
-    """The shortcut, if there is one for such tensors and nothing wants to see what is called."""
-    if torch.compiler.is_compiling() or is_watched() or not len(xs) or xs[0].device != grouping.device:
-        return None
-    return shortcut(name, grouping.device.type)
+class _Nothing(Exception):
+    """There is nothing to change."""
 
 
-def _looked_at(xs: Sequence[Tensor], table: TileTable, grouping: Grouping) -> Iterator[Sequence[Tensor]]:
+def _looked_at(xs: Sequence[Tensor], grouping: Grouping) -> Iterator[Sequence[Tensor]]:
     """The tensors in parts, each as soon as it has been looked at: others can read it meanwhile.
 
     Raises:
         OpError: they do not fit the table.
         _NotPlain: see there.
     """
+    table = grouping.table
     known, done = table.known.get("xs"), 0
-    if known is not None and known.plain and len(xs) == table.n_tensors and xs[0].dtype is known.dtype:
+    if known is not None and known.plain and len(xs) == table.n_tensors and known.device == grouping.device:
         for part in known.matching(xs):
             yield part
+            if not done and is_watched():  # asked when others have something to do
+                raise _NotPlain
             done += len(part)
     if done < len(xs):
-        if not _are_plain("xs", xs, table, grouping):
+        if (not done and is_watched()) or not _are_plain("xs", xs, table, grouping):
             raise _NotPlain
         yield xs[done:]
 
 
-def _are_like(
-    name: str,
-    ys: Sequence[Tensor],
-    ys_table: TileTable | None,
-    places: Sequence[int],
-    xs: Sequence[Tensor],
-    table: TileTable,
-    grouping: Grouping,
-) -> bool:
+def _are_like(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> bool:
     """Whether the ys, too, are nothing but memory; they are checked against their xs."""
-    if ys_table is not None:
-        if ys_table is not table and ys_table.layouts != tuple(table.layouts[i] for i in places):
-            _fail(f"{name} with the shapes and strides of their xs", "others")
-        return _are_plain(name, ys, ys_table, grouping) and ys[0].dtype is xs[0].dtype
+    ys, places, of = found
+    if of is not None:
+        table = grouping.table
+        if of is not table and of.layouts != tuple(table.layouts[i] for i in places):
+            _fail("ys with the shapes and strides of their xs", "others")
+        return _are_plain("ys", ys, of, grouping) and ys[0].dtype is xs[0].dtype
     for y, x in zip(ys, (xs[i] for i in places), strict=True):
         if y.shape != x.shape or y.stride() != x.stride() or y.dtype is not x.dtype:
-            _fail(f"{name} with the dtype, shapes and strides of their xs", f"{y.dtype} {tuple(y.shape)} {y.stride()}")
+            _fail("ys with the dtype, shapes and strides of their xs", f"{y.dtype} {tuple(y.shape)} {y.stride()}")
     return all(is_plain(y) and y.device == grouping.device for y in ys)
 
 

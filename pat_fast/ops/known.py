@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
-PART = 32
+is_compiled: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+_modes: Callable[[], int] = torch._C._len_torch_function_stack
+FIRST, PART = 4, 32
 """Tensors that are compared in one call."""
 
 
@@ -29,8 +31,7 @@ class Known:
     __slots__ = ("_guards", "_length", "device", "dtype", "plain")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        parts = (slice(at, at + PART) for at in range(0, len(tensors), PART))
-        self._guards = [(part, _make(tensors[part])) for part in parts]
+        self._guards = [(part, _make(tensors[part])) for part in _parts(len(tensors))]
         self._length = len(tensors)
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
         self.plain = all(map(is_plain, tensors))
@@ -52,10 +53,23 @@ class Known:
             yield some
 
 
+def _parts(count: int) -> Iterator[slice]:
+    """Few at first: others have nothing to do before."""
+    at, n = 0, FIRST
+    while at < count:
+        yield slice(at, at + n)
+        at, n = at + n, min(2 * n, PART)
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but what stands at its address in the memory of a CPU or GPU."""
     lazy = tensor.is_neg() or tensor.is_conj() or torch._is_zerotensor(tensor)
     return type(tensor) in PLAIN and tensor.device.type in ("cpu", "cuda") and not lazy
+
+
+def is_intercepted() -> bool:
+    """Whether a mode sees even that something looks at tensors."""
+    return _modes() > 0
 
 
 def is_watched() -> bool:
@@ -63,7 +77,7 @@ def is_watched() -> bool:
     c: Any = torch._C
     return bool(
         c._len_torch_dispatch_stack()
-        or c._len_torch_function_stack()
+        or is_intercepted()
         or c._autograd._profiler_enabled()
         or c._get_tracing_state() is not None
         or c._functorch.peek_interpreter_stack() is not None

@@ -53,15 +53,15 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 def _bumping(run: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap an op that writes its first argument so that autograd sees the tensors change."""
 
-    def run_and_bump(written: Sequence[Tensor], *rest: Any) -> None:
-        run(written, *rest)
+    def bump_and_run(written: Sequence[Tensor], *rest: Any) -> None:
         bump(written)
+        run(written, *rest)
 
-    return run_and_bump
+    return bump_and_run
 
 
 def bump(written: Sequence[Tensor]) -> None:
-    """Let autograd see that tensors have changed."""
+    """Let autograd see that tensors change. Best before they do: to come back to them all takes longer (0.1 ms)."""
     try:
         torch.autograd.graph.increment_version(written)
     except RuntimeError:  # inference tensors have no version counter

@@ -407,13 +407,15 @@ class Binding(Named):
         None where that cannot be: values of channels depend on more than one table, or some channels do not count.
         """
         cached = self._cache[key]
-        if len(cached) != 1 or self.alive is not None or cached[0].tensors[0].is_complex():
+        if len(cached) != 1 or self.alive is not None:
             return None
-        known = self._groupings.get(key)
-        if known is None or known[0] is not cached[0]:
-            tiles = cached[0]
-            sizes = torch.tensor([g.channels for g in self.plan.groups], dtype=torch.int64)
-            known = self._groupings[key] = (tiles, Grouping.of(tiles.table, tiles.slot_channel, sizes))
+        known, tiles = self._groupings.get(key), cached[0]
+        if known is None or known[0] is not tiles:
+            found = None
+            if not tiles.tensors[0].is_complex():
+                sizes = torch.tensor([g.channels for g in self.plan.groups], dtype=torch.int64)
+                found = Grouping.of(tiles.table, tiles.slot_channel, sizes)
+            known = self._groupings[key] = (tiles, found)
         return known[1]
 
     def to_channels(self, tiles: Tiles, values: Tensor) -> Tensor:

@@ -46,7 +46,6 @@ class Penalty:
         """What the strength is multiplied with at this step: 0 .. 1."""
         return min(self.steps / self.warmup, 1.0) if self.warmup else 1.0
 
-    @torch.no_grad()
     def apply(
         self,
         binding: Binding,
@@ -77,6 +76,7 @@ class Penalty:
             self._shrink(binding, self.factor, lr, where)
 
     def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
+        """Autograd is as the caller has it: to turn it off for a single call would take longer than looking does."""
         raise NotImplementedError
 
     def _shrink(self, binding: Binding, factor: float, lr: Mapping[int, float], where: Tensor | None) -> None:

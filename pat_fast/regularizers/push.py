@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..criteria import is_scored
 from ..ops import channel_axpy_, channel_scale_
-from ..ops.grouped import Grouping, group_push
+from ..ops.grouped import Grouping, Pushed, group_push
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
 from ..plan.bind import Binding, Tiles, Wanted, has_floats
 from ..plan.recurrent import RECURRENT, weight_or_bias
@@ -96,20 +96,21 @@ def push_norms(
         places = _places(binding, scored, found[0]) if len(found) == 1 else None
         if places is None:
             return False
-        pushed = found[0]
-        grads: list[Any] = [t.grad for t in pushed.tensors]
-        if only is not None:
-            grads = [g if id(t) in only else None for g, t in zip(grads, pushed.tensors, strict=True)]
-        if looked:  # they may be what did not fit
-            grads = _fitting(pushed, grads)
-        table: TileTable | None = (scored if len(places) == len(scored.tensors) else pushed).table
-        present = [g for g in grads if g is not None]
-        if not present:
-            return True
-        if len(present) < len(grads):
-            table, places = None, tuple(i for i, g in zip(places, grads, strict=True) if g is not None)
-        tensors, own = scored.tensors, scored.table
-        return group_push(present, table, places, tensors, own, grouping, p, alpha, strength, where)
+
+
+        def pushed() -> Pushed:
+            grads: list[Any] = [t.grad for t in own.tensors]
+            if only is not None:
+                grads = [g if id(t) in only else None for g, t in zip(grads, own.tensors, strict=True)]
+            if looked:  # they may be what did not fit
+                grads = _fitting(own, grads)
+            present = [g for g in grads if g is not None]
+            if len(present) < len(grads):
+                return Pushed(present, [i for i, g in zip(places, grads, strict=True) if g is not None], None)
+            return Pushed(present, places, (scored if len(places) == len(scored.tensors) else own).table)
+
+        own = found[0]
+        return group_push(pushed, scored.tensors, grouping, p, alpha, strength, where)
 
     return bool(binding.at_once("scored", is_scored, call))
 
@@ -183,6 +184,7 @@ def _add(binding: Binding, tiles: Tiles, found: list[Tensor], gamma: Tensor) -> 
     channel_axpy_(_fitting(tiles, found), tiles.tensors, tiles.table, coef)
 
 
+@torch.no_grad()
 def _fitting(tiles: Tiles, found: list[Any]) -> list[Any]:
     """``found``, gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
     if any(g is None for g in found) or not tiles.fit(found):

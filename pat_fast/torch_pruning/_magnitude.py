@@ -188,7 +188,7 @@ class GroupMagnitudeImportance(Importance):
         if grouping is None:
             return None
         (tiles,) = tally.tiles
-        return channel_totals(tiles.tensors, tiles.table, grouping, float(self.p), True, meanwhile)
+        return channel_totals(tiles.tensors, grouping, float(self.p), True, meanwhile)
 
     def _grouping(self, binding: Binding, tally: Book) -> Grouping | None:
         """What the scores can be made with in one call, or None.

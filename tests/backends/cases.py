@@ -349,7 +349,9 @@ class Grouped:
         """What the backend knows of the channels."""
         sizes = torch.tensor(self.sizes)
         runs = runs_of(self.table, self.slot_channel, int(sizes.sum()))
-        return shortcuts["grouping"](runs, self.table.slots, sizes, int(sizes.sum()), self.xs[0].device)
+        return shortcuts["grouping"](
+            self.table.table, runs, self.table.slots, sizes, int(sizes.sum()), self.xs[0].device
+        )
 
 
 def totals(shortcuts: Ops, dtype: torch.dtype, p: float, device: str = "cpu") -> None:
@@ -363,7 +365,7 @@ def totals(shortcuts: Ops, dtype: torch.dtype, p: float, device: str = "cpu") ->
     rtol = {torch.float64: 1e-10}.get(dtype, 1e-5)
     for divided in (False, True):
         found = shortcuts["channel_totals"](
-            [case.xs[:1], case.xs[1:]], dtype, case.table.table, sum(case.sizes), groups, p, divided
+            [case.xs[:1], case.xs[1:]], dtype, groups, p, divided
         ).cpu()
         if divided:
             tiny = torch.finfo(found.dtype).tiny
@@ -387,8 +389,8 @@ def push(shortcuts: Ops, dtype: torch.dtype, p: float, device: str = "cpu") -> N
         expected = [torch.ones_like(x) for x in xs]
         reference.channel_axpy_(expected, [x.nan_to_num(0, 0) for x in xs], case.table.table, coef)
         groups = case.native(shortcuts)
-        arguments = chosen, [case.xs[:2], case.xs[2:]], dtype, case.table.table, groups, p, 16.0, 1e-2, where
-        shortcuts["group_push"](lambda ys=ys, chosen=chosen: [ys[i] for i in chosen], *arguments)
+        arguments = [case.xs[:2], case.xs[2:]], dtype, groups, p, 16.0, 1e-2, where
+        shortcuts["group_push"](lambda ys=ys, chosen=chosen: ([ys[i] for i in chosen], chosen), *arguments)
         for i, (y, want) in enumerate(zip(ys, expected, strict=True)):
             if i not in chosen:
                 want = torch.ones_like(want)

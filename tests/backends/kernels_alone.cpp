@@ -209,7 +209,7 @@ void check_groups(const Case& of, DType dtype, std::mt19937& random) {
   for (size_t i = 0; i < updated.tensors.size(); ++i) updated.addresses[i] = updated.tensors[i].memory.data();
   const int64_t n = of.r, sizes[] = {n, n};
   const pat::Run runs[] = {{0, 0, n}, {n, n, n}, {2 * n, n, n}, {3 * n, 0, n}};
-  const pat::Grouping grouping{runs, 4, of.slots, sizes, 2, 2 * n};
+  const pat::Grouping grouping(of.tiles.data(), 2, runs, 4, of.slots, sizes, 2, 2 * n);
   const auto channel = [&](int64_t slot) { return slot < 2 * n ? slot : slot < 3 * n ? slot - n : slot - 3 * n; };
   std::vector<double> totals(2 * n), gamma(2 * n);
   of.each([&](const Tile& t, int64_t at, int64_t row, int64_t col) {
@@ -225,11 +225,10 @@ void check_groups(const Case& of, DType dtype, std::mt19937& random) {
       gamma[i] = high > low ? 0.1 * std::pow(16.0, (high - std::sqrt(totals[i])) / (high - low)) : 0.1;
   }
   Vector sums(dtype, 2 * n, NAN);
-  pat::channel_totals(x.addresses, of.tiles.data(), 2, dtype, pat::kSquare, 2.0, grouping, false, sums.data(), 2);
+  pat::channel_totals(x.addresses, dtype, pat::kSquare, 2.0, grouping, false, sums.data(), 2);
   const double rounding = dtype == pat::kF64 ? 1e-11 : 1e-5;
   for (int64_t i = 0; i < 2 * n; ++i) expect(sums[i], totals[i], rounding * totals[i], of.named("totals", dtype));
-  pat::group_push(updated.addresses, x.addresses, of.tiles.data(), 2, dtype, pat::kSquare, 2.0, grouping, 16.0, 0.1,
-                  nullptr, 2);
+  pat::group_push(updated.addresses, x.addresses, dtype, pat::kSquare, 2.0, grouping, 16.0, 0.1, nullptr, 2);
   of.each([&](const Tile& t, int64_t at, int64_t row, int64_t col) {
     const double add = (gamma[channel(row)] + gamma[channel(col)]) * x.tensors[t.tensor][at];
     const double to = y.tensors[t.tensor][at];

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pat_fast.backends import cpu, shortcut
 from pat_fast.criteria import GroupNorm
 from pat_fast.errors import OpError, PatError
 from pat_fast.ops import Tile, TileTable, grouped
-from pat_fast.ops.grouped import Grouping
+from pat_fast.ops.grouped import Grouping, Pushed
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.regularizers import GroupNormRegularizer
 from tests.helpers import Case
@@ -56,16 +57,17 @@ def pushed(binding: Binding, **kwargs: Any) -> dict[str, Tensor]:
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What went the short way."""
+    """What goes the short way from now on, with groupings that are made then."""
     seen: list[str] = []
 
     def counting(name: str, device: str) -> Any:
         found = shortcut(name, device)
 
         def run(*arguments: Any) -> Any:
-            seen.append(name)
             assert found is not None
-            return found(*arguments)
+            result = found(*arguments)
+            seen.append(name)
+            return result
 
         return found if name == "grouping" else run
 
@@ -99,7 +101,7 @@ def test_the_mean_of_a_group_of_many_channels_is_not_rounded_on_the_way() -> Non
     table = TileTable.from_tiles([weight], [Tile(0, 0, (len(weight), 1, 1), (1, 1, 1), 0)])
     grouping = Grouping.of(table, torch.arange(len(weight)), torch.tensor([len(weight)]))
     assert grouping is not None
-    scores = grouped.channel_totals([weight], table, grouping, 1.0, True)
+    scores = grouped.channel_totals([weight], grouping, 1.0, True)
     assert scores is not None
     torch.testing.assert_close(scores.double(), weight.double() / weight.double().mean(), rtol=2e-7, atol=0)
 
@@ -133,9 +135,9 @@ def large(threads: int) -> tuple[Tensor, list[Tensor]]:
     own, outer = torch.arange(1500), torch.arange(1500, 2500)
     grouping = Grouping.of(table, torch.cat([own, outer[:700], outer[700:], own]), torch.tensor([1500, 700, 300]))
     assert grouping is not None
-    totals = grouped.channel_totals(xs, table, grouping, 2.0, True)
+    totals = grouped.channel_totals(xs, grouping, 2.0, True)
     assert totals is not None
-    assert grouped.group_push(ys, table, (0, 1), xs, table, grouping, 2.0, 16.0, 1e-2, None)
+    assert grouped.group_push(lambda: Pushed(ys, (0, 1), table), xs, grouping, 2.0, 16.0, 1e-2, None)
     expected = torch.cat([xs[0].square().sum(1) + xs[1].square().sum((0, 2, 3)), xs[0].square().sum(0)])
     means = torch.cat([part / part.mean() for part in (expected[:1500], expected[1500:])])
     torch.testing.assert_close(totals[:2200], means, rtol=1e-5, atol=0)
@@ -186,6 +188,53 @@ def test_what_watches_sees_the_four_ops(monkeypatch: pytest.MonkeyPatch) -> None
     assert "pat_fast.channel_axpy_.default" in names
 
 
+def test_a_mode_that_sees_functions_sees_the_four_ops() -> None:
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(getattr(func, "__name__", str(func)))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    binding = bound("resnet18")
+    zero_grads(binding.model)
+    for _ in range(4):
+        expected = GroupNorm().score(binding)
+        GroupNormRegularizer(STRENGTH).apply(binding)
+    with Watch():
+        assert torch.equal(GroupNorm().score(binding), expected)
+        GroupNormRegularizer(STRENGTH).apply(binding)
+    assert any("channel_reduce" in name for name in names)
+    assert any("channel_axpy_" in name for name in names)
+
+
+def test_without_gradients_nothing_is_read_or_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = bound("resnet18")
+    seen = calls(monkeypatch)
+    regularizer = GroupNormRegularizer(STRENGTH)
+    for _ in range(3):
+        regularizer.apply(binding)
+    assert seen == []
+    assert all(p.grad is None for p in binding.model.parameters())
+    assert regularizer.steps == 3
+
+
+def test_slots_of_empty_tiles_are_zero_whatever_was_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are made in memory that calls share."""
+    broken = torch.full((90, 70), torch.nan)
+    before = TileTable.from_tiles([broken], [Tile(0, 0, (90, 70, 1), (70, 1, 1), 0, 90)])
+    others = Grouping.of(before, torch.arange(160), torch.tensor([160]))
+    xs = [WEIGHT, torch.ones(5, 0)]
+    table = TileTable.from_tiles(xs, [TILE, Tile(1, 0, (5, 0, 1), (1, 1, 1), 7, 12)], 14)
+    grouping = Grouping.of(table, torch.arange(14), torch.tensor([14]))
+    assert others is not None
+    assert grouping is not None
+    for _ in range(3):
+        grouped.channel_totals([broken], others, 2.0, False)
+        found = grouped.channel_totals(xs, grouping, 2.0, False)
+        assert found is not None
+        assert found.tolist() == [3] * 4 + [4] * 3 + [0] * 7
+
+
 def test_autograd_sees_that_gradients_have_changed() -> None:
     binding = bound("resnet18")
     zero_grads(binding.model)
@@ -216,7 +265,7 @@ def test_the_caller_may_do_something_meanwhile() -> None:
     table = TileTable.from_tiles([x], [Tile(0, 0, (1000, 1000, 1), (1000, 1, 1), 0, 1000)])
     grouping = Grouping.of(table, torch.arange(2000), torch.tensor([1000, 1000]))
     assert grouping is not None
-    expected = grouped.channel_totals([x], table, grouping, 2.0, True)
+    expected = grouped.channel_totals([x], grouping, 2.0, True)
     assert expected is not None
     called: list[threading.Thread] = []
 
@@ -227,15 +276,15 @@ def test_the_caller_may_do_something_meanwhile() -> None:
         torch.set_num_threads(threads)
         called.clear()
         found = grouped.channel_totals(
-            [x], table, grouping, 2.0, True, lambda: called.append(threading.current_thread())
+            [x], grouping, 2.0, True, lambda: called.append(threading.current_thread())
         )
         assert called == [threading.current_thread()]
         assert found is not None
         assert torch.equal(found, expected)
         with pytest.raises(PatError, match="meanwhile"):
-            grouped.channel_totals([x], table, grouping, 2.0, True, fails)
+            grouped.channel_totals([x], grouping, 2.0, True, fails)
     with profiler.profile():  # someone watches: it takes the long way
-        assert grouped.channel_totals([x], table, grouping, 2.0, True, fails) is None
+        assert grouped.channel_totals([x], grouping, 2.0, True, fails) is None
 
 
 def test_runs_end_with_their_side_and_where_channels_jump(table: TileTable) -> None:
@@ -243,7 +292,7 @@ def test_runs_end_with_their_side_and_where_channels_jump(table: TileTable) -> N
     assert found is not None
     # Slots of channel 5, of which there are five, belong to none.
     assert found.runs.tolist() == [[0, 0, 2], [2, 1, 2], [4, 3, 1], [6, 4, 1]]
-    totals = grouped.channel_totals([WEIGHT], table, found, 2.0, False)
+    totals = grouped.channel_totals([WEIGHT], found, 2.0, False)
     assert totals is not None
     assert totals.tolist() == [3, 6, 3, 4, 4]
 
@@ -253,9 +302,9 @@ def test_a_copy_stands_on_memory_of_its_own(table: TileTable, duplicate: Callabl
     first = Grouping.of(table, torch.arange(7), torch.tensor([4, 3]))
     assert first is not None
     second = duplicate(first)
-    expected = grouped.channel_totals([WEIGHT], table, first, 2.0, True)
+    expected = grouped.channel_totals([WEIGHT], first, 2.0, True)
     first.runs.zero_()
-    found = grouped.channel_totals([WEIGHT], table, second, 2.0, True)
+    found = grouped.channel_totals([WEIGHT], second, 2.0, True)
     assert expected is not None
     assert found is not None
     assert torch.equal(found, expected)
@@ -286,10 +335,10 @@ def test_vectors_that_do_not_fit_are_refused(table: TileTable, channels: Tensor,
 )
 def test_ys_that_do_not_fit_are_refused(table: TileTable, grouping: Grouping, y: Tensor, message: str) -> None:
     with pytest.raises(OpError, match=message):
-        grouped.group_push([y], None, (0,), [WEIGHT], table, grouping, 2.0, 16.0, 1.0, None)
+        grouped.group_push(lambda: Pushed([y], (0,), None), [WEIGHT], grouping, 2.0, 16.0, 1.0, None)
     if y.dtype == WEIGHT.dtype:
         with pytest.raises(OpError):
-            grouped.group_push([y], table, (0,), [WEIGHT], table, grouping, 2.0, 16.0, 1.0, None)
+            grouped.group_push(lambda: Pushed([y], (0,), table), [WEIGHT], grouping, 2.0, 16.0, 1.0, None)
 
 
 class Another(Tensor):
@@ -308,7 +357,10 @@ def test_a_tensor_that_others_are_read_before_is_looked_at_too(threads: int) -> 
     called: list[int] = []
 
     def totals(tensors: list[Tensor]) -> Tensor | None:
-        return grouped.channel_totals(tensors, table, grouping, 2.0, True, lambda: called.append(1))
+        return grouped.channel_totals(tensors, grouping, 2.0, True, lambda: called.append(1))
+
+    def push(ys: list[Tensor], tensors: list[Tensor]) -> bool:
+        return grouped.group_push(lambda: Pushed(ys, range(n), table), tensors, grouping, 2.0, 16.0, 1.0, None)
 
     first = totals(xs)
     for _ in range(3):  # looked at, remembered, recognised
@@ -324,12 +376,12 @@ def test_a_tensor_that_others_are_read_before_is_looked_at_too(threads: int) -> 
         with pytest.raises(OpError, match=rf"xs\[{at}\]"):
             totals(wrong)
         with pytest.raises(OpError, match=rf"xs\[{at}\]"):
-            grouped.group_push(ys, table, range(n), wrong, table, grouping, 2.0, 16.0, 1.0, None)
+            push(ys, wrong)
         assert totals(odd) is None
-        assert not grouped.group_push(ys, table, range(n), odd, table, grouping, 2.0, 16.0, 1.0, None)
+        assert not push(ys, odd)
         own = [*ys[:at], xs[at], *ys[at + 1 :]]
         with pytest.raises(OpError, match="share no memory"):
-            grouped.group_push(own, table, range(n), xs, table, grouping, 2.0, 16.0, 1.0, None)
+            push(own, xs)
         assert not any(y.any() for y in ys)
     assert not called
     with pytest.raises(OpError):
@@ -341,7 +393,7 @@ def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
     table: TileTable, grouping: Grouping, where: Tensor
 ) -> None:
     y = torch.zeros(4, 3)
-    assert not grouped.group_push([y], table, (0,), [WEIGHT], table, grouping, 2.0, 16.0, 1.0, where)
+    assert not grouped.group_push(lambda: Pushed([y], (0,), table), [WEIGHT], grouping, 2.0, 16.0, 1.0, where)
     assert not y.any()
 
 
