@@ -163,7 +163,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact", &compact);
   py::class_<pat::Grouping>(m, "Grouping")
       .def(py::init(&grouping))
-      .def_readonly("tensors", &pat::Grouping::n_tensors)
       .def_readonly("channels", &pat::Grouping::channels);
   m.def("totals", &totals);
   m.def("push", &push);

@@ -170,17 +170,29 @@ def group_push(
     this call, which adds nothing then.
     """
 
+    count = 0
+    held: list[object] = []  # for as long as they are written
+
+    def addresses() -> Iterator[tuple[list[int]]]:
+        nonlocal count
+        for xs in parts:
+            count += len(xs)
+            yield (_addresses(xs),)
+
     def targets() -> list[int]:
         tensors, places = ys()
+        held.append(tensors)
         to = _addresses(tensors)
-        if len(to) == groups.tensors:
+        if len(to) == count:
             return to
         by_place = dict(zip(places, to, strict=True))
-        return [by_place.get(i, 0) for i in range(groups.tensors)]
+        return [by_place.get(i, 0) for i in range(count)]
 
-    addresses = ((_addresses(xs),) for xs in parts)
     number, func, chosen = native.DTYPES[dtype], native.function("pow", p), 0 if where is None else where.data_ptr()
-    _C.push(targets, addresses, number, func, p, groups, alpha, strength, chosen, torch.get_num_threads())
+    try:
+        _C.push(targets, addresses(), number, func, p, groups, alpha, strength, chosen, torch.get_num_threads())
+    finally:
+        held.clear()  # the traceback of an error would keep them
 
 
 OPS = {

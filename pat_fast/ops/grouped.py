@@ -65,6 +65,8 @@ class Grouping:
         device = slot_channel.device
         if device.type not in DEVICES or shortcut("grouping", device.type) is None:
             return None
+        if table.shares_slots:
+            _fail("tiles that name slots of their own", "a table of shared slots")
         if slot_channel.dtype != torch.int64 or slot_channel.shape != (table.slots,) or sizes.dtype != torch.int64:
             _fail(f"the channel of each of {table.slots} slots, int64", f"{list(slot_channel.shape)}")
         return cls(table, runs_of(table, slot_channel, int(sizes.sum())), sizes.contiguous(), device)
@@ -80,7 +82,7 @@ def runs_of(table: TileTable, slot_channel: Tensor, channels: int) -> Tensor:
     if len(of) and not 0 <= of.min() <= of.max() <= channels:
         _fail(f"channels in [0, {channels}]", f"{of.min()} to {of.max()}")
     begins = np.ones(len(of), dtype=np.bool_)
-    begins[1:] = np.diff(of) != 1
+    begins[1:] = (np.diff(of) != 1) | (of[1:] == channels)  # "none" is no neighbour of the last one
     sides = np.asarray(table.rows, dtype=np.int64).reshape(-1, table.table.shape[1])[:, [ROW, COL]]
     begins[sides[(sides >= 0) & (sides < len(of))]] = True
     starts = np.flatnonzero(begins)

@@ -224,7 +224,7 @@ class Binding(Named):
         self.alive: Tensor | None = None  # bool [N] while channels are masked
         self._members: dict[str, Tensor] = {}
         self._cache: dict[str, tuple[Tiles, ...]] = {}
-        self._groupings: dict[str, tuple[Tiles, Grouping | None]] = {}
+        self._groupings: dict[str, tuple[Tiles, torch.dtype, Grouping | None]] = {}
 
     def remember(self) -> None:
         """Look at the tensors, to recognise them in one call from now on; see :mod:`pat_fast.ops.known`."""
@@ -410,13 +410,14 @@ class Binding(Named):
         if len(cached) != 1 or self.alive is not None:
             return None
         known, tiles = self._groupings.get(key), cached[0]
-        if known is None or known[0] is not tiles:
+        dtype = tiles.tensors[0].dtype  # as it is now
+        if known is None or known[0] is not tiles or known[1] is not dtype:
             found = None
-            if not tiles.tensors[0].is_complex():
+            if not dtype.is_complex:
                 sizes = torch.tensor([g.channels for g in self.plan.groups], dtype=torch.int64)
                 found = Grouping.of(tiles.table, tiles.slot_channel, sizes)
-            known = self._groupings[key] = (tiles, found)
-        return known[1]
+            known = self._groupings[key] = (tiles, dtype, found)
+        return known[2]
 
     def to_channels(self, tiles: Tiles, values: Tensor) -> Tensor:
         """Sum ``values [slots]`` onto channels: ``[N]``."""

@@ -48,7 +48,6 @@ class BNScaleRegularizer(Penalty):
         squares = tally.collect([channel_reduce(t.tensors, t.table, f="pow", p=2.0) for t in tally.tiles])
         return (reduce_members(squares, tally.ledger, "mean") + EPSILON).rsqrt()
 
-    @torch.no_grad()
     def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
         if self.group_lasso:
             push(binding, "norm scales", is_norm_weight, self._rates(binding, factor, where), only)

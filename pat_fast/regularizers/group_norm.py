@@ -62,6 +62,16 @@ class GroupNormRegularizer(Penalty):
         # A NaN reaches its whole group: through the extremes, or, where a score is infinite, through their distance.
         return torch.pow(self.alpha, place).nan_to_num_(0.0)
 
+    def apply(
+        self,
+        binding: Binding,
+        scale: float = 1.0,
+        where: Tensor | None = None,
+        only: Collection[int] | None = None,
+    ) -> None:
+        """See :meth:`Penalty.apply`. Autograd is turned off where it would see something: that takes 20 us."""
+        self._step(binding, scale, where, only)
+
     def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
         own = type(self.criterion) is GroupNorm and not self.bias
         if own and push_norms(binding, self.criterion.p, self.alpha, self.strength * factor, where, only):  # type: ignore[attr-defined]

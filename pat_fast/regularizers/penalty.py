@@ -46,6 +46,7 @@ class Penalty:
         """What the strength is multiplied with at this step: 0 .. 1."""
         return min(self.steps / self.warmup, 1.0) if self.warmup else 1.0
 
+    @torch.no_grad()
     def apply(
         self,
         binding: Binding,
@@ -60,6 +61,9 @@ class Penalty:
             where: bool ``[N]``, the channels to push; all by default.
             only: ``id`` of the parameters to push; all by default.
         """
+        self._step(binding, scale, where, only)
+
+    def _step(self, binding: Binding, scale: float, where: Tensor | None, only: Collection[int] | None) -> None:
         self._count(binding, only)
         if not self.decoupled:
             self._add(binding, self.factor * scale, where, only)
@@ -76,7 +80,6 @@ class Penalty:
             self._shrink(binding, self.factor, lr, where)
 
     def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
-        """Autograd is as the caller has it: to turn it off for a single call would take longer than looking does."""
         raise NotImplementedError
 
     def _shrink(self, binding: Binding, factor: float, lr: Mapping[int, float], where: Tensor | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..criteria import is_scored
 from ..ops import channel_axpy_, channel_scale_
 from ..ops.grouped import Grouping, Pushed, group_push
+from ..ops.known import is_compiled
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
 from ..plan.bind import Binding, Tiles, Wanted, has_floats
 from ..plan.recurrent import RECURRENT, weight_or_bias
@@ -187,6 +188,8 @@ def _add(binding: Binding, tiles: Tiles, found: list[Tensor], gamma: Tensor) -> 
 @torch.no_grad()
 def _fitting(tiles: Tiles, found: list[Any]) -> list[Any]:
     """``found``, gradients of ``tiles.tensors``, in the memory layout of their parameters (changed if need be)."""
+    if is_compiled():  # not a thing for a graph, and strides that vary are more than Dynamo can compare
+        torch._dynamo.graph_break()
     if any(g is None for g in found) or not tiles.fit(found):
         for i, tensor in enumerate(tiles.tensors):
             if found[i] is not None and found[i].stride() != tensor.stride():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pat_fast.backends import cpu, shortcut
 from pat_fast.criteria import GroupNorm
 from pat_fast.errors import OpError, PatError
-from pat_fast.ops import Tile, TileTable, grouped
+from pat_fast.ops import Tile, TileTable, channel_reduce, grouped
 from pat_fast.ops.grouped import Grouping, Pushed
 from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.regularizers import GroupNormRegularizer
@@ -235,6 +237,44 @@ def test_slots_of_empty_tiles_are_zero_whatever_was_there_before(monkeypatch: py
         assert found.tolist() == [3] * 4 + [4] * 3 + [0] * 7
 
 
+class Skip(nn.Module):
+    """Beside its own channels, the last of all, a layer reads the network's input, which belongs to none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Conv2d(3, 8, 3, padding=1)
+        self.both = nn.Conv2d(11, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.both(torch.cat([self.own(x).relu(), x], 1))
+
+
+def test_what_belongs_to_no_channel_is_not_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last channel there is other memory."""
+    model = Skip()
+    binding = bind(build_plan(model, (torch.randn(1, 3, 8, 8),)), model)
+    expected = the_long_way(monkeypatch, lambda: pushed(binding))
+    broken = torch.full((900, 700), torch.nan)
+    channel_reduce([broken], TileTable.from_tiles([broken], [Tile(0, 0, (900, 700, 1), (700, 1, 1), 0, 900)]))
+    found = pushed(binding)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-12)
+    assert not found["both.weight"][:, 8:].any()
+    assert found["both.weight"][:, :8].all()
+
+
+def test_a_model_that_changes_its_dtype_is_scored_the_way_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 5, 3))
+    binding = bind(build_plan(model, (torch.randn(1, 3, 8, 8),)), model)
+    seen = calls(monkeypatch)
+    for short, dtype in enumerate((torch.float32, torch.complex64, torch.float64, torch.complex128, torch.bfloat16)):
+        model.to(dtype)
+        expected = the_long_way(monkeypatch, lambda: GroupNorm().score(binding))
+        for _ in range(3):
+            torch.testing.assert_close(GroupNorm().score(binding), expected)
+        assert len(seen) == 3 * (short // 2 + 1)
+
+
 def test_autograd_sees_that_gradients_have_changed() -> None:
     binding = bound("resnet18")
     zero_grads(binding.model)
@@ -295,6 +335,9 @@ def test_runs_end_with_their_side_and_where_channels_jump(table: TileTable) -> N
     totals = grouped.channel_totals([WEIGHT], found, 2.0, False)
     assert totals is not None
     assert totals.tolist() == [3, 6, 3, 4, 4]
+    none_behind_the_last = Grouping.of(table, torch.tensor([0, 1, 2, 3, 4, 5, 5]), torch.tensor([3, 2]))
+    assert none_behind_the_last is not None
+    assert none_behind_the_last.runs.tolist() == [[0, 0, 4], [4, 4, 1]]
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda found: pickle.loads(pickle.dumps(found))])
@@ -395,6 +438,49 @@ def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
     y = torch.zeros(4, 3)
     assert not grouped.group_push(lambda: Pushed([y], (0,), table), [WEIGHT], grouping, 2.0, 16.0, 1.0, where)
     assert not y.any()
+
+
+def test_slots_that_tiles_share_are_refused() -> None:
+    table = TileTable.from_tiles([WEIGHT, WEIGHT], [TILE, replace(TILE, tensor=1)], shared_slots=True)
+    with pytest.raises(OpError, match="slots of their own"):
+        Grouping.of(table, torch.arange(7), torch.tensor([4, 3]))
+
+
+def test_a_tensor_without_tiles_takes_no_place() -> None:
+    """As many ys as there are tiles, but not theirs."""
+    xs = [torch.ones(4, 4), torch.ones(4, 4), torch.ones(2, 2)]
+    tiles = [Tile(i, 0, (4, 4, 1), (4, 1, 1), 8 * i, 8 * i + 4) for i in range(2)]
+    table = TileTable.from_tiles(xs, tiles)
+    grouping = Grouping.of(table, torch.arange(16) % 4, torch.tensor([4]))
+    assert grouping is not None
+    first, around = torch.zeros(4, 4), torch.zeros(64)
+    ys = [first, around[:4].view(2, 2)]
+    assert grouped.group_push(lambda: Pushed(ys, (0, 2), None), xs, grouping, 2.0, 1.0, 1.0, None)
+    assert (first == 2).all()
+    assert not around.any()
+
+
+def test_what_is_written_is_kept_until_it_is(grouping: Grouping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads may let go of a gradient meanwhile."""
+    alive = []
+
+    class Native:
+        @staticmethod
+        def push(targets: Callable[[], list[int]], addresses: Iterator[Any], *rest: Any) -> None:
+            list(addresses)
+            targets()
+            alive.append(made[0]() is not None)
+
+    def make() -> Pushed:
+        y = torch.zeros(4, 3)
+        made.append(weakref.ref(y))
+        return Pushed([y], (0,), None)
+
+    made: list[weakref.ref[Tensor]] = []
+    monkeypatch.setattr(cpu, "_C", Native)
+    assert grouped.group_push(make, [WEIGHT], grouping, 2.0, 16.0, 1.0, None)
+    assert alive == [True]
+    assert made[0]() is None
 
 
 def test_it_is_the_winners_shortcut() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 import pat_fast as pat
-from pat_fast.plan import bind, build_plan
+from pat_fast.plan import Binding, bind, build_plan
 from pat_fast.regularizers import BNScaleRegularizer, GroupNormRegularizer, GrowingRegularizer, Penalty
 from tests.helpers import Small, small_inputs
 
@@ -288,3 +288,47 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -
     for kind in KINDS.values():
         with pytest.raises(pat.ConfigError, match=message):
             kind(**{"strength": 1e-4, **options})
+
+
+class Plain(Penalty):
+    """One that a user writes."""
+
+    def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
+        for tensor in binding.tensors.values():
+            if tensor.grad is not None:
+                tensor.grad += self.strength * factor * tensor
+
+
+def test_what_is_added_has_no_history() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3))
+    binding = bind(build_plan(model, (torch.randn(1, 3, 8, 8),)), model)
+    for penalty in (Plain(0.1), *(make(strength=0.1) for make in KINDS.values())):
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        penalty.apply(binding)
+        assert not any(p.grad.requires_grad for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bias"])
+def test_a_compiled_function_may_regularise(kind: str) -> None:
+    """With graph breaks. The gradients are views, as DDP makes them: for Dynamo their strides are symbols."""
+    torch._dynamo.reset()
+    layers = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3, groups=4), nn.ConvTranspose2d(64, 96, 2)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 50), nn.Linear(50, 10)
+    model = nn.Sequential(*layers, nn.BatchNorm2d(96), *head)
+    binding = bind(build_plan(model, (torch.randn(1, 3, 10, 10),)), model)
+    penalty = GroupNormRegularizer(0.1, bias=True) if kind == "bias" else KINDS[kind](strength=0.1)
+
+    def penalise(x: Tensor) -> Tensor:
+        penalty.apply(binding)
+        return x + 1
+
+    def added(run: Callable[[Tensor], Tensor]) -> list[Any]:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros(parameter.numel()).as_strided(parameter.shape, parameter.stride())
+        assert run(torch.zeros(3)).tolist() == [1, 1, 1]
+        return [p.grad for p in model.parameters()]
+
+    expected = added(penalise)
+    compiled = torch.compile(penalise, backend="eager")
+    for _ in range(3):
+        torch.testing.assert_close(added(compiled), expected)
