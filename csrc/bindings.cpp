@@ -161,9 +161,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("axpy", &axpy);
   m.def("scale", &scale);
   m.def("compact", &compact);
-  py::class_<pat::Grouping>(m, "Grouping")
-      .def(py::init(&grouping))
-      .def_readonly("channels", &pat::Grouping::channels);
+  py::class_<pat::Grouping>(m, "Grouping").def(py::init(&grouping)).def_readonly("channels", &pat::Grouping::channels);
   m.def("totals", &totals);
   m.def("push", &push);
   m.def("isa", &pat::isa, "Instruction set in use.");
