@@ -29,7 +29,7 @@ struct Words {
 
 // So many bytes before a row is copied, in whole rows, all of its lines are asked for, and still earlier the first
 // ones: the processor cannot know which rows stay, but goes on by itself where it has seen one begin.
-constexpr int64_t kNearBytes = 4096, kFarBytes = 8192, kFarthestBytes = 12288;
+constexpr int64_t kNearBytes = 4096, kFarBytes = 8192;
 
 // Asks for the first lines of a row. GCC leaves calls of it out, as of a function without effect, unless it is inlined.
 static inline __attribute__((always_inline)) void expect_row(const char* row) {
@@ -40,8 +40,8 @@ static inline __attribute__((always_inline)) void expect_row(const char* row) {
 // Asks for what comes behind a line of memory that is read from end to end: a line some way ahead; and where a page
 // begins, its first two lines still earlier: the processor does not go on by itself from one page to the next.
 static inline __attribute__((always_inline)) void expect_line(const char* line) {
-  __builtin_prefetch(line + kNearBytes);
-  if (((uintptr_t)line & 4095) < 128) __builtin_prefetch(line + kFarthestBytes);
+  __builtin_prefetch(line + 6144);
+  if (((uintptr_t)line & 4095) < 128) __builtin_prefetch(line + 24576);
 }
 
 // Sums, coefficients and scales are double for kF64 and float for the other dtypes. A vector over the
