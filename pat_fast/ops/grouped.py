@@ -148,7 +148,7 @@ def group_push(
     ``gamma_c = strength * alpha ** ((n_max - n_c) / (n_max - n_min))``; 0 for a group with a norm that is not finite.
 
     Args:
-        pushed: called once, while others read ``xs``; not if False is returned for them. Without any nothing is read.
+        pushed: called once, while others read ``xs``; not if False is returned for them. Without ys the call ends.
         xs: the tensors of the grouping's table.
         where: bool ``[channels]``: others have gamma 0.
 
