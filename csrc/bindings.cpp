@@ -104,18 +104,14 @@ class Bringing {
   std::exception_ptr raised_;
 };
 
-// Calls what may be None.
-std::function<void()> calling(const py::object& python) {
-  return [&python] {
-    if (!python.is_none()) python();
-  };
-}
-
 void compact(const py::object& parts, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles, int64_t element_bytes,
-             uintptr_t index, int threads, const py::object& last) {
+             uintptr_t index, int threads, const py::object& then) {
   const auto *from = pointer<pat::Tile>(tiles), *to = pointer<pat::Tile>(out_tiles);
   pat::Addresses out(pat::tensors_of(to, n_tiles)), x(pat::tensors_of(from, n_tiles));
-  Bringing(parts, {&out, &x}, calling(last)).beside([&](const pat::Meanwhile& meanwhile) {
+  const auto last = [&] {
+    if (!then.is_none()) then();
+  };
+  Bringing(parts, {&out, &x}, last).beside([&](const pat::Meanwhile& meanwhile) {
     pat::channel_compact(out, x, from, to, n_tiles, element_bytes, pointer<int32_t>(index), threads, meanwhile);
   });
 }

@@ -169,7 +169,6 @@ def group_push(
     The xs come in ``parts``, then the ys are asked for, while other threads read. What any of this raises comes out of
     this call, which adds nothing then.
     """
-
     count = 0
     held: list[object] = []  # for as long as they are written
 

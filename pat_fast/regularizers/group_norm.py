@@ -34,6 +34,8 @@ class GroupNormRegularizer(Penalty):
         ConfigError: a value is out of range.
     """
 
+    _autograd_as_it_is = True
+
     def __init__(
         self,
         strength: float = 1e-4,
@@ -61,16 +63,6 @@ class GroupNormRegularizer(Penalty):
         place = (binding.spread(high) - norm).mul_(binding.spread(per_span)).clamp_(0.0, 1.0)
         # A NaN reaches its whole group: through the extremes, or, where a score is infinite, through their distance.
         return torch.pow(self.alpha, place).nan_to_num_(0.0)
-
-    def apply(
-        self,
-        binding: Binding,
-        scale: float = 1.0,
-        where: Tensor | None = None,
-        only: Collection[int] | None = None,
-    ) -> None:
-        """See :meth:`Penalty.apply`. Autograd is turned off where it would see something: that takes 20 us."""
-        self._step(binding, scale, where, only)
 
     def _add(self, binding: Binding, factor: float, where: Tensor | None, only: Collection[int] | None) -> None:
         own = type(self.criterion) is GroupNorm and not self.bias

@@ -97,7 +97,7 @@ def push_norms(
         places = _places(binding, scored, found[0]) if len(found) == 1 else None
         if places is None:
             return False
-
+        own = found[0]
 
         def pushed() -> Pushed:
             grads: list[Any] = [t.grad for t in own.tensors]
@@ -110,7 +110,6 @@ def push_norms(
                 return Pushed(present, [i for i, g in zip(places, grads, strict=True) if g is not None], None)
             return Pushed(present, places, (scored if len(places) == len(scored.tensors) else own).table)
 
-        own = found[0]
         return group_push(pushed, scored.tensors, grouping, p, alpha, strength, where)
 
     return bool(binding.at_once("scored", is_scored, call))
