@@ -48,7 +48,8 @@ void probe(std::vector<float>& x) { kernel<<<1, 1>>>(x.data()); }
 CUDA_ARCHS = "80 90"
 CUDA_HOST = [f"csrc/cuda/{name}.cpp" for name in ("bindings", "work")]
 CUDA_DEVICE = [f"csrc/cuda/{name}.cu" for name in ("reduce", "groups", "update", "compact", "device")]
-ENGINE = ["csrc/bindings.cpp"] + [f"csrc/cpu/{name}.cpp" for name in ("engine", "groups", "compact", "plan", "isa")]
+CPU = [f"cpu/{name}" for name in ("engine", "groups", "compact", "plan", "isa")]
+ENGINE = [f"csrc/{name}.cpp" for name in ("bindings", "known", *CPU)]
 
 
 def mode() -> str:

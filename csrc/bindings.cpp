@@ -7,21 +7,40 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "cpu/engine.h"
 #include "cpu/groups.h"
 #include "cpu/plan.h"
+#include "known.h"
 
 namespace py = pybind11;
 
 namespace {
 
+constexpr const char* kFewer = "fewer tensors than the table names";
+
 pat::Addresses addresses(const py::list& list) {
   pat::Addresses found(list.size());
   for (size_t i = 0; i < found.size(); ++i) found[i] = PyLong_AsVoidPtr(PyList_GET_ITEM(list.ptr(), i));
   if (PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+// The next of them, behind those that are there.
+void put(const py::list& list, pat::Addresses& to, size_t& count) {
+  const pat::Addresses some = addresses(list);
+  const size_t n = std::min(some.size(), to.size() - count);
+  std::copy_n(some.begin(), n, to.begin() + static_cast<int64_t>(count));
+  count += n;
+}
+
+// A list or a tuple of the same.
+py::object fast(const py::object& sequence) {
+  const auto found = py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), "expected a list"));
+  if (!found) throw py::error_already_set();
   return found;
 }
 
@@ -53,65 +72,43 @@ void scale(const py::list& xs, uintptr_t tiles, int64_t n_tiles, int dtype, uint
                      threads);
 }
 
-// What a thread brings from Python while others work: addresses, then whatever `last` does.
-class Bringing {
- public:
-  // `parts` is an iterator over tuples of lists of addresses, one for each of `all`, which have their sizes already.
-  Bringing(const py::object& parts, std::vector<pat::Addresses*> all, std::function<void()> last)
-      : parts_(parts), last_(std::move(last)), all_(std::move(all)) {}
-
-  // Calls `work` with what brings them; what was raised in Python stops it and is raised then.
-  template <class Work>
-  void beside(const Work& work) {
-    {
-      const py::gil_scoped_release unlocked;
-      work([this](pat::Arrived& arrived) {
-        const py::gil_scoped_acquire locked;
-        try {
-          bring(arrived);
-          last_();
-        } catch (...) {
-          raised_ = std::current_exception();
-          arrived.stop();
-        }
-      });
+// Calls work(meanwhile): what `bring` does to bring its tensors is done while others work, and is the only part of it
+// that needs the GIL. What it raises stops the work, and is raised then.
+template <class Bring, class Work>
+void beside(const Bring& bring, const Work& work) {
+  std::exception_ptr raised;
+  std::unique_ptr<py::gil_scoped_release> unlocked;
+  work([&](pat::Arrived& arrived) {
+    try {
+      bring(arrived);
+    } catch (...) {
+      raised = std::current_exception();
+      arrived.stop();
     }
-    if (raised_) std::rethrow_exception(raised_);
-  }
+    unlocked = std::make_unique<py::gil_scoped_release>();
+  });
+  unlocked.reset();
+  if (raised) std::rethrow_exception(raised);
+}
 
- private:
-  void bring(pat::Arrived& arrived) {
-    std::vector<size_t> counts(all_.size(), 0);
-    for (const py::handle part : py::iter(parts_)) {
-      int64_t there = INT64_MAX;
-      for (size_t i = 0; i < all_.size(); ++i) {
-        const pat::Addresses some = addresses(part[py::int_(i)]);
-        const size_t n = std::min(some.size(), all_[i]->size() - counts[i]);
-        std::copy_n(some.begin(), n, all_[i]->begin() + counts[i]);
-        counts[i] += n;
-        if (counts[i] < all_[i]->size()) there = std::min(there, static_cast<int64_t>(counts[i]));
-      }
-      arrived.tensors(there);
-    }
-    for (size_t i = 0; i < all_.size(); ++i)
-      if (counts[i] < all_[i]->size()) throw py::value_error("fewer tensors than the table names");
-    arrived.all();
-  }
-
-  const py::object& parts_;
-  const std::function<void()> last_;
-  const std::vector<pat::Addresses*> all_;
-  std::exception_ptr raised_;
-};
-
+// `parts` is an iterator over pairs of lists of addresses, some of each at a time.
 void compact(const py::object& parts, uintptr_t tiles, uintptr_t out_tiles, int64_t n_tiles, int64_t element_bytes,
              uintptr_t index, int threads, const py::object& then) {
   const auto *from = pointer<pat::Tile>(tiles), *to = pointer<pat::Tile>(out_tiles);
   pat::Addresses out(pat::tensors_of(to, n_tiles)), x(pat::tensors_of(from, n_tiles));
-  const auto last = [&] {
+  const auto bring = [&](pat::Arrived& arrived) {
+    size_t outs = 0, xs = 0;
+    for (const py::handle part : py::iter(parts)) {
+      put(part[py::int_(0)], out, outs);
+      put(part[py::int_(1)], x, xs);
+      // All of one may be there before all of the other.
+      arrived.tensors(static_cast<int64_t>(outs == out.size() ? xs : xs == x.size() ? outs : std::min(outs, xs)));
+    }
+    if (outs < out.size() || xs < x.size()) throw py::value_error(kFewer);
+    arrived.all();
     if (!then.is_none()) then();
   };
-  Bringing(parts, {&out, &x}, last).beside([&](const pat::Meanwhile& meanwhile) {
+  beside(bring, [&](const pat::Meanwhile& meanwhile) {
     pat::channel_compact(out, x, from, to, n_tiles, element_bytes, pointer<int32_t>(index), threads, meanwhile);
   });
 }
@@ -123,30 +120,74 @@ std::unique_ptr<pat::Grouping> grouping(uintptr_t tiles, int64_t n_tiles, uintpt
                                          pointer<int64_t>(sizes), n_groups, channels);
 }
 
-// `out` makes the sums' memory while the xs are read, and says where it is.
-void totals(const py::object& out, const py::object& parts, int dtype, int func, double p, const pat::Grouping& of,
+// Tensors of which others read the first when the last are yet to be compared with their likes.
+class Recognising {
+ public:
+  Recognising(const py::object& tensors, const pat::Known& known)
+      : tensors_(fast(tensors)), known_(known), all_(known.fits(tensors_.ptr())), x_(known.size()) {}
+
+  const pat::Addresses& addresses() const { return x_; }
+  bool all() const { return all_; }
+
+  // Stops the work at the first that differs.
+  void bring(pat::Arrived& arrived) {
+    int64_t step = kFirst;
+    for (int64_t at = 0; all_ && at < known_.size(); step = kStep) {
+      const int64_t to = std::min(at + step, known_.size());
+      all_ = known_.recognise(tensors_.ptr(), at, to, x_.data());
+      at = to;
+      if (all_) arrived.tensors(at);
+    }
+    if (all_) arrived.all();
+    else arrived.stop();
+  }
+
+ private:
+  static constexpr int64_t kFirst = 4, kStep = 16;
+
+  const py::object tensors_;
+  const pat::Known& known_;
+  bool all_;
+  pat::Addresses x_;
+};
+
+// `out` makes the sums' memory while the xs are read, and says where it is; what it raises comes out. False: a tensor
+// is not as known; nothing came of it.
+bool totals(const py::object& out, const py::object& xs, const pat::Known& known, double p, const pat::Grouping& of,
             bool divided, int threads) {
-  pat::Addresses x(of.n_tensors);
+  const std::optional<pat::DType> dtype = known.dtype();
+  if (!dtype) return false;
+  Recognising x(xs, known);
+  if (known.size() < of.n_tensors) throw py::value_error(kFewer);
   void* sums = nullptr;
-  const auto last = [&] { sums = pointer<void>(py::cast<uintptr_t>(out())); };
-  Bringing(parts, {&x}, last).beside([&](const pat::Meanwhile& meanwhile) {
-    pat::channel_totals(x, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, divided, sums, threads,
-                        meanwhile);
+  const auto bring = [&](pat::Arrived& arrived) {
+    x.bring(arrived);
+    if (x.all()) sums = pointer<void>(py::cast<uintptr_t>(out()));
+  };
+  beside(bring, [&](const pat::Meanwhile& meanwhile) {
+    pat::channel_totals(x.addresses(), *dtype, p, of, divided, sums, threads, meanwhile);
   });
+  return x.all();
 }
 
-// `ys` makes the list of their addresses while the xs are read; nothing is added if it raises.
-void push(const py::object& ys, const py::object& parts, int dtype, int func, double p, const pat::Grouping& of,
+// `ys` makes the list of their addresses while the xs are read; nothing is added if it raises. False: as above.
+bool push(const py::object& ys, const py::object& xs, const pat::Known& known, double p, const pat::Grouping& of,
           double alpha, double strength, uintptr_t where, int threads) {
-  pat::Addresses y, x(of.n_tensors);
-  const auto last = [&] {
+  const std::optional<pat::DType> dtype = known.dtype();
+  if (!dtype) return false;
+  Recognising x(xs, known);
+  if (known.size() < of.n_tensors) throw py::value_error(kFewer);
+  pat::Addresses y;
+  const auto bring = [&](pat::Arrived& arrived) {
+    x.bring(arrived);
+    if (!x.all()) return;
     y = addresses(ys());
-    if (y.size() < x.size()) throw py::value_error("fewer tensors to change than the table names");
+    if (static_cast<int64_t>(y.size()) < of.n_tensors) throw py::value_error(kFewer);
   };
-  Bringing(parts, {&x}, last).beside([&](const pat::Meanwhile& meanwhile) {
-    pat::group_push(y, x, static_cast<pat::DType>(dtype), static_cast<pat::Func>(func), p, of, alpha, strength,
-                    pointer<uint8_t>(where), threads, meanwhile);
+  beside(bring, [&](const pat::Meanwhile& meanwhile) {
+    pat::group_push(y, x.addresses(), *dtype, p, of, alpha, strength, pointer<uint8_t>(where), threads, meanwhile);
   });
+  return x.all();
 }
 
 }  // namespace
@@ -158,6 +199,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("scale", &scale);
   m.def("compact", &compact);
   py::class_<pat::Grouping>(m, "Grouping").def(py::init(&grouping)).def_readonly("channels", &pat::Grouping::channels);
+  py::class_<pat::Known>(m, "Known")
+      .def(py::init<const py::capsule&, const py::sequence&>())
+      .def("matches", [](const pat::Known& known, const py::object& tensors) {
+        pat::Addresses found(known.size());
+        const py::object list = fast(tensors);
+        return known.fits(list.ptr()) && known.recognise(list.ptr(), 0, known.size(), found.data());
+      });
   m.def("totals", &totals);
   m.def("push", &push);
   m.def("isa", &pat::isa, "Instruction set in use.");

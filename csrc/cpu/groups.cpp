@@ -12,21 +12,29 @@
 namespace pat {
 namespace {
 
-// The least that a thread adds up at a time, and how many parts for each thread: each looks at all runs.
-constexpr int64_t kPart = 256, kParts = 2;
+// Runs that are asked for ahead: other threads may have written what is added up, and each begins somewhere else.
+constexpr int64_t kAhead = 4;
+
+template <class A>
+void expect(const A* slots, const Run& run) {
+  const auto* at = reinterpret_cast<const char*>(slots + run.slot);
+  for (int64_t i = 0; i < run.length * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(at + i);
+}
 
 // Sums over all that belongs to a channel, in the order of the slots: [channels].
 template <class A>
 void sum_channels(const A* of_slots, const Grouping& g, A* totals, int threads) {
   const int64_t bytes = (g.slots + g.channels) * static_cast<int64_t>(sizeof(A));
-  const int64_t each = std::max(kPart, g.channels / (kParts * threads) + 1);
-  parallel_for((g.channels + each - 1) / each, bytes, threads, [&](int64_t part, int) {
-    const int64_t first = part * each, last = std::min(g.channels, first + each);
+  parallel_for(static_cast<int64_t>(g.starts.size()) - 1, bytes, threads, [&](int64_t part, int) {
+    const Run *run = g.by_part.data() + g.starts[part], *end = g.by_part.data() + g.starts[part + 1];
+    const int64_t first = part * Grouping::kPart, last = std::min(g.channels, first + Grouping::kPart);
     std::fill(totals + first, totals + last, A(0));
-    for (const Run* run = g.runs; run != g.runs + g.n_runs; ++run) {
-      const A* slots = of_slots + run->slot - run->channel;
-      const int64_t end = std::min(last, run->channel + run->length);
-      for (int64_t c = std::max(first, run->channel); c < end; ++c) totals[c] += slots[c];
+    for (const Run* next = run; next < std::min(end, run + kAhead); ++next) expect(of_slots, *next);
+    for (; run != end; ++run) {
+      if (end - run > kAhead) expect(of_slots, run[kAhead]);
+      const A* slots = of_slots + run->slot;
+      A* to = totals + run->channel;
+      for (int64_t i = 0; i < run->length; ++i) to[i] += slots[i];
     }
   });
 }
@@ -97,27 +105,28 @@ const A* at_side(const Grouping& g, int64_t slot, int64_t length, const A* value
   return slots + slot;
 }
 
+Func norm(double p) { return p == 1 ? kAbs : p == 2 ? kSquare : kPower; }
+
 template <class A>
-void totals_of(const Addresses& xs, const Plan& plan, DType dtype, Func func, double p, const Grouping& g, bool divided,
+void totals_of(const Addresses& xs, const Plan& plan, DType dtype, double p, const Grouping& g, bool divided,
                void* const& to, int threads, const Meanwhile& meanwhile) {
   const int64_t each = padded(g.slots);
   const Scratch scratch((each + room_for(plan, threads)) * sizeof(A));
   A* slots = scratch.as<A>();
-  if (!reduce(xs, {}, plan, dtype, func, p, slots, g.slots, slots + each, threads, meanwhile)) return;
+  if (!reduce(xs, {}, plan, dtype, norm(p), p, slots, g.slots, slots + each, threads, meanwhile)) return;
   A* totals = static_cast<A*>(to);
   sum_channels(slots, g, totals, threads);
   if (divided) for_groups(g, threads, [&](int64_t at, int64_t n) { divide_by_mean(totals + at, n); });
 }
 
 template <class A>
-void push(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtype, Func func, double p,
-          const Grouping& g, double alpha, double strength, const uint8_t* where, int threads,
-          const Meanwhile& meanwhile) {
+void push(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtype, double p, const Grouping& g,
+          double alpha, double strength, const uint8_t* where, int threads, const Meanwhile& meanwhile) {
   const int64_t each = padded(g.channels);
   const Scratch scratch((2 * each + padded(g.slots) + room_for(plan, threads)) * sizeof(A));
   A *totals = scratch.as<A>(), *gamma = totals + each, *slots = gamma + each;
   A* room = slots + padded(g.slots);
-  if (!reduce(xs, {}, plan, dtype, func, p, slots, g.slots, room, threads, meanwhile)) return;
+  if (!reduce(xs, {}, plan, dtype, norm(p), p, slots, g.slots, room, threads, meanwhile)) return;
   sum_channels(slots, g, totals, threads);
   for_groups(g, threads, [&](int64_t at, int64_t n) {
     weigh(totals + at, gamma + at, n, alpha, strength);
@@ -144,7 +153,20 @@ Grouping::Grouping(const Tile* tiles, int64_t n_tiles, const Run* runs, int64_t 
       sizes(sizes),
       n_groups(n_groups),
       channels(channels),
-      n_tensors(tensors_of(tiles, n_tiles)) {}
+      n_tensors(tensors_of(tiles, n_tiles)) {
+  std::vector<std::vector<Run>> parts((channels + kPart - 1) / kPart);
+  for (Run run : std::vector<Run>(runs, runs + n_runs))
+    while (run.length > 0) {
+      const int64_t part = run.channel / kPart, length = std::min(run.length, (part + 1) * kPart - run.channel);
+      parts[part].push_back({run.slot, run.channel, length});
+      run = {run.slot + length, run.channel + length, run.length - length};
+    }
+  for (const std::vector<Run>& part : parts) {
+    starts.push_back(static_cast<int64_t>(by_part.size()));
+    by_part.insert(by_part.end(), part.begin(), part.end());
+  }
+  starts.push_back(static_cast<int64_t>(by_part.size()));
+}
 
 const Plan& Grouping::plan(DType dtype) const {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -153,18 +175,18 @@ const Plan& Grouping::plan(DType dtype) const {
   return *known;
 }
 
-void channel_totals(const Addresses& xs, DType dtype, Func func, double p, const Grouping& g, bool divided,
-                    void* const& totals, int threads, const Meanwhile& meanwhile) {
+void channel_totals(const Addresses& xs, DType dtype, double p, const Grouping& g, bool divided, void* const& totals,
+                    int threads, const Meanwhile& meanwhile) {
   const Plan& plan = g.plan(dtype);
-  if (dtype == kF64) totals_of<double>(xs, plan, dtype, func, p, g, divided, totals, threads, meanwhile);
-  else totals_of<float>(xs, plan, dtype, func, p, g, divided, totals, threads, meanwhile);
+  if (dtype == kF64) totals_of<double>(xs, plan, dtype, p, g, divided, totals, threads, meanwhile);
+  else totals_of<float>(xs, plan, dtype, p, g, divided, totals, threads, meanwhile);
 }
 
-void group_push(const Addresses& ys, const Addresses& xs, DType dtype, Func func, double p, const Grouping& g,
-                double alpha, double strength, const uint8_t* where, int threads, const Meanwhile& meanwhile) {
+void group_push(const Addresses& ys, const Addresses& xs, DType dtype, double p, const Grouping& g, double alpha,
+                double strength, const uint8_t* where, int threads, const Meanwhile& meanwhile) {
   const Plan& plan = g.plan(dtype);
-  if (dtype == kF64) push<double>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads, meanwhile);
-  else push<float>(ys, xs, plan, dtype, func, p, g, alpha, strength, where, threads, meanwhile);
+  if (dtype == kF64) push<double>(ys, xs, plan, dtype, p, g, alpha, strength, where, threads, meanwhile);
+  else push<float>(ys, xs, plan, dtype, p, g, alpha, strength, where, threads, meanwhile);
 }
 
 }  // namespace pat

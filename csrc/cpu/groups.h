@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "engine.h"
 #include "plan.h"
@@ -33,15 +34,20 @@ class Grouping {
   const int64_t n_groups, channels;
   const int64_t n_tensors;  // that the table names
 
+  // The runs by ranges of kPart channels, cut where these end: those of part i are [starts[i], starts[i + 1]).
+  static constexpr int64_t kPart = 512;
+  std::vector<Run> by_part;
+  std::vector<int64_t> starts;
+
  private:
   mutable std::mutex mutex_;
   mutable std::unique_ptr<const Plan> plans_[kDTypes];
 };
 
-// totals: [channels] in the accumulator type; the sums of `func` over all that belongs to a channel, divided by their
+// totals: [channels] in the accumulator type; the sums of |x|^p over all that belongs to a channel, divided by their
 // mean over the group if `divided` (which is added up in double precision). Its address is needed when `meanwhile` has
 // ended.
-void channel_totals(const Addresses& xs, DType dtype, Func func, double p, const Grouping& grouping, bool divided,
+void channel_totals(const Addresses& xs, DType dtype, double p, const Grouping& grouping, bool divided,
                     void* const& totals, int threads, const Meanwhile& meanwhile = {});
 
 // The penalty of a group's norms, n_c = sqrt(total_c), in one call:
@@ -49,7 +55,7 @@ void channel_totals(const Addresses& xs, DType dtype, Func func, double p, const
 //   y += (gamma[row] + gamma[col]) * x for tensors with a y.
 // `where` is null, or [channels]: 0 for channels of gamma 0. The ys are needed when `meanwhile` has ended, and stay as
 // they are where it stopped the call.
-void group_push(const Addresses& ys, const Addresses& xs, DType dtype, Func func, double p, const Grouping& grouping,
-                double alpha, double strength, const uint8_t* where, int threads, const Meanwhile& meanwhile = {});
+void group_push(const Addresses& ys, const Addresses& xs, DType dtype, double p, const Grouping& grouping, double alpha,
+                double strength, const uint8_t* where, int threads, const Meanwhile& meanwhile = {});
 
 }  // namespace pat

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pat_fast.backends import native
+from pat_fast.backends.known import Known, UnknownError
 
 _C, _WHY = native.load("pat_fast._C", "C++")
 
@@ -129,8 +130,8 @@ def grouping(tiles: Tensor, runs: Tensor, slots: int, sizes: Tensor, channels: i
 
 
 def channel_totals(
-    parts: Iterable[Sequence[Tensor]],
-    dtype: torch.dtype,
+    xs: Sequence[Tensor],
+    known: Known,
     groups: Any,
     p: float,
     divided: bool,
@@ -138,26 +139,31 @@ def channel_totals(
 ) -> Tensor:
     """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups.
 
-    The xs come in ``parts``: while other threads read the first ones, the next are asked for; when all are there,
-    ``meanwhile`` is called. What any of this raises comes out of this call.
+    While other threads read the first xs, the next are compared with those ``known``; when all are, ``meanwhile`` is
+    called. What any of this raises comes out of this call.
+
+    Raises:
+        UnknownError: see :meth:`Known.compare`.
     """
     made: list[Tensor] = []
 
     def out() -> int:
+        known.compare_rest(xs)
         if meanwhile is not None:
             meanwhile()
-        made.append(torch.empty(groups.channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+        dtype = torch.float64 if known.dtype == torch.float64 else torch.float32
+        made.append(torch.empty(groups.channels, dtype=dtype))
         return made[0].data_ptr()
 
-    number, func = native.DTYPES[dtype], native.function("pow", p)
-    _C.totals(out, ((_addresses(xs),) for xs in parts), number, func, p, groups, divided, torch.get_num_threads())
+    if not _C.totals(out, xs, known.likes, p, groups, divided, torch.get_num_threads()):
+        raise UnknownError
     return made[0]
 
 
 def group_push(
     ys: Callable[[], tuple[Sequence[Tensor], Sequence[int]]],
-    parts: Iterable[Sequence[Tensor]],
-    dtype: torch.dtype,
+    xs: Sequence[Tensor],
+    known: Known,
     groups: Any,
     p: float,
     alpha: float,
@@ -166,30 +172,28 @@ def group_push(
 ) -> None:
     """Add ``(gamma[row] + gamma[col]) * x`` to ``y``, for the ys and their places among the xs.
 
-    The xs come in ``parts``, then the ys are asked for, while other threads read. What any of this raises comes out of
-    this call, which adds nothing then.
+    While other threads read the first xs, the next are compared with those ``known``, then the ys are asked for. What
+    any of this raises comes out of this call, which adds nothing then.
+
+    Raises:
+        UnknownError: see :meth:`Known.compare`.
     """
-    count = 0
     held: list[object] = []  # for as long as they are written
 
-    def addresses() -> Iterator[tuple[list[int]]]:
-        nonlocal count
-        for xs in parts:
-            count += len(xs)
-            yield (_addresses(xs),)
-
     def targets() -> list[int]:
+        known.compare_rest(xs)
         tensors, places = ys()
         held.append(tensors)
         to = _addresses(tensors)
-        if len(to) == count:
+        if len(to) == len(xs):
             return to
         by_place = dict(zip(places, to, strict=True))
-        return [by_place.get(i, 0) for i in range(count)]
+        return [by_place.get(i, 0) for i in range(len(xs))]
 
-    number, func, chosen = native.DTYPES[dtype], native.function("pow", p), 0 if where is None else where.data_ptr()
+    chosen, threads = 0 if where is None else where.data_ptr(), torch.get_num_threads()
     try:
-        _C.push(targets, addresses(), number, func, p, groups, alpha, strength, chosen, torch.get_num_threads())
+        if not _C.push(targets, xs, known.likes, p, groups, alpha, strength, chosen, threads):
+            raise UnknownError
     finally:
         held.clear()  # the traceback of an error would keep them
 

@@ -8,9 +8,8 @@ table to the device: each table needs one call before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from pat_fast.backends import kept, native
 from pat_fast.backends.kept import Kept, Upload
+from pat_fast.backends.known import Known, UnknownError
 
 IndexArray = NDArray[np.int64]
 
@@ -191,7 +191,7 @@ class Groups:
     def __init__(
         self, tiles: Tensor, runs: Tensor, slots: int, sizes: Tensor, channels: int, device: torch.device
     ) -> None:
-        self.tiles, self.channels, self.slots = tiles, channels, slots
+        self.tiles, self.channels, self.slots, self.device = tiles, channels, slots, device
         parts = _slots_by_channel(runs.numpy(), slots, sizes.numpy(), channels)
         self._memory = Upload.of(torch.from_numpy(np.concatenate(parts)), device)
         starts = self._memory.tensor.data_ptr() + 4 * np.cumsum([0, *map(len, parts[:-1])])
@@ -222,9 +222,15 @@ def _summing(call: _Call, like: Tensor, groups: Groups, p: float) -> tuple[tuple
     return arguments, _room(like, blocks, groups.slots, blocks.workspace)
 
 
+def _compare(xs: Sequence[Tensor], known: Known, groups: Groups) -> None:
+    if known.device != groups.device:
+        raise UnknownError
+    known.compare(xs)
+
+
 def channel_totals(
-    parts: Iterable[Sequence[Tensor]],
-    dtype: torch.dtype,
+    xs: Sequence[Tensor],
+    known: Known,
     groups: Groups,
     p: float,
     divided: bool,
@@ -232,9 +238,12 @@ def channel_totals(
 ) -> Tensor:
     """Return the sums of ``|x|^p`` over channels ``[channels]``, if ``divided`` by their means over the groups.
 
-    The xs come in ``parts``. ``meanwhile`` is called while the device is at it.
+    ``meanwhile`` is called while the device is at it.
+
+    Raises:
+        UnknownError: see :meth:`Known.compare`.
     """
-    xs = list(chain.from_iterable(parts))
+    _compare(xs, known, groups)
     call = _Call.of(xs)
     arguments, slots = _summing(call, xs[0], groups, p)
     totals = slots.new_empty(groups.channels)
@@ -246,8 +255,8 @@ def channel_totals(
 
 def group_push(
     ys: Callable[[], tuple[Sequence[Tensor], Sequence[int]]],
-    parts: Iterable[Sequence[Tensor]],
-    dtype: torch.dtype,
+    xs: Sequence[Tensor],
+    known: Known,
     groups: Groups,
     p: float,
     alpha: float,
@@ -256,9 +265,12 @@ def group_push(
 ) -> None:
     """Add ``(gamma[row] + gamma[col]) * x`` to ``y``, for the ys and their places among the xs.
 
-    The xs come in ``parts``, then the ys are asked for.
+    The ys are asked for when the xs have been looked at.
+
+    Raises:
+        UnknownError: see :meth:`Known.compare`.
     """
-    xs = list(chain.from_iterable(parts))
+    _compare(xs, known, groups)
     to = [0] * len(xs)
     for y, place in zip(*ys(), strict=True):
         to[place] = y.data_ptr()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pat_fast.backends import reference
 from pat_fast.backends.kept import check_not_captured
+from pat_fast.backends.known import Known
 from pat_fast.errors import in_a_line
 
 Ops = Mapping[str, Any]  # name of an op or shortcut -> function
@@ -118,7 +119,7 @@ def _push(ops: Ops, case: _Case) -> list[Tensor]:
     if "group_push" in ops:
         of = torch.stack([torch.arange(case.slots), channel, torch.ones_like(channel)], 1)[channel < channels]
         grouping = ops["grouping"](case.tiles, of, case.slots, sizes, channels, case.values.device)
-        arguments = [case.xs], case.xs[0].dtype, grouping, 2.0, alpha, strength, None
+        arguments = case.xs, Known(case.xs), grouping, 2.0, alpha, strength, None
         ops["group_push"](lambda: (ys, range(len(ys))), *arguments)
         return ys
     sums = ops["channel_reduce"](case.xs, [], case.tiles, case.slots, "pow", 2.0)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pat_fast.backends.known import PLAIN, is_plain, is_watched, remembered
 from pat_fast.errors import OpError, did_you_mean
-from pat_fast.ops.known import Known, is_plain, is_reliable, is_watched
 from pat_fast.ops.memory import clash
 from pat_fast.ops.register import implementation
 from pat_fast.ops.schema import accumulator
@@ -189,9 +189,10 @@ def _check_tensors(
     eager = not torch.compiler.is_compiling()
     known = table.known.get(name) if eager and dtypes is not None else None
     if known is not None and known.dtype is dtype and known.device == device and known.matches(xs):
-        return known.plain and not is_watched()
+        return not is_watched()
     if dtypes is not None and dtype not in dtypes:
         _fail(f"{name} of dtype {', '.join(str(d) for d in dtypes)}", str(dtype))
+    seen = eager and not is_watched()
     for i, (x, (shape, strides)) in enumerate(zip(xs, table.layouts)):  # noqa: B905 (length checked above)
         if not isinstance(x, Tensor) or x.layout is not torch.strided:
             _fail(f"{name}[{i}] to be a strided tensor", str(getattr(x, "layout", type(x).__name__)))
@@ -203,6 +204,8 @@ def _check_tensors(
             )
         if x.dtype is not dtype or x.device != device:
             _fail(f"{name}[{i}] of {dtype} on {device}, as its companions", f"{x.dtype} on {x.device}")
+        if seen and type(x) in PLAIN and _is_freed(x):
+            _fail(f"{name}[{i}] to have memory", "a storage that was freed", "gather or load it first")
         if eager and (x.is_neg() or (dtypes is None and x.is_conj())):
             _fail(f"{name}[{i}] as it stands in memory", "a lazily negated or conjugated view", "call resolve_neg()")
     if eager and dtypes is not None:
@@ -210,12 +213,17 @@ def _check_tensors(
     return False
 
 
+def _is_freed(x: Tensor) -> bool:
+    """Whether the memory of a tensor that has elements is gone; FSDP frees it between uses."""
+    return x.data_ptr() == 0 and x.numel() > 0 and not x.is_meta and not torch._is_zerotensor(x)
+
+
 def _remember(name: str, xs: Sequence[Tensor], table: TileTable) -> None:
     """Recognise tensors like ``xs`` from now on; from their second time on, since many tables serve a single call."""
     if name not in table.known:
         table.known[name] = None
-    elif not is_watched() and is_reliable():
-        table.known[name] = Known(xs)
+    else:
+        table.known[name] = remembered(xs)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ called before. On the CPU sums and scores are the same to the last bit on both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from pat_fast.backends import DEVICES, shortcut
+from pat_fast.backends.known import (
+    Known,
+    UnknownError,
+    is_compiled,
+    is_plain,
+    is_reliable,
+    is_watched,
+)
 from pat_fast.ops.functional import _check_apart, _check_tensors, _check_writable, _fail
-from pat_fast.ops.known import is_compiled, is_intercepted, is_plain, is_watched
 from pat_fast.ops.memory import clash
 from pat_fast.ops.register import bump
 from pat_fast.ops.tiles import COL, ROW, TileTable
@@ -63,7 +70,7 @@ class Grouping:
             OpError: the vectors do not fit the table.
         """
         device = slot_channel.device
-        if device.type not in DEVICES or shortcut("grouping", device.type) is None:
+        if device.type not in DEVICES or shortcut("grouping", device.type) is None or not is_reliable():
             return None
         if table.shares_slots:
             _fail("tiles that name slots of their own", "a table of shared slots")
@@ -109,13 +116,18 @@ def channel_totals(
         OpError: tensors that do not fit the table.
     """
     run = grouping.totals
-    if run is None or not len(xs) or is_compiled() or is_intercepted():
+    if run is None or not len(xs) or is_compiled():
         return None
-    try:
-        found: Tensor = run(_looked_at(xs, grouping), xs[0].dtype, grouping.native, p, divided, meanwhile)
-    except _NotPlain:
-        return None
-    return found
+    known = grouping.table.known.get("xs") or _looked_at(xs, grouping)
+    for _ in range(2):
+        if known is None:
+            break
+        try:
+            found: Tensor = run(xs, known, grouping.native, p, divided, meanwhile)
+            return found
+        except UnknownError:
+            known = _looked_at(xs, grouping)
+    return None
 
 
 class Pushed(NamedTuple):
@@ -156,7 +168,7 @@ def group_push(
         OpError: tensors that do not fit, or that overlap.
     """
     run = grouping.push
-    if run is None or not len(xs) or is_compiled() or is_intercepted():
+    if run is None or not len(xs) or is_compiled():
         return False
     if where is not None:
         wanted = torch.bool, (grouping.channels,), grouping.device
@@ -179,42 +191,40 @@ def group_push(
         bump(found.ys)
         return found.ys, found.places
 
-    try:
-        run(checked, _looked_at(xs, grouping), xs[0].dtype, grouping.native, p, alpha, strength, where)
-    except _NotPlain:
-        return False
-    except _Nothing:
-        pass
-    return True
+    known = grouping.table.known.get("xs") or _looked_at(xs, grouping)
+    for _ in range(2):
+        if known is None:
+            break
+        try:
+            run(checked, xs, known, grouping.native, p, alpha, strength, where)
+        except UnknownError:
+            known = _looked_at(xs, grouping)
+        except _NotPlain:
+            break
+        except _Nothing:
+            return True
+        else:
+            return True
+    return False
 
 
 class _NotPlain(Exception):
-    """Some tensors are more than memory of the grouping's device, or something wants to see what is called."""
+    """Some ys are more than memory of the grouping's device."""
 
 
 class _Nothing(Exception):
     """There is nothing to change."""
 
 
-def _looked_at(xs: Sequence[Tensor], grouping: Grouping) -> Iterator[Sequence[Tensor]]:
-    """The tensors in parts, each as soon as it has been looked at: others can read it meanwhile.
+def _looked_at(xs: Sequence[Tensor], grouping: Grouping) -> Known | None:
+    """What recognises the xs; None if some are more than memory of the grouping's device, or something watches.
 
     Raises:
         OpError: they do not fit the table.
-        _NotPlain: see there.
     """
-    table = grouping.table
-    known, done = table.known.get("xs"), 0
-    if known is not None and known.plain and len(xs) == table.n_tensors and known.device == grouping.device:
-        for part in known.matching(xs):
-            yield part
-            if not done and is_watched():  # asked when others have something to do
-                raise _NotPlain
-            done += len(part)
-    if done < len(xs):
-        if (not done and is_watched()) or not _are_plain("xs", xs, table, grouping):
-            raise _NotPlain
-        yield xs[done:]
+    if is_watched() or not _are_plain("xs", xs, grouping.table, grouping):
+        return None
+    return grouping.table.known.get("xs") or Known(xs)
 
 
 def _are_like(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> bool:

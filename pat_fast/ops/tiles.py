@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pat_fast.backends.known import Known
 from pat_fast.errors import OpError
-from pat_fast.ops.known import Known
 
 TENSOR, OFFSET, R, C, K, SR, SC, SK, ROW, COL = range(10)
 WIDTH = 10

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..backends.known import Known, remembered
 from ..errors import OpError, PlanError
 from ..ops.functional import FLOATS
 from ..ops.grouped import Grouping
-from ..ops.known import PLAIN, Known, is_reliable, is_watched
 from ..ops.tiles import NONE, WIDTH, TileTable
 from .held import Parts, Places, Seen
 from .named import Named
@@ -227,10 +227,11 @@ class Binding(Named):
         self._groupings: dict[str, tuple[Tiles, torch.dtype, Grouping | None]] = {}
 
     def remember(self) -> None:
-        """Look at the tensors, to recognise them in one call from now on; see :mod:`pat_fast.ops.known`."""
+        """Look at the tensors, to recognise them in one call from now on; see :mod:`pat_fast.backends.known`."""
         tensors = list(self.tensors.values())
-        if tensors and all(type(t) in PLAIN for t in tensors) and is_reliable() and not is_watched():
-            self._known, self._seen = Known(tensors), Seen.of(tensors)
+        known = remembered(tensors) if tensors else None
+        if known is not None:
+            self._known, self._seen = known, Seen.of(tensors)
 
     def _are_known(self) -> bool:
         """Whether the tensors surely have the shapes, and are all else, that they were when they were looked at."""

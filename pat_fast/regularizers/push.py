@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..backends.known import is_compiled
 from ..criteria import is_scored
 from ..ops import channel_axpy_, channel_scale_
 from ..ops.grouped import Grouping, Pushed, group_push
-from ..ops.known import is_compiled
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
 from ..plan.bind import Binding, Tiles, Wanted, has_floats
 from ..plan.recurrent import RECURRENT, weight_or_bias

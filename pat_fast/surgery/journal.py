@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..backends import shortcut
+from ..backends.known import is_watched
 from ..errors import SurgeryError
-from ..ops.known import is_watched
 from ..ops.tiles import NONE, WIDTH
 from ..plan.flat import IndexArray
 from ..plan.held import Kind, Seen

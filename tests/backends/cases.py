@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pat_fast.backends import reference
+from pat_fast.backends.known import Known
 from pat_fast.ops import Tile, TileTable, accumulator
 from pat_fast.ops.grouped import runs_of
 from tests.ops.layouts import DTYPES, ORDERS, SIZES, SLOTS, Made, make
@@ -364,9 +365,7 @@ def totals(shortcuts: Ops, dtype: torch.dtype, p: float, device: str = "cpu") ->
     expected = case.totals(p)
     rtol = {torch.float64: 1e-10}.get(dtype, 1e-5)
     for divided in (False, True):
-        found = shortcuts["channel_totals"](
-            [case.xs[:1], case.xs[1:]], dtype, groups, p, divided
-        ).cpu()
+        found = shortcuts["channel_totals"](case.xs, Known(case.xs), groups, p, divided).cpu()
         if divided:
             tiny = torch.finfo(found.dtype).tiny
             expected = torch.cat([part / part.mean().clamp_min(tiny) for part in expected.split(case.sizes)])
@@ -389,7 +388,7 @@ def push(shortcuts: Ops, dtype: torch.dtype, p: float, device: str = "cpu") -> N
         expected = [torch.ones_like(x) for x in xs]
         reference.channel_axpy_(expected, [x.nan_to_num(0, 0) for x in xs], case.table.table, coef)
         groups = case.native(shortcuts)
-        arguments = [case.xs[:2], case.xs[2:]], dtype, groups, p, 16.0, 1e-2, where
+        arguments = case.xs, Known(case.xs), groups, p, 16.0, 1e-2, where
         shortcuts["group_push"](lambda ys=ys, chosen=chosen: ([ys[i] for i in chosen], chosen), *arguments)
         for i, (y, want) in enumerate(zip(ys, expected, strict=True)):
             if i not in chosen:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from pat_fast.backends import cuda, kept, reference
+from pat_fast.backends.known import Known, UnknownError
 from pat_fast.errors import BackendError
 from pat_fast.ops import Tile, TileTable
 from tests.backends import cases
@@ -92,6 +93,16 @@ def test_sums_over_channels(dtype: torch.dtype, p: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_penalty_of_norms(dtype: torch.dtype, p: float) -> None:
     cases.push(cuda.SHORTCUTS, dtype, p)
+
+
+def test_tensors_of_another_device_are_not_given_to_a_kernel() -> None:
+    case = cases.Grouped.of(torch.float32, "cpu")
+    groups, known = case.native(cuda.SHORTCUTS), Known(case.xs)
+    known.device = torch.device("meta")
+    with pytest.raises(UnknownError):
+        cuda.channel_totals(case.xs, known, groups, 2.0, False)
+    with pytest.raises(UnknownError):
+        cuda.group_push(lambda: (case.xs, range(3)), case.xs, known, groups, 2.0, 16.0, 1.0, None)
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [1.0], [0.0], [0.5, 0.0], [float("inf"), 0.0], [float("nan"), 0.0]])

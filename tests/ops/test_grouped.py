@@ -431,6 +431,40 @@ def test_a_tensor_that_others_are_read_before_is_looked_at_too(threads: int) -> 
         totals(xs[:-1])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: setattr(x, "data", torch._neg_view(torch.ones(40, 30))), "lazily negated"),
+        (lambda x: setattr(x, "data", torch.ones(30, 40).t()), "of shape"),
+        (lambda x: setattr(x, "data", torch.ones(40, 30, dtype=torch.float64)), "of torch.float"),
+        (lambda x: x.untyped_storage().resize_(0), "to have memory"),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 60, 89])
+def test_a_known_tensor_that_changes_is_seen(
+    threads: int, at: int, change: Callable[[Tensor], None], message: str
+) -> None:
+    torch.set_num_threads(threads)
+    xs = [torch.ones(40, 30) for _ in range(90)]
+    ys = [torch.zeros(40, 30) for _ in xs]
+    table = TileTable.from_tiles(xs, [Tile(i, 0, (40, 30, 1), (30, 1, 1), 70 * i, 70 * i + 40) for i in range(90)])
+    grouping = Grouping.of(table, torch.arange(70 * 90), torch.tensor([70] * 90))
+    assert grouping is not None
+    for _ in range(3):
+        found = grouped.channel_totals(xs, grouping, 2.0, True)
+        assert found is not None
+        assert grouped.group_push(lambda: Pushed(ys, range(90), table), xs, grouping, 2.0, 16.0, 1.0, None)
+    change(xs[at])
+    before = [y.clone() for y in ys]
+    for _ in range(2):
+        with pytest.raises(OpError, match=message):
+            grouped.channel_totals(xs, grouping, 2.0, True)
+        with pytest.raises(OpError, match=message):
+            grouped.group_push(lambda: Pushed(ys, range(90), table), xs, grouping, 2.0, 16.0, 1.0, None)
+    assert all(map(torch.equal, ys, before))
+
+
 @pytest.mark.parametrize("where", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
 def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
     table: TileTable, grouping: Grouping, where: Tensor
@@ -466,10 +500,10 @@ def test_what_is_written_is_kept_until_it_is(grouping: Grouping, monkeypatch: py
 
     class Native:
         @staticmethod
-        def push(targets: Callable[[], list[int]], addresses: Iterator[Any], *rest: Any) -> None:
-            list(addresses)
+        def push(targets: Callable[[], list[int]], *rest: Any) -> bool:
             targets()
             alive.append(made[0]() is not None)
+            return True
 
     def make() -> Pushed:
         y = torch.zeros(4, 3)

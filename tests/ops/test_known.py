@@ -1,10 +1,13 @@
-"""Tensors that were checked before: recognised without another look, and never wrongly."""
+"""Tensors that were checked before: recognised without another look, and never wrongly.
+
+By the C++ extension, and without it by Dynamo's guard.
+"""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,10 +18,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pat_fast import ops
+from pat_fast.backends import known
 from pat_fast.errors import OpError
-from pat_fast.ops import Tile, TileTable, functional, known
+from pat_fast.ops import Tile, TileTable, functional
 
 TILE = Tile(0, 0, (4, 3, 1), (3, 1, 1), 0, 4)
+
+
+@pytest.fixture(autouse=True, params=["C++", "guard"])
+def likes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "guard":
+        monkeypatch.setattr(known, "_C", None)
+    elif known._C is None:
+        pytest.skip("the C++ extension is not there")
+    forget = known.is_reliable.cache_clear
+    forget()
+    yield request.param
+    forget()
 
 
 @pytest.fixture
@@ -51,8 +67,85 @@ def meet(weights: Sequence[Tensor], table: TileTable) -> None:
         ops.channel_axpy_([torch.zeros_like(w) for w in weights], weights, table, torch.ones(12))
 
 
-def test_this_torch_has_a_guard_that_serves() -> None:
+def test_this_torch_has_what_serves() -> None:
     assert known.is_reliable()
+
+
+MADE: dict[str, Callable[[], Tensor]] = {
+    "a number": lambda: torch.tensor(1.0),
+    "a vector": lambda: torch.ones(3),
+    "a matrix": lambda: torch.ones(3, 2),
+    "turned": lambda: torch.ones(2, 3).t(),
+    "six dimensions": lambda: torch.ones(1, 2, 1, 2, 1, 2),
+    "six others": lambda: torch.ones(2, 1, 2, 1, 2, 1),
+    "no rows": lambda: torch.ones(0, 2),
+    "no columns": lambda: torch.ones(3, 0),
+    "a parameter": lambda: nn.Parameter(torch.ones(3)),
+    "every other": lambda: torch.ones(6)[::2],
+    "one again and again": lambda: torch.ones(1).expand(3),
+    "double": lambda: torch.ones(3, dtype=torch.float64),
+    "half": lambda: torch.ones(3, dtype=torch.float16),
+    "bfloat16": lambda: torch.ones(3, dtype=torch.bfloat16),
+    "whole": lambda: torch.ones(3, dtype=torch.int64),
+    "bits": lambda: torch.ones(3, dtype=torch.bool),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "eight bits": lambda: torch.ones(3, dtype=torch.float8_e4m3fn),
+}
+ODD: dict[str, Callable[[], Any]] = {
+    "on meta": lambda: torch.ones(3, device="meta"),
+    "negated": lambda: torch._neg_view(torch.ones(3)),
+    "made up": lambda: torch._efficientzerotensor((3,)),
+    "sparse": lambda: torch.ones(3).to_sparse(),
+    "quantized": lambda: torch._empty_affine_quantized(3, scale=1.0, zero_point=0, dtype=torch.qint8),
+    "a subclass": lambda: torch.ones(3).as_subclass(Another),
+    "no tensor": lambda: None,
+    "an array": lambda: torch.ones(3).numpy(),
+}
+
+
+class Another(Tensor):
+    """No plain tensor."""
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_tensor_is_recognised_by_all_that_it_is(name: str) -> None:
+    rest = [torch.ones(n) for n in range(1, 40)]  # more than are looked at in one go
+    for at in (0, 20, 39):
+        found = known.remembered([*rest[:at], MADE[name](), *rest[at:]])
+        assert found is not None
+        for other, make in MADE.items():
+            assert found.matches([*rest[:at], make(), *rest[at:]]) is (other == name)
+            assert found.matches((*rest[:at], make(), *rest[at:])) is (other == name)
+        assert not any(found.matches([*rest[:at], make(), *rest[at:]]) for make in ODD.values())
+        assert not found.matches(rest)
+        assert not found.matches([*rest, *rest])
+
+
+@pytest.mark.parametrize("name", [n for n in ODD if n not in ("no tensor", "an array")])
+def test_what_is_no_plain_tensor_is_not_remembered(name: str) -> None:
+    assert known.remembered([torch.ones(2), ODD[name]()]) is None
+
+
+def test_one_whose_memory_is_freed_is_refused(weights: list[Tensor], table: TileTable) -> None:
+    """As FSDP does between uses. Read past all checks it would end the process."""
+    twin = copy.deepcopy(table)
+    weights[0].untyped_storage().resize_(0)
+    for _ in range(2):
+        with pytest.raises(OpError, match=r"xs\[0\] to have memory"):
+            ops.channel_reduce(weights, table)
+        with pytest.raises(OpError, match=r"xs\[0\] to have memory"):
+            ops.channel_compact([torch.zeros(4, 3), torch.zeros(5)], weights, twin, twin, torch.zeros(0).int())
+
+
+def test_one_that_is_known_may_be_freed(likes: str) -> None:
+    if likes == "guard":
+        pytest.skip("the guard does not see memory; the next op that looks at tensors one by one does")
+    x = torch.ones(3)
+    found = known.remembered([x])
+    assert found is not None
+    assert found.matches([x])
+    x.untyped_storage().resize_(0)
+    assert not found.matches([x])
 
 
 def test_from_the_third_time_on_the_kernel_is_called_at_once(
@@ -167,7 +260,7 @@ def test_a_copied_table_looks_for_itself(
 def test_without_the_guard_all_is_as_before(
     weights: list[Tensor], table: TileTable, called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "is_reliable", lambda: False)
+    monkeypatch.setattr(known, "is_reliable", lambda: False)
     meet(weights, table)
     meet(weights, table)
     assert not called

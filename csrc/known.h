@@ -1,0 +1,76 @@
+// Tensors that were looked at before, recognised by what DLPack's exchange API says of them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace pat {
+
+// What of DLPack 1.x is needed here, as https://dmlc.github.io/dlpack lays it out; its functions need the GIL.
+namespace dlpack {
+
+struct Tensor {
+  void* data;
+  struct Device {
+    int32_t type, index;
+  } device;
+  int32_t ndim;
+  struct DType {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t *shape, *strides;  // in elements; they stay with the tensor
+  uint64_t byte_offset;
+};
+
+struct Exchange {
+  uint32_t major, minor;
+  const void* older;
+  void *allocate, *managed_from_object, *managed_to_object;
+  int (*from_object)(void* object, Tensor* to);  // not 0: a Python exception is set; may be null
+  void* current_stream;
+};
+
+}  // namespace dlpack
+
+// Tensors, as far as later ones must be like them: type, dtype, device, shape, strides, and that they have memory.
+class Known {
+ public:
+  // exchange: the capsule that tensors' type has as __dlpack_c_exchange_api__. Throws py::type_error where it, or a
+  // tensor, is none of those that can be recognised.
+  Known(const pybind11::capsule& exchange, const pybind11::sequence& tensors);
+
+  // That all of them have, which are in the memory of the CPU; else none.
+  std::optional<DType> dtype() const { return dtype_; }
+
+  int64_t size() const { return static_cast<int64_t>(likes_.size()); }
+
+  // Whether a tuple or list is as long.
+  bool fits(PyObject* tensors) const { return PySequence_Fast_GET_SIZE(tensors) == size(); }
+
+  // Whether those in [from, to) of a tuple or list that fits are like theirs, which are taken in order; `addresses` get
+  // where their memory begins.
+  bool recognise(PyObject* tensors, int64_t from, int64_t to, void** addresses) const;
+
+ private:
+  struct Like {
+    PyTypeObject* type;
+    dlpack::Tensor tensor;     // its pointers mean nothing
+    int64_t extents;           // where shape and strides begin in `extents_`
+    mutable const char* seen;  // where a tensor like it had its shape last, near all else of it
+  };
+
+  bool is_known(PyObject* tensor, const Like& like, void** address) const;
+
+  const dlpack::Exchange* exchange_;
+  std::vector<Like> likes_;
+  std::vector<int64_t> extents_;
+  std::optional<DType> dtype_;
+};
+
+}  // namespace pat

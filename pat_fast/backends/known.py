@@ -1,0 +1,135 @@
+"""Tensors that were looked at before are recognised in one call; a loop over their properties costs forty times that.
+
+The C++ extension compares what DLPack's exchange API says of them: types, dtypes, devices, shapes and strides. Without
+it Dynamo's guard does, which is no public part of PyTorch. Either is tried out first; where it is missing or misses
+something, every tensor is looked at every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pat_fast.backends import native
+
+_C, _ = native.load("pat_fast._C", "C++")
+PLAIN = (Tensor, nn.Parameter)
+is_compiled: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+_WATCHERS: tuple[Callable[[], Any], ...] = (
+    torch._C._len_torch_function_stack,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._autograd._profiler_enabled,
+    torch._C._get_tracing_state,
+    torch._C._functorch.peek_interpreter_stack,
+)
+
+
+class Known:
+    """Plain tensors that passed all checks, as far as later ones must be like them.
+
+    Attributes:
+        dtype, device: of all of them.
+        likes: what compares others with them; it does not see whether these are lazily negated.
+    """
+
+    __slots__ = ("device", "dtype", "likes")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.likes = _likes(tensors)
+        self.dtype, self.device = tensors[0].dtype, tensors[0].device
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a table looks at its tensors itself."""
+        return type(None), ()
+
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``tensors`` would pass, too."""
+        return self.likes.matches(tensors) and not any(map(Tensor.is_neg, tensors))
+
+    def compare(self, tensors: Sequence[Tensor]) -> None:
+        """Look at tensors that are to be read past the dispatcher.
+
+        Raises:
+            UnknownError: see there.
+        """
+        if not self.likes.matches(tensors):
+            raise UnknownError
+        self.compare_rest(tensors)
+
+    def compare_rest(self, tensors: Sequence[Tensor]) -> None:
+        """What is left to do of :meth:`compare` when ``likes`` has compared them.
+
+        Raises:
+            UnknownError: see there.
+        """
+        if is_watched() or any(map(Tensor.is_neg, tensors)):
+            raise UnknownError
+
+
+def remembered(tensors: Sequence[Tensor]) -> Known | None:
+    """What recognises tensors like these from now on; None where nothing does."""
+    if is_watched() or not is_reliable() or not all(map(is_plain, tensors)):
+        return None
+    try:
+        return Known(tensors)
+    except (BufferError, RuntimeError, TypeError, ValueError):  # a dtype that has no name there
+        return None
+
+
+class UnknownError(Exception):
+    """Tensors are not like those that are known, or something wants to see what is called."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but what stands at its address in the memory of a CPU or GPU."""
+    if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda"):
+        return False
+    lazy = tensor.is_neg() or tensor.is_conj() or torch._is_zerotensor(tensor)
+    return tensor.layout is torch.strided and not tensor.is_quantized and not lazy
+
+
+def is_watched() -> bool:
+    """Whether something wants to see the ops that are called: a mode, a transform, a trace or a profiler."""
+    return any(watcher() for watcher in _WATCHERS)
+
+
+class _Guards:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        guards: Any = torch._C._dynamo.guards
+        self._length = len(tensors)
+        self._guards = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == self._length and bool(self._guards.check(*tensors))
+
+
+def _likes(tensors: Sequence[Tensor]) -> Any:
+    return _Guards(tensors) if _C is None else _C.Known(Tensor.__dlpack_c_exchange_api__, tensors)
+
+
+@cache
+def is_reliable() -> bool:
+    """Whether this PyTorch has what compares tensors and it sees every difference that matters."""
+    one = torch.zeros(4, 3)
+    others: list[Callable[[], Tensor]] = [
+        lambda: torch.zeros(3, 3),
+        lambda: torch.zeros(3, 4).t(),
+        lambda: torch.zeros(4, 3, 1),
+        lambda: torch.zeros(4, 3, dtype=torch.float64),
+        lambda: torch.zeros(4, 3, device="meta"),
+        lambda: torch._neg_view(torch.zeros(4, 3)),
+        lambda: torch._efficientzerotensor((4, 3)),
+        lambda: torch.zeros(4, 3).to_sparse(),
+        lambda: nn.Parameter(torch.zeros(4, 3)),
+    ]
+    try:
+        is_watched()
+        known = Known([one, one])
+        seen = known.matches([one, torch.ones(4, 3)])
+        return seen and not any(known.matches([one, make()]) or known.matches([make(), one]) for make in others)
+    except Exception:  # whatever a private function does in another version
+        return False
