@@ -44,6 +44,12 @@ static inline __attribute__((always_inline)) void expect_line(const char* line) 
   if (((uintptr_t)line & 4095) < 128) __builtin_prefetch(line + 24576);
 }
 
+// Asks for the first lines of a page that comes soon behind this one, as above.
+constexpr int64_t kPage = 4096, kSoon = 12288;
+static inline __attribute__((always_inline)) void expect_page(const void* at) {
+  expect_row((const char*)((uintptr_t)at & ~(uintptr_t)(kPage - 1)) + kSoon);
+}
+
 // Sums, coefficients and scales are double for kF64 and float for the other dtypes. A vector over the
 // elements of a row is [outer * inner]; a vector over rows is [n]. Both may be null.
 struct Kernels {
