@@ -64,7 +64,8 @@ sanitize: $(VENV)/.test
 	@cd $(SANITIZED) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 CXXFLAGS='$(SANITIZE)' \
 		PAT_FAST_BACKEND=cpu PAT_FAST_FUZZ=$(FUZZ) $(abspath $(BIN))/python -m pytest \
-		tests/backends/test_fuzz.py tests/backends/test_cpu.py tests/backends/test_cuda.py -k 'not forked'
+		tests/backends/test_fuzz.py tests/backends/test_cpu.py tests/backends/test_cuda.py tests/ops/test_known.py \
+		tests/ops/test_grouped.py -k 'not forked'
 
 # Without PyTorch, which would have to be there for the other processor, and without threads.
 CROSS ?= aarch64-linux-gnu-g++

@@ -225,10 +225,10 @@ void check_groups(const Case& of, DType dtype, std::mt19937& random) {
       gamma[i] = high > low ? 0.1 * std::pow(16.0, (high - std::sqrt(totals[i])) / (high - low)) : 0.1;
   }
   Vector sums(dtype, 2 * n, NAN);
-  pat::channel_totals(x.addresses, dtype, pat::kSquare, 2.0, grouping, false, sums.data(), 2);
+  pat::channel_totals(x.addresses, dtype, 2.0, grouping, false, sums.data(), 2);
   const double rounding = dtype == pat::kF64 ? 1e-11 : 1e-5;
   for (int64_t i = 0; i < 2 * n; ++i) expect(sums[i], totals[i], rounding * totals[i], of.named("totals", dtype));
-  pat::group_push(updated.addresses, x.addresses, dtype, pat::kSquare, 2.0, grouping, 16.0, 0.1, nullptr, 2);
+  pat::group_push(updated.addresses, x.addresses, dtype, 2.0, grouping, 16.0, 0.1, nullptr, 2);
   of.each([&](const Tile& t, int64_t at, int64_t row, int64_t col) {
     const double add = (gamma[channel(row)] + gamma[channel(col)]) * x.tensors[t.tensor][at];
     const double to = y.tensors[t.tensor][at];

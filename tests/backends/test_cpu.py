@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,3 +251,14 @@ def test_set_isa_refuses_what_it_does_not_know() -> None:
     assert not cpu._C.set_isa("mmx")
     assert cpu._C.isa() == before
     assert before in ISAS
+
+
+def test_what_checks_other_processors_still_compiles() -> None:
+    """``make check-neon`` runs it."""
+    compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = Path(__file__).with_name("kernels_alone.cpp")
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-Wno-unknown-pragmas", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
