@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -156,9 +155,8 @@ class Recognising {
 bool totals(const py::object& out, const py::object& xs, const pat::Known& known, double p, const pat::Grouping& of,
             bool divided, int threads) {
   const std::optional<pat::DType> dtype = known.dtype();
-  if (!dtype) return false;
+  if (!dtype || known.size() < of.n_tensors) return false;
   Recognising x(xs, known);
-  if (known.size() < of.n_tensors) throw py::value_error(kFewer);
   void* sums = nullptr;
   const auto bring = [&](pat::Arrived& arrived) {
     x.bring(arrived);
@@ -174,9 +172,8 @@ bool totals(const py::object& out, const py::object& xs, const pat::Known& known
 bool push(const py::object& ys, const py::object& xs, const pat::Known& known, double p, const pat::Grouping& of,
           double alpha, double strength, uintptr_t where, int threads) {
   const std::optional<pat::DType> dtype = known.dtype();
-  if (!dtype) return false;
+  if (!dtype || known.size() < of.n_tensors) return false;
   Recognising x(xs, known);
-  if (known.size() < of.n_tensors) throw py::value_error(kFewer);
   pat::Addresses y;
   const auto bring = [&](pat::Arrived& arrived) {
     x.bring(arrived);

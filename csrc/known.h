@@ -38,7 +38,8 @@ struct Exchange {
 
 }  // namespace dlpack
 
-// Tensors, as far as later ones must be like them: type, dtype, device, shape, strides, and that they have memory.
+// Tensors, as far as later ones must be like them: type, dtype, device, shape, strides, and that their memory is there.
+// Whether one is lazily negated or conjugated DLPack does not say.
 class Known {
  public:
   // exchange: the capsule that tensors' type has as __dlpack_c_exchange_api__. Throws py::type_error where it, or a
@@ -62,7 +63,9 @@ class Known {
     PyTypeObject* type;
     dlpack::Tensor tensor;     // its pointers mean nothing
     int64_t extents;           // where shape and strides begin in `extents_`
-    mutable const char* seen;  // where a tensor like it had its shape last, near all else of it
+    bool empty;                // has no elements
+    mutable const void* data;  // where the last one like it had its memory
+    mutable const char* seen;  // and its shape, near all else of it
   };
 
   bool is_known(PyObject* tensor, const Like& like, void** address) const;

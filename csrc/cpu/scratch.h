@@ -1,32 +1,32 @@
 // Working memory that outlives a call: fresh pages would cost more than the sums kept in them.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
-#include <mutex>
 #include <new>
 
 namespace pat {
 
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : lock_(mutex(), std::try_to_lock) {
-    if (!lock_.owns_lock()) {  // another Python thread is inside an op
-      data_ = allocate(bytes);
-      return;
-    }
+  explicit Scratch(size_t bytes) : own_(!taken().test_and_set(std::memory_order_acquire)) {
     static void* kept = nullptr;
     static size_t size = 0;
-    if (bytes > size) {
+    if (own_ && bytes > size) {
       std::free(kept);
-      kept = nullptr;
       size = 0;
       kept = allocate(bytes);
-      size = bytes;
+      size = kept != nullptr ? bytes : 0;
     }
-    data_ = kept;
+    // Not its own: an op is under way, another Python thread's, or the one that this was called beside.
+    data_ = own_ ? kept : allocate(bytes);
+    if (data_ != nullptr) return;
+    if (own_) taken().clear(std::memory_order_release);
+    throw std::bad_alloc();
   }
   ~Scratch() {
-    if (!lock_.owns_lock()) std::free(data_);
+    if (own_) taken().clear(std::memory_order_release);
+    else std::free(data_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -37,17 +37,13 @@ class Scratch {
   }
 
  private:
-  static std::mutex& mutex() {
-    static std::mutex one;
+  static std::atomic_flag& taken() {
+    static std::atomic_flag one = ATOMIC_FLAG_INIT;
     return one;
   }
-  static void* allocate(size_t bytes) {
-    void* data = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
-    if (data == nullptr) throw std::bad_alloc();
-    return data;
-  }
+  static void* allocate(size_t bytes) { return std::aligned_alloc(64, (bytes + 127) / 64 * 64); }
 
-  std::unique_lock<std::mutex> lock_;
+  const bool own_;
   void* data_ = nullptr;
 };
 

@@ -98,7 +98,7 @@ def compact_beside(
     """:func:`channel_compact` with ``outs`` and ``xs`` that come in ``parts``, some of each at a time.
 
     While other threads copy the first ones, the next are asked for (and made then, it may be); when all are there,
-    ``meanwhile`` is called. What any of this raises comes out of this call, whose ``outs`` are not written then.
+    ``meanwhile`` is called. What any of this raises comes out of this call, whose ``outs`` are not written any more.
     """
     held: list[object] = []  # for as long as they are written
 
@@ -183,7 +183,7 @@ def group_push(
     def targets() -> list[int]:
         known.compare_rest(xs)
         tensors, places = ys()
-        held.append(tensors)
+        held.append(tuple(tensors))
         to = _addresses(tensors)
         if len(to) == len(xs):
             return to

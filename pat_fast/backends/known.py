@@ -18,6 +18,7 @@ from pat_fast.backends import native
 
 _C, _ = native.load("pat_fast._C", "C++")
 PLAIN = (Tensor, nn.Parameter)
+LOW = 2**33
 is_compiled: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 _WATCHERS: tuple[Callable[[], Any], ...] = (
     torch._C._len_torch_function_stack,
@@ -32,14 +33,15 @@ class Known:
     """Plain tensors that passed all checks, as far as later ones must be like them.
 
     Attributes:
-        dtype, device: of all of them.
-        likes: what compares others with them; it does not see whether these are lazily negated.
+        dtype, device: of the first of them.
+        likes: what compares others with them; it does not see whether these are lazily negated or conjugated.
     """
 
-    __slots__ = ("device", "dtype", "likes")
+    __slots__ = ("_complex", "device", "dtype", "likes")
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.likes = _likes(tensors)
+        self._complex = any(map(Tensor.is_complex, tensors))
         self.dtype, self.device = tensors[0].dtype, tensors[0].device
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -48,7 +50,10 @@ class Known:
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether ``tensors`` would pass, too."""
-        return self.likes.matches(tensors) and not any(map(Tensor.is_neg, tensors))
+        return self.likes.matches(tensors) and not self._is_lazy(tensors)
+
+    def _is_lazy(self, tensors: Sequence[Tensor]) -> bool:
+        return any(map(Tensor.is_neg, tensors)) or (self._complex and any(map(Tensor.is_conj, tensors)))
 
     def compare(self, tensors: Sequence[Tensor]) -> None:
         """Look at tensors that are to be read past the dispatcher.
@@ -66,7 +71,7 @@ class Known:
         Raises:
             UnknownError: see there.
         """
-        if is_watched() or any(map(Tensor.is_neg, tensors)):
+        if is_watched() or self._is_lazy(tensors):
             raise UnknownError
 
 
@@ -88,8 +93,20 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is nothing but what stands at its address in the memory of a CPU or GPU."""
     if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda"):
         return False
-    lazy = tensor.is_neg() or tensor.is_conj() or torch._is_zerotensor(tensor)
-    return tensor.layout is torch.strided and not tensor.is_quantized and not lazy
+    lazy = tensor.is_neg() or tensor.is_conj()
+    return tensor.layout is torch.strided and not tensor.is_quantized and not lazy and has_memory(tensor)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the memory of a CPU's or GPU's tensor is there.
+
+    It is not where PyTorch makes up zeros, where FSDP has freed it meanwhile, and where a wrapper has outlived its
+    transform. An address in it is then no more than an offset.
+    """
+    try:
+        return tensor.data_ptr() >= LOW or not tensor.numel() or tensor.untyped_storage().data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def is_watched() -> bool:
@@ -104,7 +121,7 @@ class _Guards:
         self._guards = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == self._length and bool(self._guards.check(*tensors))
+        return len(tensors) == self._length and self._guards.check(*tensors) and all(map(has_memory, tensors))
 
 
 def _likes(tensors: Sequence[Tensor]) -> Any:
@@ -113,23 +130,27 @@ def _likes(tensors: Sequence[Tensor]) -> Any:
 
 @cache
 def is_reliable() -> bool:
-    """Whether this PyTorch has what compares tensors and it sees every difference that matters."""
-    one = torch.zeros(4, 3)
+    """Whether this PyTorch has what compares tensors and it sees such differences as matter; to be asked unwatched."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    one = zeros(4, 3)
     others: list[Callable[[], Tensor]] = [
-        lambda: torch.zeros(3, 3),
-        lambda: torch.zeros(3, 4).t(),
-        lambda: torch.zeros(4, 3, 1),
-        lambda: torch.zeros(4, 3, dtype=torch.float64),
-        lambda: torch.zeros(4, 3, device="meta"),
-        lambda: torch._neg_view(torch.zeros(4, 3)),
-        lambda: torch._efficientzerotensor((4, 3)),
-        lambda: torch.zeros(4, 3).to_sparse(),
-        lambda: nn.Parameter(torch.zeros(4, 3)),
+        lambda: zeros(3, 3),
+        lambda: zeros(3, 4).t(),
+        lambda: zeros(4, 3, 1),
+        lambda: zeros(4, 3, dtype=torch.float64),
+        lambda: zeros(4, 3, device="meta"),
+        lambda: torch._neg_view(zeros(4, 3)),
+        lambda: torch._efficientzerotensor((4, 3), dtype=torch.float32, device="cpu"),
+        lambda: torch._efficientzerotensor((5, 3), dtype=torch.float32, device="cpu")[1:],
+        lambda: zeros(4, 3).to_sparse(),
+        lambda: nn.Parameter(zeros(4, 3)),
     ]
     try:
-        is_watched()
         known = Known([one, one])
-        seen = known.matches([one, torch.ones(4, 3)])
-        return seen and not any(known.matches([one, make()]) or known.matches([make(), one]) for make in others)
+        seen = known.matches([one, zeros(4, 3)])
+        return bool(seen) and not any(known.matches([one, make()]) or known.matches([make(), one]) for make in others)
     except Exception:  # whatever a private function does in another version
         return False

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pat_fast.backends.known import PLAIN, is_plain, is_watched, remembered
+from pat_fast.backends.known import PLAIN, has_memory, is_plain, is_watched, remembered
 from pat_fast.errors import OpError, did_you_mean
 from pat_fast.ops.memory import clash
 from pat_fast.ops.register import implementation
@@ -204,18 +204,14 @@ def _check_tensors(
             )
         if x.dtype is not dtype or x.device != device:
             _fail(f"{name}[{i}] of {dtype} on {device}, as its companions", f"{x.dtype} on {x.device}")
-        if seen and type(x) in PLAIN and _is_freed(x):
-            _fail(f"{name}[{i}] to have memory", "a storage that was freed", "gather or load it first")
+        if seen and type(x) in PLAIN and device.type in ("cpu", "cuda") and not has_memory(x):
+            got = "zeros that PyTorch makes up, or what was freed"
+            _fail(f"{name}[{i}] to have memory", got, "clone, gather or load it first")
         if eager and (x.is_neg() or (dtypes is None and x.is_conj())):
             _fail(f"{name}[{i}] as it stands in memory", "a lazily negated or conjugated view", "call resolve_neg()")
     if eager and dtypes is not None:
         _remember(name, xs, table)
     return False
-
-
-def _is_freed(x: Tensor) -> bool:
-    """Whether the memory of a tensor that has elements is gone; FSDP frees it between uses."""
-    return x.data_ptr() == 0 and x.numel() > 0 and not x.is_meta and not torch._is_zerotensor(x)
 
 
 def _remember(name: str, xs: Sequence[Tensor], table: TileTable) -> None:

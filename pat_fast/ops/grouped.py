@@ -23,7 +23,7 @@ from pat_fast.backends.known import (
     is_reliable,
     is_watched,
 )
-from pat_fast.ops.functional import _check_apart, _check_tensors, _check_writable, _fail
+from pat_fast.ops.functional import _check_apart, _check_tensors, _fail
 from pat_fast.ops.memory import clash
 from pat_fast.ops.register import bump
 from pat_fast.ops.tiles import COL, ROW, TileTable
@@ -70,12 +70,14 @@ class Grouping:
             OpError: the vectors do not fit the table.
         """
         device = slot_channel.device
-        if device.type not in DEVICES or shortcut("grouping", device.type) is None or not is_reliable():
+        if device.type not in DEVICES or shortcut("grouping", device.type) is None:
             return None
         if table.shares_slots:
             _fail("tiles that name slots of their own", "a table of shared slots")
         if slot_channel.dtype != torch.int64 or slot_channel.shape != (table.slots,) or sizes.dtype != torch.int64:
             _fail(f"the channel of each of {table.slots} slots, int64", f"{list(slot_channel.shape)}")
+        if sizes.dim() != 1 or sizes.device.type != "cpu" or bool((sizes < 0).any()):
+            _fail("sizes of groups: a vector on the CPU, none negative", f"{list(sizes.shape)} on {sizes.device}")
         return cls(table, runs_of(table, slot_channel, int(sizes.sum())), sizes.contiguous(), device)
 
 
@@ -118,6 +120,7 @@ def channel_totals(
     run = grouping.totals
     if run is None or not len(xs) or is_compiled():
         return None
+    xs = tuple(xs)  # which keeps them while they are read
     known = grouping.table.known.get("xs") or _looked_at(xs, grouping)
     for _ in range(2):
         if known is None:
@@ -135,7 +138,7 @@ class Pushed(NamedTuple):
 
     Attributes:
         ys: they.
-        places: of their xs among all.
+        places: of their xs among all, ascending.
         table: one over them, by which they are recognised; the grouping's own where all xs have a y; None: they are
             looked at one by one.
     """
@@ -176,13 +179,20 @@ def group_push(
             return False
         where = where.contiguous()
 
+    xs = tuple(xs)  # which keeps them while they are read
+
     def checked() -> tuple[Sequence[Tensor], Sequence[int]]:
         found = pushed()
         if not found.ys:
             raise _Nothing
-        if not _are_like(found, xs, grouping):
+        ascending = sorted(set(found.places))
+        if list(found.places) != ascending or not 0 <= ascending[0] <= ascending[-1] < len(xs):
+            _fail(f"ascending places below {len(xs)}", f"{found.places}")
+        if len(ascending) != len(found.ys):
+            _fail(f"a place for each of {len(found.ys)} ys", f"{len(ascending)}")
+        # Where tiles overlap it may be of tensors that are not to change.
+        if not _are_like(found, xs, grouping) or not grouping.table.writable:
             raise _NotPlain
-        _check_writable("ys", grouping.table)
         own = [xs[i] for i in found.places]
         if found.table is not None:
             _check_apart("ys", found.ys, own, grouping.sizes, found.table)
@@ -209,7 +219,7 @@ def group_push(
 
 
 class _NotPlain(Exception):
-    """Some ys are more than memory of the grouping's device."""
+    """Some ys are more than memory of the grouping's device, or tiles overlap."""
 
 
 class _Nothing(Exception):
@@ -222,7 +232,7 @@ def _looked_at(xs: Sequence[Tensor], grouping: Grouping) -> Known | None:
     Raises:
         OpError: they do not fit the table.
     """
-    if is_watched() or not _are_plain("xs", xs, grouping.table, grouping):
+    if is_watched() or not is_reliable() or not _are_plain("xs", xs, grouping.table, grouping):
         return None
     return grouping.table.known.get("xs") or Known(xs)
 

@@ -229,7 +229,7 @@ class Binding(Named):
     def remember(self) -> None:
         """Look at the tensors, to recognise them in one call from now on; see :mod:`pat_fast.backends.known`."""
         tensors = list(self.tensors.values())
-        known = remembered(tensors) if tensors else None
+        known = remembered(tensors) if tensors and self.is_true else None
         if known is not None:
             self._known, self._seen = known, Seen.of(tensors)
 
@@ -415,7 +415,7 @@ class Binding(Named):
         if known is None or known[0] is not tiles or known[1] is not dtype:
             found = None
             if not dtype.is_complex:
-                sizes = torch.tensor([g.channels for g in self.plan.groups], dtype=torch.int64)
+                sizes = torch.tensor([g.channels for g in self.plan.groups], dtype=torch.int64, device="cpu")
                 found = Grouping.of(tiles.table, tiles.slot_channel, sizes)
             known = self._groupings[key] = (tiles, dtype, found)
         return known[2]

@@ -17,7 +17,7 @@ from torch.autograd import profiler
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pat_fast.backends import cpu, shortcut
+from pat_fast.backends import cpu, known, shortcut
 from pat_fast.criteria import GroupNorm
 from pat_fast.errors import OpError, PatError
 from pat_fast.ops import Tile, TileTable, channel_reduce, grouped
@@ -472,6 +472,74 @@ def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
     y = torch.zeros(4, 3)
     assert not grouped.group_push(lambda: Pushed([y], (0,), table), [WEIGHT], grouping, 2.0, 16.0, 1.0, where)
     assert not y.any()
+
+
+@pytest.mark.parametrize("places", [(1, 0), (0, 0), (-1, 0), (0, 2), (0,)])
+def test_places_that_are_not_in_order_are_refused(places: tuple[int, ...]) -> None:
+    xs, ys = [torch.ones(4, 4), torch.ones(4, 4)], [torch.zeros(4, 4), torch.zeros(4, 4)]
+    table = TileTable.from_tiles(xs, [Tile(i, 0, (4, 4, 1), (4, 1, 1), 8 * i, 8 * i + 4) for i in range(2)])
+    grouping = Grouping.of(table, torch.arange(16), torch.tensor([16]))
+    assert grouping is not None
+    for of in (table, None):
+        with pytest.raises(OpError, match="place"):
+            grouped.group_push(lambda of=of: Pushed(ys, places, of), xs, grouping, 2.0, 16.0, 1.0, None)
+    assert not any(y.any() for y in ys)
+
+
+@pytest.mark.parametrize("sizes", [torch.tensor([-4, 11]), torch.tensor(7), torch.tensor([[4, 3]])])
+def test_sizes_that_are_none_are_refused(table: TileTable, sizes: Tensor) -> None:
+    with pytest.raises(OpError, match="sizes of groups"):
+        Grouping.of(table, torch.arange(7), sizes)
+
+
+def test_the_default_device_and_dtype_are_others() -> None:
+    binding = bound("resnet18")
+    with torch.device("meta"):
+        first = GroupNorm().score(binding)
+    torch.set_default_dtype(torch.float64)
+    try:
+        second = GroupNorm().score(binding)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert first.dtype == second.dtype == torch.float32
+    assert torch.equal(first, second)
+    assert torch.equal(first, GroupNorm().score(binding))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_read_is_kept_until_it_is(threads: int) -> None:
+    torch.set_num_threads(threads)
+    xs = [torch.ones(900, 700) for _ in range(3)]
+    table = TileTable.from_tiles(xs, [Tile(i, 0, (900, 700, 1), (700, 1, 1), 900 * i) for i in range(3)])
+    grouping = Grouping.of(table, torch.arange(2700), torch.tensor([2700]))
+    assert grouping is not None
+    for _ in range(3):
+        given = list(xs)
+        found = grouped.channel_totals(given, grouping, 2.0, False, given.clear)
+        assert found is not None
+        assert (found == 700).all()
+        assert not given
+
+
+def test_lists_of_another_length_do_not_spoil_a_table(table: TileTable, grouping: Grouping) -> None:
+    xs = [WEIGHT]
+    for _ in range(3):
+        grouped.channel_totals(xs, grouping, 2.0, True)
+    table.known["xs"] = known.Known([torch.ones(1), torch.ones(2)])
+    found = grouped.channel_totals(xs, grouping, 2.0, False)
+    assert found is not None
+    assert found.tolist() == [3] * 4 + [4] * 3
+
+
+def test_a_frozen_weight_may_be_expanded() -> None:
+    """Its tiles name elements again and again, but it is not to change."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1))
+    binding = bind(build_plan(model, (torch.randn(1, 3, 8, 8),)), model)
+    model[1].weight.data = torch.ones(1).expand(5, 8, 1, 1)
+    model[1].weight.requires_grad_(False)
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    GroupNormRegularizer(STRENGTH).apply(binding)
+    assert model[0].weight.grad.any()
 
 
 def test_slots_that_tiles_share_are_refused() -> None:

@@ -94,13 +94,22 @@ MADE: dict[str, Callable[[], Tensor]] = {
 ODD: dict[str, Callable[[], Any]] = {
     "on meta": lambda: torch.ones(3, device="meta"),
     "negated": lambda: torch._neg_view(torch.ones(3)),
+    "conjugated": lambda: torch.ones(3, dtype=torch.complex64).conj(),
     "made up": lambda: torch._efficientzerotensor((3,)),
+    "part of what is made up": lambda: torch._efficientzerotensor((4,))[1:],
+    "freed": lambda: freed(torch.ones(3)),
+    "part of what is freed": lambda: freed(torch.ones(9)[5:8]),
     "sparse": lambda: torch.ones(3).to_sparse(),
     "quantized": lambda: torch._empty_affine_quantized(3, scale=1.0, zero_point=0, dtype=torch.qint8),
     "a subclass": lambda: torch.ones(3).as_subclass(Another),
     "no tensor": lambda: None,
     "an array": lambda: torch.ones(3).numpy(),
 }
+
+
+def freed(x: Tensor) -> Tensor:
+    x.untyped_storage().resize_(0)
+    return x
 
 
 class Another(Tensor):
@@ -126,26 +135,39 @@ def test_what_is_no_plain_tensor_is_not_remembered(name: str) -> None:
     assert known.remembered([torch.ones(2), ODD[name]()]) is None
 
 
-def test_one_whose_memory_is_freed_is_refused(weights: list[Tensor], table: TileTable) -> None:
-    """As FSDP does between uses. Read past all checks it would end the process."""
-    twin = copy.deepcopy(table)
-    weights[0].untyped_storage().resize_(0)
-    for _ in range(2):
-        with pytest.raises(OpError, match=r"xs\[0\] to have memory"):
-            ops.channel_reduce(weights, table)
-        with pytest.raises(OpError, match=r"xs\[0\] to have memory"):
-            ops.channel_compact([torch.zeros(4, 3), torch.zeros(5)], weights, twin, twin, torch.zeros(0).int())
+@pytest.mark.parametrize("offset", [0, 7])
+@pytest.mark.parametrize("met", [False, True])
+def test_one_whose_memory_is_not_there_is_refused(offset: int, met: bool) -> None:
+    """As FSDP's is between uses. Read past all checks it would end the process."""
+    xs = [torch.ones(99)[offset : offset + 12].view(4, 3), torch.ones(5)]
+    table = TileTable.from_tiles(xs, [TILE, Tile(1, 0, (5, 1, 1), (1, 1, 1), 7)])
+    for _ in range(3 * met):
+        ops.channel_reduce(xs, table)
+    made_up = torch._efficientzerotensor((8, 3))
+    for x in (freed(xs[0]), made_up[:4], made_up[4:]):
+        for _ in range(2):
+            with pytest.raises(OpError, match=r"xs\[0\] to have memory"):
+                ops.channel_reduce([x, xs[1]], table)
+            with pytest.raises(OpError, match=r"xs\[0\] to have memory"):
+                ops.channel_scale_([x, xs[1]], table, torch.ones(12))
+            with pytest.raises(OpError, match=r"xs\[0\] to have memory"):
+                ops.channel_compact([torch.ones(4, 3), torch.ones(5)], [x, xs[1]], table, table, torch.zeros(0).int())
 
 
-def test_one_that_is_known_may_be_freed(likes: str) -> None:
-    if likes == "guard":
-        pytest.skip("the guard does not see memory; the next op that looks at tensors one by one does")
-    x = torch.ones(3)
-    found = known.remembered([x])
-    assert found is not None
-    assert found.matches([x])
-    x.untyped_storage().resize_(0)
-    assert not found.matches([x])
+def test_an_address_may_be_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that is loaded at a fixed address: whether there is memory is asked then."""
+    monkeypatch.setattr(known, "LOW", 2**62)
+    assert known.is_plain(torch.ones(3))
+    assert known.is_plain(torch.ones(0))
+    assert not known.is_plain(freed(torch.ones(9)[5:8]))
+
+
+def test_what_is_found_out_does_not_depend_on_when() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert known.is_reliable()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_from_the_third_time_on_the_kernel_is_called_at_once(
