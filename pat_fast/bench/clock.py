@@ -70,6 +70,11 @@ class Clock:
         """Leave nothing in the caches that a timed call could find there, or would have to write back."""
         self._buffer.sum()
 
+    @property
+    def evict_bytes(self) -> int:
+        """What that reads."""
+        return self._buffer.numel() * self._buffer.element_size()
+
     def compare(self, sides: Mapping[str, Prepare], rounds: int | None = None) -> dict[str, Sample]:
         """Time all sides by the wall clock in turns, in changing order; a call ends when the device has ended."""
         times: dict[str, list[float]] = {name: [] for name in sides}
@@ -81,7 +86,7 @@ class Clock:
                     self.evict()
                 else:
                     run()
-                taken = self._wall(run)
+                taken = self.wall(run)
                 if i > 0:  # the first round warms up
                     times[name].append(taken)
                 del run
@@ -95,7 +100,7 @@ class Clock:
         for _ in range(self.rounds):
             # While a GPU reads this, the host gets ahead of it.
             self.evict()
-            times.append(self._events(run) if self.is_cuda else self._wall(run))
+            times.append(self._events(run) if self.is_cuda else self.wall(run))
         return Sample(tuple(times))
 
     def replayed(self, run: Timed) -> Sample | None:
@@ -114,7 +119,7 @@ class Clock:
     def best(self, run: Timed, rounds: int) -> float:
         """Return the least milliseconds of several runs, caches as they are."""
         run()
-        return min(self._events(run) if self.is_cuda else self._wall(run) for _ in range(rounds))
+        return min(self._events(run) if self.is_cuda else self.wall(run) for _ in range(rounds))
 
     def _events(self, run: Timed) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -125,7 +130,8 @@ class Clock:
         del kept
         return start.elapsed_time(end)
 
-    def _wall(self, run: Timed) -> float:
+    def wall(self, run: Timed) -> float:
+        """Time one call by the wall clock, caches as they are; it ends when the device has ended: milliseconds."""
         self._wait()
         start = time.perf_counter()
         kept = run()

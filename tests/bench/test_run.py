@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import moments
 from pat_fast import ConfigError, backends
 from pat_fast.backends import Backend, cpu, reference
 from pat_fast.bench import Result, Row, Settings, machine, render, run, steps, table
@@ -424,3 +426,12 @@ def test_the_figure_shows_every_bar(result: Result, kind: str, tmp_path: Path) -
         for word in ("50%, 12 GB/s, 20x Torch-Pruning", "channel_reduce", "net, float32", "disturbed, do not"):
             assert f"<!-- {word}" in text
         assert "channel_axpy_" not in text
+
+
+def test_moments_of_fast_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["resnet18", "regularize", "--small", "--seconds"]
+    moments.main([*arguments, "2", "--least", "0.001"])
+    told = capsys.readouterr().out
+    assert re.search(r"ours [\d.]+ ms \(\d+\), plain .* Torch-Pruning .*x, most [\d.]+x\n$", told)
+    with pytest.raises(SystemExit, match="no such moments: ours 0, plain 0, Torch-Pruning 0"):
+        moments.main([*arguments, "0.5", "--least", "1e9"])
