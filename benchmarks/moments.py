@@ -15,6 +15,7 @@ import gc
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 
@@ -22,10 +23,10 @@ from pat_fast.bench import machine
 from pat_fast.bench.bandwidth import Bandwidth
 from pat_fast.bench.clock import Clock, Timed
 from pat_fast.bench.models import find
-from pat_fast.bench.steps import Step, importance, regularize
+from pat_fast.bench.steps import STEPS, Step
 from pat_fast.bench.subject import Subject
 
-STEPS = {"importance": importance, "regularize": regularize}
+OPS = ("importance", "regularize")  # which can be called again and again
 EACH = 4
 """Calls of ours and of the plain pass for one of Torch-Pruning's."""
 
@@ -46,13 +47,16 @@ class Moments:
         return self._clock.evict_bytes / self._clock.wall(self._clock.evict) / 1e6
 
     def gather(self, seconds: float) -> None:
-        """Call them in turns for so long, whether it counts or not: what is called seldom takes half as long again.
+        """Call them in turns for so long, each once at least, whether it counts or not.
+
+        What is called seldom takes half as long again.
 
         As in the benchmark garbage is collected before each: what Torch-Pruning leaves would slow it down.
         """
-        end, turn = time.monotonic() + seconds, 0
-        while time.monotonic() < end:
-            turn += 1
+        end = time.monotonic() + seconds
+        for turn in count():
+            if turn and time.monotonic() >= end:
+                break
             for name, run in self._sides.items():
                 theirs = name == "Torch-Pruning"
                 if theirs and turn % EACH:
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("op", choices=STEPS)
+    parser.add_argument("op", choices=OPS)
     parser.add_argument("--least", type=float, default=0.0, metavar="GBPS")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--small", action="store_true")
