@@ -155,11 +155,11 @@ Grouping::Grouping(const Tile* tiles, int64_t n_tiles, const Run* runs, int64_t 
       channels(channels),
       n_tensors(tensors_of(tiles, n_tiles)) {
   std::vector<std::vector<Run>> parts((channels + kPart - 1) / kPart);
-  for (Run run : std::vector<Run>(runs, runs + n_runs))
-    while (run.length > 0) {
-      const int64_t part = run.channel / kPart, length = std::min(run.length, (part + 1) * kPart - run.channel);
-      parts[part].push_back({run.slot, run.channel, length});
-      run = {run.slot + length, run.channel + length, run.length - length};
+  for (const Run* run = runs; run != runs + n_runs; ++run)
+    for (int64_t at = 0, length; at < run->length; at += length) {
+      const int64_t channel = run->channel + at, part = channel / kPart;
+      length = std::min(run->length - at, (part + 1) * kPart - channel);
+      parts[part].push_back({run->slot + at, channel, length});
     }
   for (const std::vector<Run>& part : parts) {
     starts.push_back(static_cast<int64_t>(by_part.size()));

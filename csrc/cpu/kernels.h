@@ -37,15 +37,19 @@ static inline __attribute__((always_inline)) void expect_row(const char* row) {
   __builtin_prefetch(row + 64);
 }
 
+// The processor does not go on by itself from one page to the next.
+constexpr int64_t kPage = 4096;
+
 // Asks for what comes behind a line of memory that is read from end to end: a line some way ahead; and where a page
-// begins, its first two lines still earlier: the processor does not go on by itself from one page to the next.
+// begins, its first two lines still earlier.
 static inline __attribute__((always_inline)) void expect_line(const char* line) {
   __builtin_prefetch(line + 6144);
-  if (((uintptr_t)line & 4095) < 128) __builtin_prefetch(line + 24576);
+  if (((uintptr_t)line & (kPage - 1)) < 128) __builtin_prefetch(line + 24576);
 }
 
-// Asks for the first lines of a page that comes soon behind this one, as above.
-constexpr int64_t kPage = 4096, kSoon = 12288;
+// The same for memory that is read and written, which gains by pages alone: the first lines of the third behind this
+// one.
+constexpr int64_t kSoon = 3 * kPage;
 static inline __attribute__((always_inline)) void expect_page(const void* at) {
   expect_row((const char*)((uintptr_t)at & ~(uintptr_t)(kPage - 1)) + kSoon);
 }
