@@ -196,12 +196,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("compact", &compact);
   py::class_<pat::Grouping>(m, "Grouping").def(py::init(&grouping)).def_readonly("channels", &pat::Grouping::channels);
   py::class_<pat::Known>(m, "Known")
-      .def(py::init<const py::capsule&, const py::sequence&>())
-      .def("matches", [](const pat::Known& known, const py::object& tensors) {
-        pat::Addresses found(known.size());
-        const py::object list = fast(tensors);
-        return known.fits(list.ptr()) && known.recognise(list.ptr(), 0, known.size(), found.data());
-      });
+      .def(py::init<const py::capsule&, const py::sequence&, const std::vector<uintptr_t>&>())
+      .def("matches",
+           [](const pat::Known& known, const py::object& tensors) {
+             pat::Addresses found(known.size());
+             const py::object list = fast(tensors);
+             return known.fits(list.ptr()) && known.recognise(list.ptr(), 0, known.size(), found.data());
+           })
+      .def("are_apart",
+           [](const pat::Known& known, const py::object& tensors, const pat::Known& of, const py::object& others) {
+             return known.apart(fast(tensors).ptr(), of, fast(others).ptr());
+           })
+      .def("expect", &pat::Known::expect);
   m.def("totals", &totals);
   m.def("push", &push);
   m.def("isa", &pat::isa, "Instruction set in use.");

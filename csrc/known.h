@@ -42,9 +42,10 @@ struct Exchange {
 // Whether one is lazily negated or conjugated DLPack does not say.
 class Known {
  public:
-  // exchange: the capsule that tensors' type has as __dlpack_c_exchange_api__. Throws py::type_error where it, or a
-  // tensor, is none of those that can be recognised.
-  Known(const pybind11::capsule& exchange, const pybind11::sequence& tensors);
+  // exchange: the capsule that tensors' type has as __dlpack_c_exchange_api__. storages: of each tensor, where PyTorch
+  // may keep what it knows of its memory; nothing is read there, or written. Throws py::type_error where one of them is
+  // none of those that can be recognised.
+  Known(const pybind11::capsule& exchange, const pybind11::sequence& tensors, const std::vector<uintptr_t>& storages);
 
   // That all of them have, which are in the memory of the CPU; else none.
   std::optional<DType> dtype() const { return dtype_; }
@@ -58,16 +59,26 @@ class Known {
   // where their memory begins.
   bool recognise(PyObject* tensors, int64_t from, int64_t to, void** addresses) const;
 
+  // Whether all of `tensors` are like theirs, all of `others` like those of `of`, and none reaches into another one's
+  // memory. Tensors that lie in one another's gaps do.
+  bool apart(PyObject* tensors, const Known& of, PyObject* others) const;
+
+  // Asks for the ones that were recognised last, which are likely to come again.
+  void expect() const;
+
  private:
   struct Like {
     PyTypeObject* type;
-    dlpack::Tensor tensor;     // its pointers mean nothing
-    int64_t extents;           // where shape and strides begin in `extents_`
-    bool empty;                // has no elements
-    mutable const void* data;  // where the last one like it had its memory
-    mutable const char* seen;  // and its shape, near all else of it
+    dlpack::Tensor tensor;           // its pointers mean nothing
+    int64_t extents;                 // where shape and strides begin in `extents_`
+    int64_t reach;                   // bytes from its first to behind its last element; 0: has none
+    const char* storage;             // that of the first one
+    mutable const PyObject* object;  // the last one like it
+    mutable const void* data;        // where that had its memory
+    mutable const char* seen;        // and its shape, near all else of it
   };
 
+  static void ask_for(const PyObject* object, const Like& like);
   bool is_known(PyObject* tensor, const Like& like, void** address) const;
 
   const dlpack::Exchange* exchange_;

@@ -40,15 +40,17 @@ class Grouping:
         channels: how many there are.
         native: the same for the backend, which may point at the table, ``runs`` and ``sizes``.
         totals, push: the backend's ways to do the two calls below, or None.
+        passed: the last ys that passed all checks, if there are some that would be recognised.
     """
 
-    __slots__ = ("channels", "device", "native", "push", "runs", "sizes", "table", "totals")
+    __slots__ = ("channels", "device", "native", "passed", "push", "runs", "sizes", "table", "totals")
 
     def __init__(self, table: TileTable, runs: Tensor, sizes: Tensor, device: torch.device) -> None:
         make = shortcut("grouping", device.type)
         self.table, self.runs, self.sizes, self.device = table, runs, sizes, device
         self.channels = int(sizes.sum())
         self.totals, self.push = (shortcut(name, device.type) for name in ("channel_totals", "group_push"))
+        self.passed: _Passed | None = None
         self.native: Any = None
         if make is not None:
             self.native = make(table.table, runs, table.slots, sizes, self.channels, device)
@@ -182,22 +184,14 @@ def group_push(
     xs = tuple(xs)  # which keeps them while they are read
 
     def checked() -> tuple[Sequence[Tensor], Sequence[int]]:
+        passed = grouping.passed
+        if passed is not None:
+            passed.known.likes.expect()
         found = pushed()
         if not found.ys:
             raise _Nothing
-        ascending = sorted(set(found.places))
-        if list(found.places) != ascending or not 0 <= ascending[0] <= ascending[-1] < len(xs):
-            _fail(f"ascending places below {len(xs)}", f"{found.places}")
-        if len(ascending) != len(found.ys):
-            _fail(f"a place for each of {len(found.ys)} ys", f"{len(ascending)}")
-        # Where tiles overlap it may be of tensors that are not to change.
-        if not _are_like(found, xs, grouping) or not grouping.table.writable:
-            raise _NotPlain
-        own = [xs[i] for i in found.places]
-        if found.table is not None:
-            _check_apart("ys", found.ys, own, grouping.sizes, found.table)
-        elif (both := clash(found.ys, own)) is not None:
-            _fail("ys that share no memory with other tensors of the call", f"tensor {both[0]} inside {both[1]}")
+        if passed is None or known is None or not passed.covers(found, known, xs):
+            grouping.passed = _look(found, xs, grouping)
         bump(found.ys)
         return found.ys, found.places
 
@@ -235,6 +229,52 @@ def _looked_at(xs: Sequence[Tensor], grouping: Grouping) -> Known | None:
     if is_watched() or not is_reliable() or not _are_plain("xs", xs, grouping.table, grouping):
         return None
     return grouping.table.known.get("xs") or Known(xs)
+
+
+class _Passed(NamedTuple):
+    """Ys that passed all checks.
+
+    Attributes:
+        table, places: as they came with them.
+        known: what recognises them.
+    """
+
+    table: TileTable
+    places: Sequence[int]
+    known: Known
+
+    def covers(self, found: Pushed, known: Known, xs: Sequence[Tensor]) -> bool:
+        """Whether others are like them, of the same places, and share no memory with one another nor with the xs."""
+        same = found.table is self.table and found.places is self.places
+        return same and self.known.are_apart(found.ys, known, xs)
+
+
+def _look(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> _Passed | None:
+    """Check ys; return what stands for the checks from now on, if there is something.
+
+    Raises:
+        OpError: they do not fit, or overlap.
+        _NotPlain: see there.
+    """
+    ys, places, table = found
+    ascending = sorted(set(places))
+    if list(places) != ascending or not 0 <= ascending[0] <= ascending[-1] < len(xs):
+        _fail(f"ascending places below {len(xs)}", f"{places}")
+    if len(ascending) != len(ys):
+        _fail(f"a place for each of {len(ys)} ys", f"{len(ascending)}")
+    # Where tiles overlap it may be of tensors that are not to change.
+    if not _are_like(found, xs, grouping) or not grouping.table.writable:
+        raise _NotPlain
+    own = [xs[i] for i in places]
+    if table is None:
+        both = clash(ys, own)
+        if both is not None:
+            _fail("ys that share no memory with other tensors of the call", f"tensor {both[0]} inside {both[1]}")
+        return None
+    _check_apart("ys", ys, own, grouping.sizes, table)
+    known = table.known.get("ys")
+    lasting = known is not None and isinstance(places, tuple)
+    return _Passed(table, places, known) if lasting else None
 
 
 def _are_like(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> bool:

@@ -465,6 +465,87 @@ def test_a_known_tensor_that_changes_is_seen(
     assert all(map(torch.equal, ys, before))
 
 
+class Pair:
+    """Two weights and a table over them, pushed so often that their gradients are recognised."""
+
+    def __init__(self) -> None:
+        self.xs = [torch.ones(4, 6), torch.ones(5, 6)]
+        rows = [Tile(0, 0, (4, 6, 1), (6, 1, 1), 0, 4), Tile(1, 0, (5, 6, 1), (6, 1, 1), 10, 15)]
+        self.table = TileTable.from_tiles(self.xs, rows)
+        self.places = (0, 1)
+        grouping = Grouping.of(self.table, torch.arange(21), torch.tensor([21]))
+        assert grouping is not None
+        self.grouping = grouping
+        for _ in range(3):
+            assert self.push([torch.zeros_like(x) for x in self.xs])
+
+    def push(self, ys: list[Tensor], places: tuple[int, ...] | None = None) -> bool:
+        pushed = Pushed(ys, self.places if places is None else places, self.table)
+        return grouped.group_push(lambda: pushed, self.xs, self.grouping, 2.0, 1.0, 1.0, None)
+
+
+def test_gradients_that_passed_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair()
+    monkeypatch.setattr(grouped, "_look", None)
+    ys = [torch.zeros(4, 6), torch.zeros(5, 6)]
+    assert pair.push(ys)
+    assert all((y == 2).all() for y in ys)
+    with pytest.raises(TypeError):  # others are looked at
+        pair.push(ys, (*pair.places,))
+
+
+def _odd_gradients() -> dict[str, Callable[[Pair], tuple[list[Tensor], str | None]]]:
+    around = torch.zeros(60)
+    return {
+        "one twice": lambda pair: ([around[:24].view(4, 6), around[12:42].view(5, 6)], "share no memory"),
+        "its weight": lambda pair: ([torch.zeros(4, 6), pair.xs[1]], "share no memory"),
+        "another's weight": lambda pair: ([pair.xs[1][:4], torch.zeros(5, 6)], "share no memory"),
+        "too few": lambda pair: ([torch.zeros(4, 6)], "a place for each"),
+        "another shape": lambda pair: ([torch.zeros(5, 6), torch.zeros(5, 6)], "of shape"),
+        "other strides": lambda pair: ([torch.zeros(6, 4).t(), torch.zeros(5, 6)], "strides"),
+        "another dtype": lambda pair: ([torch.zeros(4, 6), torch.zeros(5, 6).double()], "of torch.float32"),
+        "all of another dtype": lambda pair: ([torch.zeros(4, 6).half(), torch.zeros(5, 6).half()], None),
+        "negated": lambda pair: ([torch.zeros(4, 6), torch._neg_view(torch.zeros(5, 6))], "lazily negated"),
+        "of another class": lambda pair: ([torch.zeros(4, 6), torch.zeros(5, 6).as_subclass(Another)], None),
+        "freed": lambda pair: ([torch.zeros(4, 6), _freed(torch.zeros(5, 6))], "to have memory"),
+    }
+
+
+def _freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("name", _odd_gradients())
+def test_gradients_that_are_not_as_before_are_looked_at(name: str) -> None:
+    pair = Pair()
+    ys, message = _odd_gradients()[name](pair)
+    before = [x.clone() for x in pair.xs]
+    for _ in range(2):
+        if message is None:
+            assert not pair.push(ys)
+        else:
+            with pytest.raises(OpError, match=message):
+                pair.push(ys)
+    assert all(map(torch.equal, pair.xs, before))
+    assert name == "freed" or not any(y.any() for y in ys if not any(y.data_ptr() == x.data_ptr() for x in pair.xs))
+    ys = [torch.zeros(4, 6), torch.zeros(5, 6)]
+    assert pair.push(ys)
+    assert all((y == 2).all() for y in ys)
+
+
+def test_gradients_may_lie_in_the_gaps_of_others() -> None:
+    """Such as those of the halves of a weight that is split by columns."""
+    whole, grad = torch.ones(4, 12), torch.zeros(4, 12)
+    xs, ys = list(whole.split(6, dim=1)), list(grad.split(6, dim=1))
+    table = TileTable.from_tiles(xs, [Tile(i, 0, (4, 6, 1), (12, 1, 1), 10 * i, 10 * i + 4) for i in range(2)])
+    grouping, pushed = Grouping.of(table, torch.arange(20), torch.tensor([20])), Pushed(ys, (0, 1), table)
+    assert grouping is not None
+    for n in range(1, 5):
+        assert grouped.group_push(lambda: pushed, xs, grouping, 2.0, 1.0, 1.0, None)
+        assert (grad == 2 * n).all()
+
+
 @pytest.mark.parametrize("where", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
 def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
     table: TileTable, grouping: Grouping, where: Tensor

@@ -135,6 +135,35 @@ def test_what_is_no_plain_tensor_is_not_remembered(name: str) -> None:
     assert known.remembered([torch.ones(2), ODD[name]()]) is None
 
 
+def test_what_is_surely_apart(likes: str) -> None:
+    """The guard does not see where tensors are."""
+    memory = torch.zeros(40)
+    a, b = known.Known([memory[:6], memory[:4]]), known.Known([memory[:5], memory[:0]])
+
+    def are_apart(*at: int) -> bool:
+        starts = [memory[i:] for i in at]
+        return a.are_apart([starts[0][:6], starts[1][:4]], b, [starts[2][:5], starts[3][:0]])
+
+    assert are_apart(0, 6, 10, 12) == (likes == "C++")
+    assert are_apart(15, 11, 6, 7) == (likes == "C++")
+    for reaching in ((0, 5, 10, 12), (0, 6, 9, 12), (10, 20, 9, 12), (10, 20, 10, 12), (0, 0, 10, 12), (20, 10, 22, 0)):
+        assert not are_apart(*reaching)
+    one = known.Known([memory[:6].double()])
+    assert not one.are_apart([memory[:6].double()], b, [memory[:5], memory[:0]])
+    assert not a.are_apart([memory[:6]], b, [memory[10:15], memory[:0]])
+    assert not a.are_apart([memory[:6], torch._neg_view(memory[6:10])], b, [memory[10:15], memory[:0]])
+    assert not a.are_apart([memory[:6], memory[6:10]], b, [memory[10:15]])
+
+
+def test_tensors_that_were_recognised_may_be_gone_when_they_are_asked_for() -> None:
+    tensors = [torch.zeros(4, 3) for _ in range(50)]
+    found = known.Known(tensors)
+    assert found.matches(tensors)
+    del tensors
+    found.likes.expect()
+    assert found.matches([torch.zeros(4, 3) for _ in range(50)])
+
+
 @pytest.mark.parametrize("offset", [0, 7])
 @pytest.mark.parametrize("met", [False, True])
 def test_one_whose_memory_is_not_there_is_refused(offset: int, met: bool) -> None:
