@@ -33,29 +33,31 @@ inline int64_t padded(int64_t elements) { return (elements + 31) / 16 * 16; }
 
 // A kernel size known to the compiler is summed twice as fast; 3x3 is most of most networks.
 template <int64_t kKernel, class A>
-void fold_fixed(const A* acc, int64_t cols, A* out) {
+void fold_fixed(const A* acc, int64_t cols, A* out, bool first) {
   for (int64_t c = 0; c < cols; ++c) {
     A even = 0, odd = 0;
     for (int64_t k = 0; k + 1 < kKernel; k += 2) even += acc[c * kKernel + k], odd += acc[c * kKernel + k + 1];
     if (kKernel % 2 != 0) even += acc[(c + 1) * kKernel - 1];
-    out[c] += even + odd;
+    out[c] = (first ? A(0) : out[c]) + (even + odd);
   }
 }
 
-// Sums a vector over the elements of a row, [cols * k], over the kernel: [cols].
+// Sums a vector over the elements of a row, [cols * k], over the kernel: [cols]. Adds it to `out` unless it is the
+// first.
 template <class A>
-void fold(const Canonical& t, const A* acc, int64_t cols, A* out) {
+void fold(const Canonical& t, const A* acc, int64_t cols, A* out, bool first) {
   if (!t.k_inner) {
+    if (first) std::fill(out, out + cols, A(0));
     for (int64_t k = 0; k < t.k; ++k)
       for (int64_t c = 0; c < cols; ++c) out[c] += acc[k * cols + c];
     return;
   }
-  if (t.k == 1) return fold_fixed<1>(acc, cols, out);
-  if (t.k == 9) return fold_fixed<9>(acc, cols, out);
+  if (t.k == 1) return fold_fixed<1>(acc, cols, out, first);
+  if (t.k == 9) return fold_fixed<9>(acc, cols, out, first);
   for (int64_t c = 0; c < cols; ++c) {
     A sum = 0;
     for (int64_t k = 0; k < t.k; ++k) sum += acc[c * t.k + k];
-    out[c] += sum;
+    out[c] = (first ? A(0) : out[c]) + sum;
   }
 }
 
@@ -84,25 +86,24 @@ struct Reduction {
     const Canonical& t = plan.tiles[s.tile];
     if (t.row < 0 && t.col < 0) return;
     if (t.row >= 0) std::fill(out + t.row + s.r0, out + t.row + s.r1, A(0));
-    A* sums = nullptr;
-    if (t.col >= 0) {
-      sums = s.scratch >= 0 ? partials + s.scratch : out + t.col;
-      std::fill(sums + s.c0, sums + s.c1, A(0));
-    }
+    A* sums = t.col < 0 ? nullptr : s.scratch >= 0 ? partials + s.scratch : out + t.col;
     for (int64_t c = s.c0; c < s.c1; c += t.block())
       for (int64_t r = s.r0; r < s.r1; r += kFoldRows)
-        block(t, r, std::min(s.r1 - r, kFoldRows), c, std::min(s.c1 - c, t.block()), sums, acc);
+        block(t, r, std::min(s.r1 - r, kFoldRows), c, std::min(s.c1 - c, t.block()), sums, acc, r == s.r0);
   }
 
-  void block(const Canonical& t, int64_t r, int64_t n, int64_t c, int64_t cols, A* sums, A* acc) const {
+  void block(const Canonical& t, int64_t r, int64_t n, int64_t c, int64_t cols, A* sums, A* acc, bool first) const {
     const int64_t bytes = kElementBytes[dtype];
     const Rows rows = rows_of(t, n, cols);
+    // Elements of a vector are sums by themselves.
+    const bool folds = sums != nullptr && (t.rows.n > 1 || t.k > 1);
+    if (sums != nullptr && !folds) acc = sums + c;
     if (sums != nullptr) std::fill(acc, acc + cols * t.k, A(0));
     const void* x = at(xs[t.tensor], offset_of(t, r, c), bytes);
     const void* y = ys.empty() ? nullptr : at(ys[t.tensor], offset_of(t, r, c), bytes);
     kernels().reduce[dtype][func](x, y, &rows, p, t.row >= 0 ? out + t.row + r : nullptr,
                                   sums != nullptr ? acc : nullptr);
-    if (sums != nullptr) fold(t, acc, cols, sums + c);
+    if (folds) fold(t, acc, cols, sums + c, first);
   }
 
   // Adds up the column sums of a tile's segments, in their order.
