@@ -28,9 +28,10 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "none", "cpu", "cuda")
-COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-DNDEBUG"]
 # No math errno and no traps: what lets a select or a square root become a vector instruction.
-KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+MATH = ["-fno-math-errno", "-fno-trapping-math"]
+COMMON = ["-std=c++17", "-O3", *MATH, "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-DNDEBUG"]
+KERNEL = ["-Wno-unknown-pragmas"]
 PROBE = """#include <Python.h>
 #include <vector>
 int probe() { return std::vector<int>(1)[0]; }
