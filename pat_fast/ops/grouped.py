@@ -273,8 +273,7 @@ def _look(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> _Passed | 
         return None
     _check_apart("ys", ys, own, grouping.sizes, table)
     known = table.known.get("ys")
-    lasting = known is not None and isinstance(places, tuple)
-    return _Passed(table, places, known) if lasting else None
+    return _Passed(table, places, known) if known is not None and isinstance(places, tuple) else None
 
 
 def _are_like(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> bool:
