@@ -23,8 +23,10 @@ from pat_fast.bench import machine
 from pat_fast.bench.bandwidth import Bandwidth
 from pat_fast.bench.clock import Clock, Timed
 from pat_fast.bench.models import find
+from pat_fast.bench.results import Mismatch
 from pat_fast.bench.steps import STEPS, Step
 from pat_fast.bench.subject import Subject
+from pat_fast.errors import PatError
 
 OPS = ("importance", "regularize")  # which can be called again and again
 EACH = 4
@@ -76,9 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--small", action="store_true")
     chosen = parser.parse_args(arguments)
-    network, inputs = find(chosen.model, (), {}, chosen.small).build()
-    step = STEPS[chosen.op](Subject(chosen.model, network, inputs))
-    step.check()
+    try:
+        network, inputs = find(chosen.model, (), {}, chosen.small).build()
+        step = STEPS[chosen.op](Subject(chosen.model, network, inputs))
+        step.check()
+    except (PatError, Mismatch) as error:
+        raise SystemExit(f"error: {error}") from None
     moments = Moments(step, chosen.least)
     moments.gather(chosen.seconds)
     here = machine.describe(torch.device("cpu"))

@@ -435,3 +435,5 @@ def test_moments_of_fast_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"ours [\d.]+ ms \(\d+\), plain .* Torch-Pruning .*x, most [\d.]+x\n$", told)
     with pytest.raises(SystemExit, match="no such moments: ours 0, plain 0, Torch-Pruning 0"):
         moments.main([*arguments, "0.1", "--least", "1e9"])
+    with pytest.raises(SystemExit, match="error: MODEL: expected one of"):
+        moments.main(["resnet51", "importance"])
