@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -430,7 +431,8 @@ def main(case: Callable[[], Any], folder: Path) -> None:
     (folder / f"{case.__name__}-{dist.get_rank()}.json").write_text(json.dumps(found))
     if case not in SHORT:
         dist.barrier()
-        dist.destroy_process_group()
+        gc.collect()
+        dist.destroy_process_group()  # waits for its threads: one that wants the GIL at exit aborts the process
 
 
 SHORT = (one_is_late, one_dies)
