@@ -51,12 +51,12 @@ Known::Known(const pybind11::capsule& exchange, const pybind11::sequence& tensor
     like.type = Py_TYPE(object.ptr());
     like.extents = static_cast<int64_t>(extents_.size());
     like.object = object.ptr();
-    like.storage = reinterpret_cast<const char*>(storages.at(likes_.size()));
+    like.storage = storages.at(likes_.size());
     dlpack::Tensor& t = like.tensor;
     if (exchange_->from_object(object.ptr(), &t) != 0) throw pybind11::error_already_set();
     like.reach = reach_of(t);
     like.data = t.data;
-    like.seen = reinterpret_cast<const char*>(t.shape);
+    like.seen = reinterpret_cast<uintptr_t>(t.shape);
     extents_.insert(extents_.end(), t.shape, t.shape + t.ndim);
     extents_.insert(extents_.end(), t.strides, t.strides + t.ndim);
     const std::optional<DType> dtype = dtype_of(t);
@@ -68,11 +68,11 @@ Known::Known(const pybind11::capsule& exchange, const pybind11::sequence& tensor
 // In caches that others have used meanwhile a tensor takes as long as reading two kilobytes. So they are asked for
 // ahead: the object, the lines around its shape, and two of its storage.
 void Known::ask_for(const PyObject* object, const Like& like) {
-  constexpr int64_t kLine = 64, kBefore = 64, kBehind = 128;
+  constexpr uintptr_t kLine = 64;
+  const auto ask = [](uintptr_t line) { __builtin_prefetch(reinterpret_cast<const void*>(line)); };
   __builtin_prefetch(object);
-  for (int64_t at = -kBefore; at <= kBehind; at += kLine) __builtin_prefetch(like.seen + at);
-  __builtin_prefetch(like.storage);
-  __builtin_prefetch(like.storage + kLine);
+  for (uintptr_t line = like.seen - kLine, i = 0; i < 4; ++i, line += kLine) ask(line);
+  ask(like.storage), ask(like.storage + kLine);
 }
 
 bool Known::recognise(PyObject* tensors, int64_t from, int64_t to, void** addresses) const {
@@ -125,7 +125,7 @@ bool Known::is_known(PyObject* object, const Like& like, void** address) const {
   if (like.reach > 0 && t.data != like.data && reinterpret_cast<uintptr_t>(t.data) < kLow) return false;
   like.object = object;
   like.data = t.data;
-  like.seen = reinterpret_cast<const char*>(t.shape);
+  like.seen = reinterpret_cast<uintptr_t>(t.shape);
   *address = t.data;
   return true;
 }

@@ -43,8 +43,8 @@ struct Exchange {
 class Known {
  public:
   // exchange: the capsule that tensors' type has as __dlpack_c_exchange_api__. storages: of each tensor, where PyTorch
-  // may keep what it knows of its memory; nothing is read there, or written. Throws py::type_error where one of them is
-  // none of those that can be recognised.
+  // may keep what it knows of its memory; nothing is read there, or written. Throws py::type_error where the capsule is
+  // another, and what PyTorch raises for a tensor that it cannot describe.
   Known(const pybind11::capsule& exchange, const pybind11::sequence& tensors, const std::vector<uintptr_t>& storages);
 
   // That all of them have, which are in the memory of the CPU; else none.
@@ -72,10 +72,10 @@ class Known {
     dlpack::Tensor tensor;           // its pointers mean nothing
     int64_t extents;                 // where shape and strides begin in `extents_`
     int64_t reach;                   // bytes from its first to behind its last element; 0: has none
-    const char* storage;             // that of the first one
+    uintptr_t storage;               // that of the first one
     mutable const PyObject* object;  // the last one like it
     mutable const void* data;        // where that had its memory
-    mutable const char* seen;        // and its shape, near all else of it
+    mutable uintptr_t seen;          // and its shape, near all else of it
   };
 
   static void ask_for(const PyObject* object, const Like& like);

@@ -24,7 +24,7 @@ from pat_fast.backends.known import (
     is_watched,
 )
 from pat_fast.ops.functional import _check_apart, _check_tensors, _fail
-from pat_fast.ops.memory import clash
+from pat_fast.ops.memory import check_apart
 from pat_fast.ops.register import bump
 from pat_fast.ops.tiles import COL, ROW, TileTable
 
@@ -267,9 +267,7 @@ def _look(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> _Passed | 
         raise _NotPlain
     own = [xs[i] for i in places]
     if table is None:
-        both = clash(ys, own)
-        if both is not None:
-            _fail("ys that share no memory with other tensors of the call", f"tensor {both[0]} inside {both[1]}")
+        check_apart(ys, own)
         return None
     _check_apart("ys", ys, own, grouping.sizes, table)
     known = table.known.get("ys")

@@ -7,6 +7,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from pat_fast.errors import OpError
+
+
+def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
+    """Raise :class:`OpError` if there is a :func:`clash`."""
+    both = clash(written, read)
+    if both is not None:
+        raise OpError(
+            "expected ys that share no memory with other tensors of the call; got "
+            f"tensor {both[0]} inside {both[1]} (numbered through those written and those read)"
+        )
+
 
 def clash(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int, int] | None:
     """Return two tensors, numbered through both lists, of which one is written and shares memory with the other.

@@ -9,10 +9,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..backends.known import is_compiled
+from ..backends.known import is_compiled, is_plain
 from ..criteria import is_scored
 from ..ops import channel_axpy_, channel_scale_
 from ..ops.grouped import Grouping, Pushed, group_push
+from ..ops.memory import check_apart
 from ..ops.tiles import COL, ROW, TENSOR, C, R, TileTable
 from ..plan.bind import Binding, Tiles, Wanted, has_floats
 from ..plan.recurrent import RECURRENT, weight_or_bias
@@ -72,6 +73,9 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
         key: under which the tables of the tensors that ``wanted`` names are kept.
         gamma: ``[N]``.
         only: ``id`` of the tensors to push; all by default.
+
+    Raises:
+        OpError: gradients share memory, with one another or with weights.
     """
     for tiles in binding.part(key, wanted, only):
         found: list[Any] = [t.grad for t in tiles.tensors]
@@ -79,6 +83,9 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
         if not missing:
             _add(binding, tiles, found, gamma)
         elif missing < len(found):
+            if not is_compiled():  # one at a time does not see it
+                plain = [i for i, own in enumerate(found) if own is not None and is_plain(own)]
+                check_apart([found[i] for i in plain], [tiles.tensors[i] for i in plain])
             for one, own in zip(binding.each(tiles), found, strict=True):
                 if own is not None:
                     _add(binding, one, [own], gamma)

@@ -546,6 +546,24 @@ def test_gradients_may_lie_in_the_gaps_of_others() -> None:
         assert (grad == 2 * n).all()
 
 
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("missing", [False, True])
+def test_gradients_that_overlap_are_refused_on_every_way(
+    long: bool, missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1), nn.Conv2d(5, 4, 1))
+    binding = bind(build_plan(model, (torch.randn(1, 3, 8, 8),)), model)
+    zero_grads(model)
+    memory = torch.zeros(60)
+    model[1].weight.grad, model[2].weight.grad = memory[:40].view(5, 8, 1, 1), memory[39:59].view(4, 5, 1, 1)
+    if missing:
+        model[0].weight.grad = None
+    run = lambda: GroupNormRegularizer(STRENGTH).apply(binding)  # noqa: E731
+    with pytest.raises(OpError, match="share no memory"):
+        the_long_way(monkeypatch, run) if long else run()
+    assert not memory.any()
+
+
 @pytest.mark.parametrize("where", [torch.ones(6, dtype=torch.bool), torch.ones(7)])
 def test_a_choice_of_channels_that_does_not_fit_goes_the_long_way(
     table: TileTable, grouping: Grouping, where: Tensor
