@@ -71,7 +71,7 @@ void Known::ask_for(const PyObject* object, const Like& like) {
   constexpr uintptr_t kLine = 64;
   const auto ask = [](uintptr_t line) { __builtin_prefetch(reinterpret_cast<const void*>(line)); };
   __builtin_prefetch(object);
-  for (uintptr_t line = like.seen - kLine, i = 0; i < 4; ++i, line += kLine) ask(line);
+  for (uintptr_t line = like.seen - kLine; line != like.seen + 3 * kLine; line += kLine) ask(line);
   ask(like.storage), ask(like.storage + kLine);
 }
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from pat_fast.backends.known import PLAIN, has_memory, is_plain, is_watched, remembered
 from pat_fast.errors import OpError, did_you_mean
-from pat_fast.ops.memory import clash
+from pat_fast.ops.memory import check_apart
 from pat_fast.ops.register import implementation
 from pat_fast.ops.schema import accumulator
 from pat_fast.ops.tiles import COL, ROW, C, K, R, TileTable
@@ -262,12 +262,8 @@ def _check_apart(
     """
     if torch.compiler.is_compiling() or not len(written) or isinstance(written[0], FakeTensor):
         return
-    if _surely_apart(written, read, vector, table):
-        return
-    found = clash(written, [*read, vector])
-    if found is not None:
-        names = [f"{name}[{i}]" if i < len(written) else "a tensor that is read" for i in found]
-        _fail(f"{name} that share no memory with other tensors of the call", f"{names[0]} inside {names[1]}")
+    if not _surely_apart(written, read, vector, table):
+        check_apart(name, written, [*read, vector])
 
 
 def _surely_apart(written: Sequence[Tensor], read: Sequence[Tensor], vector: Tensor, table: TileTable) -> bool:

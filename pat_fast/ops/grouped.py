@@ -23,7 +23,7 @@ from pat_fast.backends.known import (
     is_reliable,
     is_watched,
 )
-from pat_fast.ops.functional import _check_apart, _check_tensors, _fail
+from pat_fast.ops.functional import _check_tensors, _fail
 from pat_fast.ops.memory import check_apart
 from pat_fast.ops.register import bump
 from pat_fast.ops.tiles import COL, ROW, TileTable
@@ -265,13 +265,11 @@ def _look(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> _Passed | 
     # Where tiles overlap it may be of tensors that are not to change.
     if not _are_like(found, xs, grouping) or not grouping.table.writable:
         raise _NotPlain
-    own = [xs[i] for i in places]
-    if table is None:
-        check_apart(ys, own)
+    check_apart("ys", ys, [xs[i] for i in places])
+    if table is None or not isinstance(places, tuple):
         return None
-    _check_apart("ys", ys, own, grouping.sizes, table)
     known = table.known.get("ys")
-    return _Passed(table, places, known) if known is not None and isinstance(places, tuple) else None
+    return None if known is None else _Passed(table, places, known)
 
 
 def _are_like(found: Pushed, xs: Sequence[Tensor], grouping: Grouping) -> bool:

@@ -10,13 +10,13 @@ from torch import Tensor
 from pat_fast.errors import OpError
 
 
-def check_apart(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    """Raise :class:`OpError` if there is a :func:`clash`."""
-    both = clash(written, read)
-    if both is not None:
+def check_apart(name: str, written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
+    """Raise :class:`OpError` if there is a :func:`clash`; ``name`` is that of those written."""
+    found = clash(written, read)
+    if found is not None:
+        names = [f"{name}[{i}]" if i < len(written) else "a tensor that is read" for i in found]
         raise OpError(
-            "expected ys that share no memory with other tensors of the call; got "
-            f"tensor {both[0]} inside {both[1]} (numbered through those written and those read)"
+            f"expected {name} that share no memory with other tensors of the call; got {names[0]} inside {names[1]}"
         )
 
 

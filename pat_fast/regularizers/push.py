@@ -85,7 +85,7 @@ def push(binding: Binding, key: str, wanted: Wanted, gamma: Tensor, only: Collec
         elif missing < len(found):
             if not is_compiled():  # one at a time does not see it
                 plain = [i for i, own in enumerate(found) if own is not None and is_plain(own)]
-                check_apart([found[i] for i in plain], [tiles.tensors[i] for i in plain])
+                check_apart("gradients", [found[i] for i in plain], [tiles.tensors[i] for i in plain])
             for one, own in zip(binding.each(tiles), found, strict=True):
                 if own is not None:
                     _add(binding, one, [own], gamma)
