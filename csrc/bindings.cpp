@@ -200,8 +200,7 @@ PYBIND11_MODULE(_C, m) {
       .def("matches",
            [](const pat::Known& known, const py::object& tensors) {
              pat::Addresses found(known.size());
-             const py::object list = fast(tensors);
-             return known.fits(list.ptr()) && known.recognise(list.ptr(), 0, known.size(), found.data());
+             return known.recognise(fast(tensors).ptr(), found.data());
            })
       .def("are_apart",
            [](const pat::Known& known, const py::object& tensors, const pat::Known& of, const py::object& others) {

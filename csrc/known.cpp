@@ -87,10 +87,8 @@ bool Known::recognise(PyObject* tensors, int64_t from, int64_t to, void** addres
 }
 
 bool Known::apart(PyObject* tensors, const Known& of, PyObject* others) const {
-  if (!fits(tensors) || !of.fits(others)) return false;
   std::vector<void*> at(size() + of.size());
-  if (!recognise(tensors, 0, size(), at.data()) || !of.recognise(others, 0, of.size(), at.data() + size()))
-    return false;
+  if (!recognise(tensors, at.data()) || !of.recognise(others, at.data() + size())) return false;
   std::vector<std::pair<uintptr_t, uintptr_t>> spans;  // first byte, byte after the last
   spans.reserve(at.size());
   for (size_t i = 0; i < at.size(); ++i) {

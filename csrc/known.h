@@ -59,6 +59,11 @@ class Known {
   // where their memory begins.
   bool recognise(PyObject* tensors, int64_t from, int64_t to, void** addresses) const;
 
+  // Whether a tuple or list fits and all of it is so.
+  bool recognise(PyObject* tensors, void** addresses) const {
+    return fits(tensors) && recognise(tensors, 0, size(), addresses);
+  }
+
   // Whether all of `tensors` are like theirs, all of `others` like those of `of`, and none reaches into another one's
   // memory. Tensors that lie in one another's gaps do.
   bool apart(PyObject* tensors, const Known& of, PyObject* others) const;
