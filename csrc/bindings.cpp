@@ -126,6 +126,8 @@ class Recognising {
 
   const pat::Addresses& addresses() const { return x_; }
   bool all() const { return all_; }
+  // Whether some lie elsewhere than those that were looked at.
+  bool moved() const { return x_ != known_.places(); }
 
   // Stops the work at the first that differs.
   void bring(pat::Arrived& arrived) {
@@ -149,8 +151,8 @@ class Recognising {
   pat::Addresses x_;
 };
 
-// `out` makes the sums' memory while the xs are read, and says where it is; what it raises comes out. False: a tensor
-// is not as known; nothing came of it.
+// `out` makes the sums' memory while the xs are read, and says where it is; it is told whether some have moved. What it
+// raises comes out. False: a tensor is not as known; nothing came of it.
 bool totals(const py::object& out, const py::object& xs, const pat::Known& known, double p, const pat::Grouping& of,
             bool divided, int threads) {
   const std::optional<pat::DType> dtype = known.dtype();
@@ -159,7 +161,7 @@ bool totals(const py::object& out, const py::object& xs, const pat::Known& known
   void* sums = nullptr;
   const auto bring = [&](pat::Arrived& arrived) {
     x.bring(arrived);
-    if (x.all()) sums = pointer<void>(py::cast<uintptr_t>(out()));
+    if (x.all()) sums = pointer<void>(py::cast<uintptr_t>(out(x.moved())));
   };
   beside(bring, [&](const pat::Meanwhile& meanwhile) {
     pat::channel_totals(x.addresses(), *dtype, p, of, divided, sums, threads, meanwhile);

@@ -57,6 +57,7 @@ Known::Known(const pybind11::capsule& exchange, const pybind11::sequence& tensor
     like.reach = reach_of(t);
     like.data = t.data;
     like.seen = reinterpret_cast<uintptr_t>(t.shape);
+    places_.push_back(t.data);
     extents_.insert(extents_.end(), t.shape, t.shape + t.ndim);
     extents_.insert(extents_.end(), t.strides, t.strides + t.ndim);
     const std::optional<DType> dtype = dtype_of(t);

@@ -50,6 +50,9 @@ class Known {
   // That all of them have, which are in the memory of the CPU; else none.
   std::optional<DType> dtype() const { return dtype_; }
 
+  // Where the tensors that were looked at have their memory.
+  const std::vector<void*>& places() const { return places_; }
+
   int64_t size() const { return static_cast<int64_t>(likes_.size()); }
 
   // Whether a tuple or list is as long.
@@ -89,6 +92,7 @@ class Known {
   const dlpack::Exchange* exchange_;
   std::vector<Like> likes_;
   std::vector<int64_t> extents_;
+  std::vector<void*> places_;
   std::optional<DType> dtype_;
 };
 

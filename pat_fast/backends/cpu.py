@@ -147,12 +147,13 @@ def channel_totals(
     """
     made: list[Tensor] = []
 
-    def out() -> int:
-        known.compare_rest(xs)
+    def out(moved: bool) -> int:
+        # Sums of absolute values do not depend on signs; what was negated where it lay is summed, too.
+        known.compare_rest(xs, signs=moved)
         if meanwhile is not None:
             meanwhile()
-        dtype = torch.float64 if known.dtype == torch.float64 else torch.float32
-        made.append(torch.empty(groups.channels, dtype=dtype))
+        dtype = torch.float64 if known.dtype is torch.float64 else torch.float32
+        made.append(native.empty(groups.channels, dtype))
         return made[0].data_ptr()
 
     if not _C.totals(out, xs, known.likes, p, groups, divided, torch.get_num_threads()):

@@ -20,13 +20,11 @@ _C, _ = native.load("pat_fast._C", "C++")
 PLAIN = (Tensor, nn.Parameter)
 LOW = 2**33
 is_compiled: Callable[[], bool] = torch.compiler.is_dynamo_compiling
-_WATCHERS: tuple[Callable[[], Any], ...] = (
-    torch._C._len_torch_function_stack,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._autograd._profiler_enabled,
-    torch._C._get_tracing_state,
-    torch._C._functorch.peek_interpreter_stack,
-)
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_is_profiled: Callable[[], bool] = torch._C._autograd._profiler_enabled
+_trace: Callable[[], Any] = torch._C._get_tracing_state
+_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 class Known:
@@ -73,13 +71,16 @@ class Known:
             raise UnknownError
         self.compare_rest(tensors)
 
-    def compare_rest(self, tensors: Sequence[Tensor]) -> None:
+    def compare_rest(self, tensors: Sequence[Tensor], signs: bool = True) -> None:
         """What is left to do of :meth:`compare` when ``likes`` has compared them.
+
+        Args:
+            signs: look whether one is lazily negated.
 
         Raises:
             UnknownError: see there.
         """
-        if is_watched() or self._is_lazy(tensors):
+        if is_watched() or (signs and self._is_lazy(tensors)):
             raise UnknownError
 
 
@@ -119,7 +120,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 def is_watched() -> bool:
     """Whether something wants to see the ops that are called: a mode, a transform, a trace or a profiler."""
-    return any(watcher() for watcher in _WATCHERS)
+    return bool(_function_modes() or _dispatch_modes() or _is_profiled() or _trace() or _transform())
 
 
 class _Guards:

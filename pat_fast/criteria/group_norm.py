@@ -71,7 +71,7 @@ class GroupNorm:
 
     def score(self, binding: Binding) -> Tensor:
         """Scores ``[N]``: float32, or float64 where the model is; inf where nothing of a group can be scored."""
-        found = self._at_once(binding, divided=True)
+        found: Tensor | None = binding.at_once("scored", is_scored, self._score_at_once)
         found = self._divided(binding) if found is None else found
         unscored = _unscored(binding)
         return found if unscored is None else found.masked_fill(unscored, torch.inf)
@@ -89,7 +89,7 @@ class GroupNorm:
 
     def total(self, binding: Binding) -> Tensor:
         """The sum over a group's members: ``[N]``."""
-        total = self._at_once(binding, divided=False)
+        total: Tensor | None = binding.at_once("scored", is_scored, self._total_at_once)
         if total is not None:
             return total
         for tiles in binding.tiles("scored", is_scored):
@@ -100,11 +100,8 @@ class GroupNorm:
             return torch.zeros(binding.plan.n_channels, device=binding.device)
         return total
 
-    def _at_once(self, binding: Binding, divided: bool) -> Tensor | None:
-        """The total, or the score, in one call; None where there is none for it."""
+    def _score_at_once(self, tiles: Tiles, grouping: Grouping, _: bool) -> Tensor | None:
+        return channel_totals(tiles.tensors, grouping, self.p, True)
 
-        def call(tiles: Tiles, grouping: Grouping, _: bool) -> Tensor | None:
-            return channel_totals(tiles.tensors, grouping, self.p, divided)
-
-        found: Tensor | None = binding.at_once("scored", is_scored, call)
-        return found
+    def _total_at_once(self, tiles: Tiles, grouping: Grouping, _: bool) -> Tensor | None:
+        return channel_totals(tiles.tensors, grouping, self.p, False)

@@ -391,16 +391,17 @@ class Binding(Named):
 
         It looks at the tensors itself. Where it finds that they do not fit, it is made again with tables that do.
         """
-        for look in (False, True):
-            tiles, grouping = self.tiles(key, wanted, look), self.grouping(key)
-            if grouping is None:
-                break
+        known = self._groupings.get(key)
+        if known is not None and known[2] is not None and self.alive is None:
             try:
-                return call(tiles[0], grouping, look)
+                return call(known[0], known[2], False)
             except OpError:
-                if look:
-                    raise
-        return None
+                pass
+        self.tiles(key, wanted, look=False)
+        if self.grouping(key) is None:
+            return None
+        tiles, grouping = self.tiles(key, wanted), self.grouping(key)
+        return None if grouping is None else call(tiles[0], grouping, True)
 
     def grouping(self, key: str) -> Grouping | None:
         """Channels and groups of the tiles made under ``key``, for what does a whole step in one call.
