@@ -21,31 +21,26 @@ void expect(const A* slots, const Run& run) {
   for (int64_t i = 0; i < run.length * static_cast<int64_t>(sizeof(A)); i += 64) __builtin_prefetch(at + i);
 }
 
-// Sums over all that belongs to a channel, in the order of the slots: [channels].
-template <class A>
-void sum_channels(const A* of_slots, const Grouping& g, A* totals, int threads) {
-  const int64_t bytes = (g.slots + g.channels) * static_cast<int64_t>(sizeof(A));
-  parallel_for(static_cast<int64_t>(g.starts.size()) - 1, bytes, threads, [&](int64_t part, int) {
-    const Run *run = g.by_part.data() + g.starts[part], *end = g.by_part.data() + g.starts[part + 1];
-    const int64_t first = part * Grouping::kPart, last = std::min(g.channels, first + Grouping::kPart);
-    std::fill(totals + first, totals + last, A(0));
-    for (const Run* next = run; next < std::min(end, run + kAhead); ++next) expect(of_slots, *next);
+// Sums over all that belongs to a channel, in the order of the slots: totals [channels]. Then each(channel, channels)
+// with the range of every group.
+template <class A, class Each>
+void sum_groups(const A* of_slots, const Grouping& g, A* totals, int threads, const Each& each) {
+  // What is done to a channel takes as long as reading some hundred bytes.
+  const int64_t bytes = g.slots * static_cast<int64_t>(sizeof(A)) + g.channels * 128;
+  parallel_for(static_cast<int64_t>(g.parts.size()) - 1, bytes, threads, [&](int64_t i, int) {
+    const Grouping::Part &part = g.parts[i], &next = g.parts[i + 1];
+    const Run *run = g.by_part.data() + part.run, *end = g.by_part.data() + next.run;
+    for (const Run* first = run; first < std::min(end, run + kAhead); ++first) expect(of_slots, *first);
+    std::fill(totals + part.channel, totals + next.channel, A(0));
     for (; run != end; ++run) {
       if (end - run > kAhead) expect(of_slots, run[kAhead]);
       const A* slots = of_slots + run->slot;
       A* to = totals + run->channel;
-      for (int64_t i = 0; i < run->length; ++i) to[i] += slots[i];
+      for (int64_t j = 0; j < run->length; ++j) to[j] += slots[j];
     }
+    int64_t channel = part.channel;
+    for (int64_t group = part.group; group < next.group; channel += g.sizes[group++]) each(channel, g.sizes[group]);
   });
-}
-
-// Calls work(channel, channels) with the range of each group.
-template <class Work>
-void for_groups(const Grouping& g, int threads, const Work& work) {
-  std::vector<int64_t> starts(g.n_groups + 1, 0);
-  for (int64_t i = 0; i < g.n_groups; ++i) starts[i + 1] = starts[i] + g.sizes[i];
-  // What is done to a channel takes as long as reading some hundred bytes.
-  parallel_for(g.n_groups, g.channels * 128, threads, [&](int64_t i, int) { work(starts[i], g.sizes[i]); });
 }
 
 template <class A>
@@ -78,31 +73,28 @@ float power_of_2(float x) {
 // strength * alpha ** ((n_max - n) / (n_max - n_min)) with n the roots of a group's totals.
 template <class A>
 void weigh(const A* totals, A* gamma, int64_t n, double alpha, double strength) {
-  A low = std::numeric_limits<A>::infinity(), high = 0;
-  bool finite = true;
+  A low = std::numeric_limits<A>::infinity(), high = 0, nothing = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(+ : nothing)
   for (int64_t i = 0; i < n; ++i) {
-    finite = finite && std::isfinite(totals[i]);
-    gamma[i] = std::sqrt(totals[i]);
-    low = std::min(low, gamma[i]), high = std::max(high, gamma[i]);
+    const A root = std::sqrt(totals[i]);
+    nothing += root - root;  // NaN where it is not finite
+    low = std::min(low, root), high = std::max(high, root);
+    gamma[i] = root;
   }
-  if (!finite) return std::fill(gamma, gamma + n, A(0));
+  if (nothing != 0) return std::fill(gamma, gamma + n, A(0));
   const A per_span = A(1) / std::max(high - low, std::numeric_limits<A>::min()), by = static_cast<A>(strength);
   const A exponent = static_cast<A>(std::log2(alpha));
   for (int64_t i = 0; i < n; ++i) gamma[i] = by * power_of_2(exponent * std::min((high - gamma[i]) * per_span, A(1)));
 }
 
-// The values of channels at the slots of a side: where they lie side by side, or copied to the slots.
+// Spreads the values of channels over the slots of a side.
 template <class A>
-const A* at_side(const Grouping& g, int64_t slot, int64_t length, const A* values, A* slots) {
-  if (slot < 0) return nullptr;
+void spread(const Grouping& g, int64_t slot, int64_t length, const A* values, A* slots) {
   const auto before = [](const Run& run, int64_t at) { return run.slot < at; };
   const Run* end = g.runs + g.n_runs;
-  const Run* run = std::lower_bound(g.runs, end, slot, before);
-  if (run != end && run->slot == slot && run->length == length) return values + run->channel;
   std::fill(slots + slot, slots + slot + length, A(0));
-  for (; run != end && run->slot < slot + length; ++run)
+  for (const Run* run = std::lower_bound(g.runs, end, slot, before); run != end && run->slot < slot + length; ++run)
     std::copy_n(values + run->channel, run->length, slots + run->slot);
-  return slots + slot;
 }
 
 Func norm(double p) { return p == 1 ? kAbs : p == 2 ? kSquare : kPower; }
@@ -115,8 +107,9 @@ void totals_of(const Addresses& xs, const Plan& plan, DType dtype, double p, con
   A* slots = scratch.as<A>();
   if (!reduce(xs, {}, plan, dtype, norm(p), p, slots, g.slots, slots + each, threads, meanwhile)) return;
   A* totals = static_cast<A*>(to);
-  sum_channels(slots, g, totals, threads);
-  if (divided) for_groups(g, threads, [&](int64_t at, int64_t n) { divide_by_mean(totals + at, n); });
+  sum_groups(slots, g, totals, threads, [&](int64_t at, int64_t n) {
+    if (divided) divide_by_mean(totals + at, n);
+  });
 }
 
 template <class A>
@@ -127,18 +120,23 @@ void push(const Addresses& ys, const Addresses& xs, const Plan& plan, DType dtyp
   A *totals = scratch.as<A>(), *gamma = totals + each, *slots = gamma + each;
   A* room = slots + padded(g.slots);
   if (!reduce(xs, {}, plan, dtype, norm(p), p, slots, g.slots, room, threads, meanwhile)) return;
-  sum_channels(slots, g, totals, threads);
-  for_groups(g, threads, [&](int64_t at, int64_t n) {
+  sum_groups(slots, g, totals, threads, [&](int64_t at, int64_t n) {
     weigh(totals + at, gamma + at, n, alpha, strength);
     for (int64_t i = at; where != nullptr && i < at + n; ++i) gamma[i] = where[i] ? gamma[i] : A(0);
   });
-  const auto n_tiles = static_cast<int64_t>(plan.tiles.size());
-  std::vector<Sides<A>> sides(n_tiles);
-  parallel_for(n_tiles, g.slots * static_cast<int64_t>(sizeof(A)), threads, [&](int64_t i, int) {
-    const Canonical& t = plan.tiles[i];
-    sides[i] = {at_side(g, t.row, t.rows.n, gamma, slots), at_side(g, t.col, t.c, gamma, slots)};
+  parallel_for(g.n_tiles, g.slots * static_cast<int64_t>(sizeof(A)), threads, [&](int64_t i, int) {
+    const Tile& t = g.tiles[i];
+    if (t.row >= 0 && g.sides[i].row == Grouping::kScattered) spread(g, t.row, t.r, gamma, slots);
+    if (t.col >= 0 && g.sides[i].col == Grouping::kScattered) spread(g, t.col, t.c, gamma, slots);
   });
-  axpy<A>(ys, xs, plan, dtype, [&](const Canonical& t) { return sides[&t - plan.tiles.data()]; }, room, threads);
+  const auto side = [&](int64_t slot, int64_t channel) -> const A* {
+    return slot < 0 ? nullptr : channel == Grouping::kScattered ? slots + slot : gamma + channel;
+  };
+  const auto sides = [&](const Canonical& t) {
+    const Grouping::Sides& of = g.sides[&t - plan.tiles.data()];
+    return Sides<A>{side(t.row, t.swapped ? of.col : of.row), side(t.col, t.swapped ? of.row : of.col)};
+  };
+  axpy<A>(ys, xs, plan, dtype, sides, room, threads);
 }
 
 }  // namespace
@@ -154,18 +152,36 @@ Grouping::Grouping(const Tile* tiles, int64_t n_tiles, const Run* runs, int64_t 
       n_groups(n_groups),
       channels(channels),
       n_tensors(tensors_of(tiles, n_tiles)) {
-  std::vector<std::vector<Run>> parts((channels + kPart - 1) / kPart);
+  for (int64_t i = 0; i < n_tiles; ++i)
+    sides.push_back({channel_of_side(tiles[i].row, tiles[i].r), channel_of_side(tiles[i].col, tiles[i].c)});
+
+  std::vector<int64_t> part_of(channels);
+  int64_t channel = 0;
+  for (int64_t group = 0; group < n_groups; ++group) {
+    if (parts.empty() || channel - parts.back().channel >= kPart) parts.push_back({0, group, channel});
+    const auto part = static_cast<int64_t>(parts.size()) - 1;
+    std::fill_n(part_of.begin() + channel, sizes[group], part);
+    channel += sizes[group];
+  }
+  parts.push_back({0, n_groups, channels});
+
+  std::vector<std::vector<Run>> of_parts(parts.size());
   for (const Run* run = runs; run != runs + n_runs; ++run)
     for (int64_t at = 0, length; at < run->length; at += length) {
-      const int64_t channel = run->channel + at, part = channel / kPart;
-      length = std::min(run->length - at, (part + 1) * kPart - channel);
-      parts[part].push_back({run->slot + at, channel, length});
+      const int64_t first = run->channel + at, part = part_of[first];
+      length = std::min(run->length - at, parts[part + 1].channel - first);
+      of_parts[part].push_back({run->slot + at, first, length});
     }
-  for (const std::vector<Run>& part : parts) {
-    starts.push_back(static_cast<int64_t>(by_part.size()));
-    by_part.insert(by_part.end(), part.begin(), part.end());
+  for (size_t i = 0; i < parts.size(); ++i) {
+    parts[i].run = static_cast<int64_t>(by_part.size());
+    by_part.insert(by_part.end(), of_parts[i].begin(), of_parts[i].end());
   }
-  starts.push_back(static_cast<int64_t>(by_part.size()));
+}
+
+int64_t Grouping::channel_of_side(int64_t slot, int64_t length) const {
+  const auto before = [](const Run& run, int64_t at) { return run.slot < at; };
+  const Run* run = std::lower_bound(runs, runs + n_runs, slot, before);
+  return run != runs + n_runs && run->slot == slot && run->length == length ? run->channel : kScattered;
 }
 
 const Plan& Grouping::plan(DType dtype) const {

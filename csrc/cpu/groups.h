@@ -34,12 +34,26 @@ class Grouping {
   const int64_t n_groups, channels;
   const int64_t n_tensors;  // that the table names
 
-  // The runs by ranges of kPart channels, cut where these end: those of part i are [starts[i], starts[i + 1]).
+  // Whole groups, side by side, of at least kPart channels together: what the first run of `by_part`, the first group
+  // and the first channel of each is. One more is the end.
+  struct Part {
+    int64_t run, group, channel;
+  };
   static constexpr int64_t kPart = 512;
-  std::vector<Run> by_part;
-  std::vector<int64_t> starts;
+  std::vector<Part> parts;
+  std::vector<Run> by_part;  // cut where parts end
+
+  // Sides of tiles: the channel of its first slot, if all its slots are one run; else kScattered. One without slots has
+  // none.
+  static constexpr int64_t kScattered = -1;
+  struct Sides {
+    int64_t row, col;
+  };
+  std::vector<Sides> sides;
 
  private:
+  int64_t channel_of_side(int64_t slot, int64_t length) const;
+
   mutable std::mutex mutex_;
   mutable std::unique_ptr<const Plan> plans_[kDTypes];
 };
