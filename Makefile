@@ -90,7 +90,7 @@ test-gpu: gpu
 	@$(PYTHON) -m pytest -m gpu -n 8 --dist worksteal --junitxml=$(OUT)/test-gpu.xml
 
 bench-gpu: gpu
-	@$(PYTHON) -m pat_fast.cli bench --device cuda --ops all --layouts contiguous,channels_last \
+	@$(PYTHON) -m pat_fast bench --device cuda --ops all --layouts contiguous,channels_last \
 		--json $(OUT)/bench-gpu.json $(ARGS)
 
 clean:

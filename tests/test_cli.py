@@ -41,7 +41,7 @@ def invoke(*args: str | Path) -> Result:
 
 
 def command(*args: str | Path) -> list[str]:
-    return [sys.executable, "-m", "pat_fast.cli", *map(str, args)]
+    return [sys.executable, "-m", "pat_fast", *map(str, args)]
 
 
 def environment() -> dict[str, str]:

@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
 # The user's side, which nothing below it may know.
 ON_TOP = {
     "train": {"cli"},
-    "cli": set(),
+    "cli": {"__main__"},
     "runs": {"cli"},
     "bench": {"cli"},
     "integrations": {"integrations"},

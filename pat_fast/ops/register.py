@@ -40,7 +40,8 @@ def register() -> None:
 
 def _by_command() -> bool:
     """Whether this process is a ``pat-fast``, however it was started."""
-    return Path(sys.argv[0] if sys.argv else "").stem == "pat-fast" or "pat_fast.cli" in sys.orig_argv
+    as_module = ("-m", "pat_fast") in zip(sys.orig_argv, sys.orig_argv[1:])  # noqa: B905 (the second is shorter)
+    return Path(sys.argv[0] if sys.argv else "").stem == "pat-fast" or as_module
 
 
 @cache

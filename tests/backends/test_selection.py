@@ -59,7 +59,7 @@ def test_an_unknown_override_is_refused_with_a_suggestion() -> None:
 
 def test_the_command_says_in_one_line_that_an_override_is_unknown() -> None:
     environment = os.environ | {backends.ENV: "cpuu"}
-    line = [sys.executable, "-m", "pat_fast.cli", "env"]
+    line = [sys.executable, "-m", "pat_fast", "env"]
     found = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("error: expected PAT_FAST_BACKEND to be one of")
