@@ -1,6 +1,6 @@
 """``python -m pat_fast`` is ``pat-fast``."""
 
-from .cli import main
+from pat_fast.cli import main
 
 if __name__ == "__main__":
     main()

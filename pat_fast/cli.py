@@ -449,3 +449,7 @@ def _errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise typer.Exit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()

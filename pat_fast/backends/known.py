@@ -118,6 +118,19 @@ def has_memory(tensor: Tensor) -> bool:
         return False
 
 
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a kernel that was given the tensor would read or write what is not its own.
+
+    Subclasses are not looked at, nor wrappers of a transform of ``torch.func`` that is at work: the dispatcher sees to
+    them.
+    """
+    if type(tensor) not in PLAIN or tensor.device.type not in ("cpu", "cuda"):
+        return False
+    if has_memory(tensor) and not tensor._is_zerotensor():
+        return False
+    return _transform() is None or not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def is_watched() -> bool:
     """Whether something wants to see the ops that are called: a mode, a transform, a trace or a profiler."""
     return bool(_function_modes() or _dispatch_modes() or _is_profiled() or _trace() or _transform())

@@ -116,6 +116,8 @@ def channel_totals(
         meanwhile: called once, on the caller's thread, while others read ``xs``; not if None is returned. What it
             raises comes out of this call.
 
+    A tensor that was lazily negated where it lies since the last call is summed, not refused: signs do not matter.
+
     Raises:
         OpError: tensors that do not fit the table.
     """

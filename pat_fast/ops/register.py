@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -40,8 +41,10 @@ def register() -> None:
 
 def _by_command() -> bool:
     """Whether this process is a ``pat-fast``, however it was started."""
-    as_module = ("-m", "pat_fast") in zip(sys.orig_argv, sys.orig_argv[1:])  # noqa: B905 (the second is shorter)
-    return Path(sys.argv[0] if sys.argv else "").stem == "pat-fast" or as_module
+    if sys.argv and sys.argv[0] == "-m":  # python is looking for the module that it was told, before its arguments
+        module = sys.orig_argv[-len(sys.argv)]
+        return re.fullmatch(r"(-\w*m)?pat_fast(\.cli|\.__main__)?", module) is not None
+    return Path(sys.argv[0] if sys.argv else "").stem == "pat-fast"
 
 
 @cache

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pat_fast import ops
 from pat_fast.backends import cpu, reference
+from pat_fast.backends.known import lacks_memory
 from pat_fast.errors import PatError
 from pat_fast.ops import Tile, TileTable
 
@@ -197,7 +198,15 @@ CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: torch._neg_view(x) if x.dtype in FLOATS else x,
     lambda x: x.conj(),
     lambda x: x.detach().requires_grad_() if x.dtype in FLOATS else x,
+    lambda x: without_memory(x),
+    lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
 )
+
+
+def without_memory(x: Tensor) -> Tensor:
+    gone = x.clone(memory_format=torch.preserve_format)
+    gone.untyped_storage().resize_(0)
+    return gone
 
 
 def other_tensor(rng: random.Random, call: Call) -> None:
@@ -250,6 +259,8 @@ def expanded(rng: random.Random, call: Call) -> None:
 
 def other_vector(rng: random.Random, call: Call) -> None:
     old = call.vector
+    if lacks_memory(old):
+        return
     changes: list[Callable[[], Tensor]] = [
         lambda: old[:-1],
         lambda: torch.cat([old, old]),
@@ -262,6 +273,8 @@ def other_vector(rng: random.Random, call: Call) -> None:
         lambda: torch.randint(-3, 200, old.shape, dtype=torch.int32),
         lambda: torch.where(torch.rand(old.shape) < 0.2, torch.tensor(2**31 - 1), old).to(old.dtype),
         lambda: torch._neg_view(old) if old.dtype in FLOATS else old,
+        lambda: without_memory(old),
+        lambda: torch._efficientzerotensor(old.shape, dtype=old.dtype),
     ]
     if call.op == "channel_scale_" and call.xs and len(call.buffers[call.xs[0].buffer]) >= call.slots:
         buffer = call.buffers[call.xs[0].buffer]

@@ -57,13 +57,20 @@ def test_an_unknown_override_is_refused_with_a_suggestion() -> None:
     assert "did you mean 'cpu'" in found.stderr
 
 
-def test_the_command_says_in_one_line_that_an_override_is_unknown() -> None:
+@pytest.mark.parametrize("start", ["-m pat_fast", "-Bm pat_fast", "-mpat_fast", "-m pat_fast.cli"])
+def test_the_command_says_in_one_line_that_an_override_is_unknown(start: str) -> None:
     environment = os.environ | {backends.ENV: "cpuu"}
-    line = [sys.executable, "-m", "pat_fast", "env"]
+    line = [sys.executable, *start.split(), "env"]
     found = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("error: expected PAT_FAST_BACKEND to be one of")
     assert found.stderr.count("\n") == 1
+
+
+def test_another_program_with_such_an_argument_is_not_the_command() -> None:
+    line = [sys.executable, "-c", "import pat_fast", "-m", "pat_fast"]
+    found = subprocess.run(line, capture_output=True, text=True, env=os.environ | {backends.ENV: "cpuu"}, check=False)
+    assert "BackendError: expected PAT_FAST_BACKEND" in found.stderr
 
 
 def test_an_override_that_cannot_run_fails_loudly() -> None:

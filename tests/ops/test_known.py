@@ -183,6 +183,50 @@ def test_one_whose_memory_is_not_there_is_refused(offset: int, met: bool) -> Non
                 ops.channel_compact([torch.ones(4, 3), torch.ones(5)], [x, xs[1]], table, table, torch.zeros(0).int())
 
 
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(*args, **(kwargs or {}))
+
+
+class PassingFunctions(TorchFunctionMode):
+    def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watch", [torch.profiler.profile, Passing, PassingFunctions])
+@pytest.mark.parametrize("gone", [lambda: freed(torch.ones(4, 3)), lambda: torch._efficientzerotensor((4, 3))])
+def test_it_is_so_whoever_watches(watch: Callable[[], Any], gone: Callable[[], Tensor]) -> None:
+    xs = [torch.ones(4, 3)]
+    table = TileTable.from_tiles(xs, [TILE])
+    for _ in range(3):
+        ops.channel_reduce(xs, table)
+    with watch(), pytest.raises(OpError, match=r"xs\[0\] to have memory"):
+        ops.channel_reduce([gone()], table)
+
+
+@pytest.mark.parametrize("made", [lambda v: freed(v), lambda v: torch._efficientzerotensor(v.shape, dtype=v.dtype)])
+def test_a_vector_whose_memory_is_not_there_is_refused(made: Callable[[Tensor], Tensor]) -> None:
+    x = torch.ones(4, 3)
+    table = TileTable.from_tiles([x], [TILE])
+    quarter = Tile(0, 0, (2, 2, 1), (2, 1, 1), 0, 2)
+    half = TileTable.from_tiles([torch.zeros(2, 2)], [quarter], slots=4, shared_slots=True)
+    with pytest.raises(OpError, match="coef to have memory"):
+        ops.channel_axpy_([torch.zeros(4, 3)], [x], table, made(torch.ones(7)))
+    with pytest.raises(OpError, match="scale to have memory"):
+        ops.channel_scale_([x], table, made(torch.ones(7)))
+    with pytest.raises(OpError, match="index to have memory"):
+        ops.channel_compact([torch.zeros(2, 2)], [x], table, half, made(torch.tensor([0, 1, 0, 1], dtype=torch.int32)))
+    assert (x == 1).all()
+
+
+def test_wrappers_of_a_transform_have_none_and_are_let_through() -> None:
+    x = torch.randn(4, 3)
+    table = TileTable.from_tiles([x], [TILE])
+    sums = ops.channel_reduce([x], table)
+    gradient = torch.func.grad(lambda x: (x * ops.channel_reduce([x], table)[:4, None]).sum())(x)
+    torch.testing.assert_close(gradient, sums[:4, None].expand(4, 3))
+
+
 def test_an_address_may_be_low(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a program that is loaded at a fixed address: whether there is memory is asked then."""
     monkeypatch.setattr(known, "LOW", 2**62)
