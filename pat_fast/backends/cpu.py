@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pat_fast.backends import native
-from pat_fast.backends.known import Known, UnknownError
+from pat_fast.backends.known import Known, UnknownError, check_memory
 
 _C, _WHY = native.load("pat_fast._C", "C++")
 
@@ -105,7 +105,9 @@ def compact_beside(
     def addresses() -> Iterator[tuple[list[int], list[int]]]:
         for part in parts:
             held.append(part)
-            yield _addresses(part[0]), _addresses(part[1])
+            found = _addresses(part[0]), _addresses(part[1])
+            check_memory("tensors that are moved", part[1], found[1])
+            yield found
 
     try:
         _C.compact(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pat_fast.backends import native
+from pat_fast.errors import OpError
 
 _C, _ = native.load("pat_fast._C", "C++")
 PLAIN = (Tensor, nn.Parameter)
@@ -129,6 +130,22 @@ def lacks_memory(tensor: Tensor) -> bool:
     if has_memory(tensor) and not tensor._is_zerotensor():
         return False
     return _transform() is None or not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def check_memory(name: str, tensors: Sequence[Tensor], addresses: Sequence[int] = (0,)) -> None:
+    """Refuse tensors that lack memory; to know their ``addresses`` saves looking at each.
+
+    Raises:
+        OpError: there is one.
+    """
+    if not addresses or min(addresses) >= LOW:
+        return
+    for tensor in tensors:
+        if lacks_memory(tensor):
+            raise OpError(
+                f"expected {name} to have memory; got zeros that PyTorch makes up, or what was freed, of shape "
+                f"{tuple(tensor.shape)}; clone, gather or load it first"
+            )
 
 
 def is_watched() -> bool:

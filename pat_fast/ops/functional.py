@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from pat_fast.backends.known import is_plain, is_watched, lacks_memory, remembered
+from pat_fast.backends.known import check_memory, is_plain, is_watched, lacks_memory, remembered
 from pat_fast.errors import OpError, did_you_mean
 from pat_fast.ops.memory import check_apart
 from pat_fast.ops.register import implementation
@@ -204,17 +204,12 @@ def _check_tensors(
         if x.dtype is not dtype or x.device != device:
             _fail(f"{name}[{i}] of {dtype} on {device}, as its companions", f"{x.dtype} on {x.device}")
         if eager and lacks_memory(x):
-            _fail_without_memory(f"{name}[{i}]")
+            check_memory(f"{name}[{i}]", [x])
         if eager and (x.is_neg() or (dtypes is None and x.is_conj())):
             _fail(f"{name}[{i}] as it stands in memory", "a lazily negated or conjugated view", "call resolve_neg()")
     if eager and dtypes is not None:
         _remember(name, xs, table)
     return False
-
-
-def _fail_without_memory(name: str) -> None:
-    got = "zeros that PyTorch makes up, or what was freed"
-    _fail(f"{name} to have memory", got, "clone, gather or load it first")
 
 
 def _remember(name: str, xs: Sequence[Tensor], table: TileTable) -> None:
@@ -249,8 +244,8 @@ def _check_slots(name: str, values: Tensor, table: TileTable, xs: Sequence[Tenso
             f"{name} contiguous of shape [{table.slots}], {dtype} on {device}",
             f"{list(values.shape)}, {values.dtype} on {values.device}, strides {strides}",
         )
-    if not torch.compiler.is_compiling() and lacks_memory(values):
-        _fail_without_memory(name)
+    if not torch.compiler.is_compiling():
+        check_memory(name, [values])
 
 
 def _check_writable(name: str, table: TileTable) -> None:
@@ -298,8 +293,8 @@ def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, i
     fits = index.dim() == 1 and index.is_contiguous() and len(index) >= out_table.slots
     if index.dtype != torch.int32 or not fits:
         _fail(f"index int32 of shape [>= {out_table.slots}]", f"{list(index.shape)} {index.dtype}")
-    if not torch.compiler.is_compiling() and lacks_memory(index):
-        _fail_without_memory("index")
+    if not torch.compiler.is_compiling():
+        check_memory("index", [index])
     if len(table) != len(out_table):
         _fail(f"{len(table)} output tiles, one for each tile", str(len(out_table)))
     seen: set[tuple[int, int, int]] = set()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import shortcut
-from ..backends.known import is_watched
+from ..backends.known import check_memory, is_watched
 from ..errors import SurgeryError
 from ..ops.tiles import NONE, WIDTH
 from ..plan.flat import IndexArray
@@ -189,6 +189,7 @@ class Copy:
             return
         for _ in making:
             pass
+        check_memory("tensors that are moved", xs)
         torch.ops.pat_fast.channel_compact.default(self._outs, xs, *tables)
         if meanwhile is not None:
             meanwhile()

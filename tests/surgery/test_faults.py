@@ -9,7 +9,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -273,6 +273,31 @@ def test_what_the_user_brought_raises() -> None:
         twin.pruner.step()
     assert digest(twin) == before
     twin.model.outer.armed = False
+    goes_on(twin)
+
+
+MEMORY: dict[str, Callable[[Twin], Tensor]] = {
+    "a buffer": lambda twin: next(b for b in twin.model.buffers() if b.dim()),
+    "a bias": lambda twin: next(p for n, p in twin.model.named_parameters() if n.endswith("bias")),
+    "a gradient": lambda twin: next(p.grad for p in twin.model.parameters() if p.grad is not None),
+    "a moment": lambda twin: twin.optimizers[0].state[twin.model.outer.weight]["exp_avg"],
+}
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("which", MEMORY)
+def test_what_has_no_memory_is_not_copied(which: str, watched: bool) -> None:
+    """As FSDP's is between uses: to read it would end the process."""
+    twin = make()
+    before = digest(twin)
+    tensor = MEMORY[which](twin)
+    kept, gone = tensor.data, tensor.detach().clone()
+    gone.untyped_storage().resize_(0)
+    tensor.data = gone
+    with torch.profiler.profile() if watched else nullcontext(), pytest.raises(pat.PatError, match="to have memory"):
+        twin.pruner.step()
+    tensor.data = kept
+    assert digest(twin) == before
     goes_on(twin)
 
 
