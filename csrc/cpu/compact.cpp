@@ -306,7 +306,7 @@ void channel_compact(const Addresses& outs, const Addresses& xs, const Tile* til
     if (kernels().compress) moves[i].mask = masks.of(moves[i], element_bytes);
     plan.bytes += moves[i].n * moves[i].c * moves[i].k * element_bytes;
   }
-  const int64_t target = chunk_bytes(plan);
+  const int64_t target = chunk_bytes(plan, kManyChunks);
   for (int64_t i = 0; i < n_tiles; ++i) {
     const Move& m = moves[i];
     const int64_t row_bytes = m.c * m.k * element_bytes;

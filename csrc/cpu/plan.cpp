@@ -8,8 +8,7 @@
 namespace pat {
 namespace {
 
-constexpr int64_t kMaxChunks = 256;
-constexpr int64_t kMinChunkBytes = 128 * 1024;
+constexpr int64_t kMinChunkBytes = 128 * 1024, kMaxChunkBytes = 4 * 1024 * 1024;
 // What a segment costs beside its rows is about as much as reading four: clearing, folding and combining its sums. So
 // it has some rows more than its bytes ask for, but not so many that other threads wait for it long.
 constexpr int64_t kFewRows = 64, kEnoughRows = 128, kMoreBytes = 4;
@@ -56,7 +55,9 @@ bool forked() { return g_forked; }
 
 int64_t Canonical::block() const { return flat() ? std::min(c, std::max<int64_t>(1, kBlock / k)) : c; }
 
-int64_t chunk_bytes(const Plan& plan) { return std::max(kMinChunkBytes, plan.bytes / kMaxChunks); }
+int64_t chunk_bytes(const Plan& plan, int64_t chunks) {
+  return std::clamp(plan.bytes / chunks, kMinChunkBytes, kMaxChunkBytes);
+}
 
 void Plan::add(const Segment& segment, int64_t segment_bytes, int64_t target) {
   if (chunks.empty() || open_bytes_ >= target) {
@@ -109,7 +110,7 @@ Plan make_plan(const Tile* tiles, int64_t n_tiles, int64_t element_bytes) {
     plan.tiles.push_back(canonical(tiles[i]));
     plan.bytes += tiles[i].r * tiles[i].c * tiles[i].k * element_bytes;
   }
-  const int64_t target = chunk_bytes(plan);
+  const int64_t target = chunk_bytes(plan, kFewChunks);
   for (int64_t i = 0; i < n_tiles; ++i) {
     plan.first.push_back(static_cast<int64_t>(plan.segments.size()));
     cut_tile(plan, i, element_bytes, target);

@@ -52,7 +52,11 @@ struct Plan {
   int64_t open_bytes_ = 0;
 };
 
-int64_t chunk_bytes(const Plan& plan);
+// How many chunks a call is cut into, where they are not too small or too large then. Where one begins memory is slow,
+// and the last ones are what threads wait for: few where memory is read from end to end, more where rows are left out.
+constexpr int64_t kFewChunks = 64, kManyChunks = 256;
+
+int64_t chunk_bytes(const Plan& plan, int64_t chunks);
 
 // How many tensors a table names.
 int64_t tensors_of(const Tile* tiles, int64_t n_tiles);
