@@ -203,7 +203,7 @@ def _check_tensors(
             )
         if x.dtype is not dtype or x.device != device:
             _fail(f"{name}[{i}] of {dtype} on {device}, as its companions", f"{x.dtype} on {x.device}")
-        if eager and lacks_memory(x):
+        if eager and lacks_memory(x):  # or each would be given a name
             check_memory(f"{name}[{i}]", [x])
         if eager and (x.is_neg() or (dtypes is None and x.is_conj())):
             _fail(f"{name}[{i}] as it stands in memory", "a lazily negated or conjugated view", "call resolve_neg()")

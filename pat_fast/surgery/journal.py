@@ -187,9 +187,9 @@ class Copy:
         if compact is not None:
             compact(making, *tables, xs[0].element_size(), meanwhile)
             return
+        check_memory("tensors that are moved", xs)
         for _ in making:
             pass
-        check_memory("tensors that are moved", xs)
         torch.ops.pat_fast.channel_compact.default(self._outs, xs, *tables)
         if meanwhile is not None:
             meanwhile()
