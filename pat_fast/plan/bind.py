@@ -389,8 +389,8 @@ class Binding(Named):
     def at_once(self, key: str, wanted: Wanted, call: Callable[[Tiles, Grouping, bool], Any]) -> Any:
         """``call(tiles, grouping, looked)`` on :meth:`tiles`, if they are one table that has a grouping; else None.
 
-        It looks at the tensors itself: the tables made last are tried as they are. Where it finds that these do not fit,
-        it is made again with tables that do.
+        It looks at the tensors itself: the tables made last are tried as they are. Where it finds that they do not
+        fit, it is made again with tables that do.
         """
         known = self._groupings.get(key)
         if known is not None and known[2] is not None and self.alive is None:
