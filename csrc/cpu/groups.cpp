@@ -90,10 +90,9 @@ void weigh(const A* totals, A* gamma, int64_t n, double alpha, double strength) 
 // Spreads the values of channels over the slots of a side.
 template <class A>
 void spread(const Grouping& g, int64_t slot, int64_t length, const A* values, A* slots) {
-  const auto before = [](const Run& run, int64_t at) { return run.slot < at; };
   const Run* end = g.runs + g.n_runs;
   std::fill(slots + slot, slots + slot + length, A(0));
-  for (const Run* run = std::lower_bound(g.runs, end, slot, before); run != end && run->slot < slot + length; ++run)
+  for (const Run* run = g.run_from(slot); run != end && run->slot < slot + length; ++run)
     std::copy_n(values + run->channel, run->length, slots + run->slot);
 }
 
@@ -178,9 +177,13 @@ Grouping::Grouping(const Tile* tiles, int64_t n_tiles, const Run* runs, int64_t 
   }
 }
 
-int64_t Grouping::channel_of_side(int64_t slot, int64_t length) const {
+const Run* Grouping::run_from(int64_t slot) const {
   const auto before = [](const Run& run, int64_t at) { return run.slot < at; };
-  const Run* run = std::lower_bound(runs, runs + n_runs, slot, before);
+  return std::lower_bound(runs, runs + n_runs, slot, before);
+}
+
+int64_t Grouping::channel_of_side(int64_t slot, int64_t length) const {
+  const Run* run = run_from(slot);
   return run != runs + n_runs && run->slot == slot && run->length == length ? run->channel : kScattered;
 }
 

@@ -23,6 +23,9 @@ class Grouping {
   Grouping(const Tile* tiles, int64_t n_tiles, const Run* runs, int64_t n_runs, int64_t slots, const int64_t* sizes,
            int64_t n_groups, int64_t channels);
 
+  // The first run at a slot or behind it; the end if there is none.
+  const Run* run_from(int64_t slot) const;
+
   // How work on the table is cut; found out once.
   const Plan& plan(DType dtype) const;
 

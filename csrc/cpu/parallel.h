@@ -66,10 +66,9 @@ bool for_segments(const Plan& plan, int threads, const Work& work, const Meanwhi
 template <class Work>
 void for_segments_backwards(const Plan& plan, int threads, const Work& work) {
   const int64_t n = static_cast<int64_t>(plan.chunks.size()) - 1;
-  const auto of_chunk = [&](int64_t i, int thread) {
+  parallel_for(n, plan.bytes, threads, [&](int64_t i, int thread) {
     for (int64_t s = plan.chunks[n - 1 - i]; s < plan.chunks[n - i]; ++s) work(plan.segments[s], thread);
-  };
-  parallel_for(n, plan.bytes, threads, of_chunk, [] {});
+  });
 }
 
 }  // namespace pat
