@@ -132,7 +132,7 @@ class Goal:
         self._shared = False
         self._model: Callable[[], nn.Module | None] = lambda: None
         self.notes: tuple[str, ...] = ()
-        self._checked = False
+        self.checked = False
 
     def start(self, binding: Binding, eligible: BoolArray, example_inputs: Any = None) -> None:
         """Take ``binding`` for the dense model's; the channels ``eligible [N]`` may be removed.
@@ -200,9 +200,9 @@ class Goal:
             ConfigError: with everything gone that may go, the model is still too large; or it has fewer parameters or
                 MACs already.
         """
-        if self._checked:
+        if self.checked:
             return
-        self._checked = True
+        self.checked = True
         if self.target.kind == "channels":
             self._check_channels(plan, eligible)
             return

@@ -107,6 +107,7 @@ def compact_beside(
             held.append(part)
             found = _addresses(part[0]), _addresses(part[1])
             check_memory("tensors that are moved", part[1], found[1])
+            del part  # the traceback of an error in what makes the next would keep it
             yield found
 
     try:

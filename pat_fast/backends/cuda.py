@@ -272,7 +272,8 @@ def group_push(
     """
     _compare(xs, known, groups)
     to = [0] * len(xs)
-    for y, place in zip(*ys(), strict=True):
+    held, places = ys()  # until they are handed over: their owner may let go of them, and others be given the memory
+    for y, place in zip(held, places, strict=True):
         to[place] = y.data_ptr()
     call = _Call(xs[0].device, len(xs), [*map(Tensor.data_ptr, xs), *to])
     arguments, slots = _summing(call, xs[0], groups, p)

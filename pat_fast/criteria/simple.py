@@ -33,7 +33,7 @@ class Random(Watching):
 
     def score(self, binding: Binding) -> Tensor:
         """``[N]`` float32, drawn on the CPU."""
-        return torch.rand(binding.plan.n_channels, generator=self._generator).to(binding.device)
+        return torch.rand(binding.plan.n_channels, generator=self._generator, device="cpu").to(binding.device)
 
     def state_dict(self, binding: Binding) -> dict[str, Any]:
         """The generator's state."""

@@ -164,7 +164,7 @@ class TileTable:
             raise OpError(f"tile {number}: expected entries within 2**48; got {entry}")
         if slots is None:
             slots = max((end for entry in entries for _, end, _ in _slot_ranges(entry)), default=0)
-        table = torch.tensor(entries, dtype=torch.int64).reshape(len(entries), WIDTH)
+        table = torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(len(entries), WIDTH)
         return cls(table, tensors, slots, shared_slots=shared_slots)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:

@@ -256,8 +256,8 @@ class Binding(Named):
         return found
 
     def is_current(self) -> bool:
-        """Whether the model has the modules and tensors that were bound, of the shapes that the plan says."""
-        return self.is_true and self._is_whole()
+        """Whether the model has the modules and tensors that were bound, where they were and of the plan's shapes."""
+        return (self._are_known() or (self.is_true and self._is_here())) and self._is_whole()
 
     def _is_whole(self) -> bool:
         return self._parts.are_true() and self.places.are_true()
@@ -267,7 +267,10 @@ class Binding(Named):
 
         The modules that hold them are the same.
         """
-        return not self.places.are_true() or [(t.device, t.dtype) for t in self.tensors.values()] != self._seen.kinds
+        return not self.places.are_true() or not self._is_here()
+
+    def _is_here(self) -> bool:
+        return [(t.device, t.dtype) for t in self.tensors.values()] == self._seen.kinds
 
     def follow(self, now: Binding) -> Binding:
         """``now``, a binding of the same plan made since.

@@ -311,7 +311,7 @@ class Values:
 
 @lru_cache(maxsize=1)
 def _pools(seed: int) -> dict[str, Tensor]:
-    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed))
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed), device="cpu")
     squashed = torch.tanh(pool)
     return {"weight": pool, "scale": 1.0 + 0.5 * squashed, "bias": 0.5 + 0.25 * squashed}
 

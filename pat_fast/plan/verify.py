@@ -255,7 +255,7 @@ def _randomize(
         if not tensor.is_floating_point() or not tensor.numel() or (tensor.ndim > 1 and tensor.amin() != tensor.amax()):
             continue
         before.append((tensor, tensor.clone()))
-        random = torch.randn(tensor.shape, generator=noise)
+        random = torch.randn(tensor.shape, generator=noise, device="cpu")
         if name.endswith("running_var") or (tensor.ndim == 1 and "weight" in name.rpartition(".")[2]):
             random = 1.0 + 0.5 * torch.tanh(random)
         elif tensor.ndim > 1:

@@ -69,14 +69,25 @@ class BNScaleRegularizer(Penalty):
 
     def _signs(self, binding: Binding, where: Tensor | None) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The scales of batch norms that have a gradient, and the signs of those to push."""
-        held = {} if where is None else {m.name: m.axes[0].channels for m in binding.plan.tensors}
+        held = {} if where is None else _held(binding)
         for name, module in binding.model.named_modules():
             weight = module.weight if isinstance(module, NORMS) else None
             if weight is None or weight.grad is None:
                 continue
             step = weight.sign()
-            channels = held.get(f"{name}.weight")
-            if where is not None and channels is not None:
-                index = torch.from_numpy(channels).long().to(step.device)
+            index = held.get(f"{name}.weight")
+            if where is not None and index is not None:
                 step *= where.to(step.device)[index.clamp_min(0)] | (index < 0)
             yield weight, step
+
+
+def _held(binding: Binding) -> dict[str, Tensor]:
+    """The channel of each scale of a batch norm, or a negative number, on its device; to fetch them waits for a GPU."""
+    if "held scales" not in binding.derived:
+        binding.derived["held scales"] = {
+            m.name: torch.from_numpy(m.axes[0].channels).to(binding.tensors[m.name].device, torch.int64)
+            for m in binding.plan.tensors
+            if is_norm_weight(m, *binding.owner(m.name))
+        }
+    found: dict[str, Tensor] = binding.derived["held scales"]
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,22 +68,26 @@ class ProximalGroupLasso(Penalty):
 
     def _sqrt_size(self, binding: Binding, tally: Book) -> Tensor:
         """``sqrt(d_c)``: ``[N]``."""
-        sizes = torch.cat([torch.zeros(0)] + [
-            torch.full((p.count,), binding.tensors[p.tensor.name].numel() / p.count) for p in tally.ledger.parts
-        ])
-        return tally.ledger.by_channel(sizes.to(binding.device)).sqrt()
+        known: tuple[Book, Tensor] | None = binding.derived.get("block sizes")
+        if known is None or known[0] is not tally:
+            sizes = _spread(tally, [binding.tensors[p.tensor.name].numel() / p.count for p in tally.ledger.parts])
+            known = binding.derived["block sizes"] = (tally, sizes.sqrt())
+        return known[1]
 
     def _rate(self, binding: Binding, tally: Book, lr: Mapping[int, float]) -> Tensor | float:
         """The learning rate of each channel: ``[N]``, or one for all."""
         rates = [lr.get(id(binding.tensors[p.tensor.name])) for p in tally.ledger.parts]
         if len(set(rates)) == 1:
             return rates[0] or 0.0
-        spread = torch.cat([torch.full((p.count,), r or 0.0) for p, r in zip(tally.ledger.parts, rates, strict=True)])
-        held = torch.cat(
-            [torch.full((p.count,), float(r is not None)) for p, r in zip(tally.ledger.parts, rates, strict=True)]
-        )
-        total, count = (tally.ledger.by_channel(v.to(binding.device)) for v in (spread, held))
+        total, count = (_spread(tally, v) for v in ([r or 0.0 for r in rates], [float(r is not None) for r in rates]))
         return total / count.clamp_min(1.0)
+
+
+def _spread(tally: Book, values: Sequence[float]) -> Tensor:
+    """Sums over members of ``values``, one for each part of the ledger: ``[N]``."""
+    counts = torch.tensor([p.count for p in tally.ledger.parts], dtype=torch.int64, device="cpu")
+    each = torch.tensor(values, dtype=torch.float32, device="cpu").repeat_interleave(counts)
+    return tally.ledger.by_channel(each.to(tally.ledger.device, non_blocking=True))
 
 
 def _blocks(binding: Binding) -> Book:

@@ -183,7 +183,8 @@ def by_slot(binding: Binding, tiles: Tiles, values: Sequence[float]) -> Tensor:
                 if start >= 0:
                     owner[start : start + size] = row[TENSOR]
         known[id(tiles.table)] = (tiles.table, owner.to(device))
-    return torch.tensor(values, device=device)[known[id(tiles.table)][1]]
+    # Which does not wait for a GPU: the driver has read what is not pinned when it returns.
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)[known[id(tiles.table)][1]]
 
 
 def _add(binding: Binding, tiles: Tiles, found: list[Tensor], gamma: Tensor) -> None:

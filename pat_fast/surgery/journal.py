@@ -6,6 +6,7 @@ are as large as it was. The last batch keeps its old tensors; its new ones are a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -188,8 +189,7 @@ class Copy:
             compact(making, *tables, xs[0].element_size(), meanwhile)
             return
         check_memory("tensors that are moved", xs)
-        for _ in making:
-            pass
+        deque(making, maxlen=0)  # no name here for what is made: the traceback of an error would keep it
         torch.ops.pat_fast.channel_compact.default(self._outs, xs, *tables)
         if meanwhile is not None:
             meanwhile()
@@ -238,6 +238,7 @@ class Copy:
         """Make the tensors that were let go of again, of what stayed of them and what went."""
         lost = {at: place for at, place in enumerate(self._places) if self._moves.olds[place] is None}
         if not lost:
+            self._outs.clear()  # of a copy that failed the traceback holds the list, and others need the memory
             return
         assert self._tables is not None
         made, like = {}, self._outs[0]
@@ -384,7 +385,7 @@ class Batch:
 
     def back(self) -> None:
         """Put the old tensors in their places, however many of them have been replaced."""
-        for copy in self._copies:
+        for copy in reversed(self._copies):  # what the last one has made is let go of first
             copy.back()
         for place in self._places.tolist():
             old = self._moves.olds[place]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from pat_fast.backends import cpu, reference, selfcheck
 
@@ -96,3 +99,47 @@ def test_random_numbers_are_left_alone() -> None:
     before = torch.get_rng_state()
     selfcheck.difference(reference.OPS, CPU)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Seeing(TorchFunctionMode):
+    """A mode that does nothing but see."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+SURROUNDINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "a profiler": torch.profiler.profile,
+    "a profiler of all threads": lambda: torch.profiler.profile(
+        experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    ),
+    "a function mode": Seeing,
+    "another default device": lambda: default_device("meta"),
+    "fake tensors": FakeTensorMode,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason="no C++ extension")
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_what_surrounds_the_first_use_says_nothing_of_a_backend(name: str) -> None:
+    with SURROUNDINGS[name]():
+        right = selfcheck.difference(cpu.OPS | cpu.SHORTCUTS, CPU)
+        wrong = selfcheck.difference(cpu.OPS | {"channel_axpy_": wrong_for_bfloat16}, CPU)
+    assert right is None
+    assert wrong is not None
+
+
+def test_a_shortcut_that_nothing_would_call_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfcheck, "is_reliable", lambda: False)
+    assert selfcheck.difference(cpu.OPS | {"group_push": broken, "grouping": broken}, CPU) is None

@@ -296,6 +296,8 @@ def test_tensors_that_were_remembered_are_looked_at_anew_once_they_differ() -> N
     assert binding.look().strides[place] == weight.stride()
     weight.data = weight.data.double()
     assert binding.look().kinds[place] == (weight.device, torch.float64)
+    assert binding.is_true
+    assert not binding.is_current()
     weight.data = weight.data[:-1]
     assert not binding.is_true
 
