@@ -11,16 +11,20 @@ Tensors that are written share no memory with one another or with tensors that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from pat_fast.backends.known import check_memory, is_plain, is_watched, lacks_memory, remembered
 from pat_fast.errors import OpError, did_you_mean
+from pat_fast.ops.at_run import check_lists
 from pat_fast.ops.memory import check_apart
 from pat_fast.ops.register import implementation
 from pat_fast.ops.schema import accumulator
@@ -29,9 +33,6 @@ from pat_fast.ops.tiles import COL, ROW, C, K, R, TileTable
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FUNCTIONS = ("pow", "mul", "absmul", "sqmul")
 MOVABLE_BYTES = (1, 2, 4, 8)
-
-_ops = torch.ops.pat_fast
-
 
 @torch.no_grad()
 def channel_reduce(
@@ -54,21 +55,21 @@ def channel_reduce(
         OpError: tensors that do not fit the table, tiles that name the same slots, an unknown ``f``, ``ys`` missing or
             superfluous.
     """
-    if f not in FUNCTIONS:
+    if not isinstance(f, str) or f not in FUNCTIONS:
         _fail(f"f to be one of {', '.join(FUNCTIONS)}", f"{f!r}{did_you_mean(str(f), FUNCTIONS)}")
     if (ys is None) != (f == "pow"):
         wanted = "no ys" if f == "pow" else "ys like xs"
-        _fail(f"{wanted} for f={f!r}", "none" if ys is None else f"{len(ys)} tensors")
+        _fail(f"{wanted} for f={f!r}", "none" if ys is None else "ys")
     try:
         exponent = float(p)
-    except (TypeError, ValueError):
-        _fail("p to be a number", repr(p))
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from tensors
+        _fail("p to be a number", f"{p!r:.40}")
     if isinstance(table, TileTable) and table.shares_slots:
         _fail("tiles that name slots of their own", "a table of shared slots, as a compaction's destination has it")
     plain = _check_tensors("xs", xs, table)
     if ys is not None:
         plain = _check_tensors("ys", ys, table, like=xs) and plain
-    run = implementation("channel_reduce", xs[0].device.type) if plain else _ops.channel_reduce.default
+    run = implementation("channel_reduce", xs[0].device.type) if plain else _dispatched("channel_reduce")
     return run(xs, ys or (), table.table, table.slots, f, exponent)
 
 
@@ -93,7 +94,7 @@ def channel_axpy_(ys: Sequence[Tensor], xs: Sequence[Tensor], table: TileTable, 
     _check_writable("ys", table)
     _check_apart("ys", ys, xs, coef, table)
     plain = plain and is_plain(coef)
-    run = implementation("channel_axpy_", ys[0].device.type) if plain else _ops.channel_axpy_.default
+    run = implementation("channel_axpy_", ys[0].device.type) if plain else _dispatched("channel_axpy_")
     run(ys, xs, table.table, coef)
 
 
@@ -115,7 +116,7 @@ def channel_scale_(xs: Sequence[Tensor], table: TileTable, scale: Tensor) -> Non
     _check_writable("xs", table)
     _check_apart("xs", xs, (), scale, table)
     plain = plain and is_plain(scale)
-    run = implementation("channel_scale_", xs[0].device.type) if plain else _ops.channel_scale_.default
+    run = implementation("channel_scale_", xs[0].device.type) if plain else _dispatched("channel_scale_")
     run(xs, table.table, scale)
 
 
@@ -152,7 +153,13 @@ def channel_compact(
         if any(out.numel() and out.untyped_storage().data_ptr() in sources for out in outs):
             _fail("outs with storage of their own", "an output that shares its storage with an input")
     _check_apart("outs", outs, (), index, out_table)
-    _ops.channel_compact.default(outs, xs, table.table, out_table.table, index)
+    _dispatched("channel_compact")(outs, xs, table.table, out_table.table, index)
+
+
+def _dispatched(op: str) -> Callable[..., Any]:
+    """The op by way of the dispatcher; where a graph is traced, it looks at its arguments when the graph runs."""
+    checked = not torch.compiler.is_compiling() and not is_watched()
+    return partial(getattr(torch.ops.pat_fast, op).default, checked=checked)
 
 
 def _fail(expected: str, got: str, todo: str = "") -> NoReturn:
@@ -177,6 +184,8 @@ def _check_tensors(
     try:
         count = len(xs)
     except TypeError:
+        count = -1
+    if count < 0 or isinstance(xs, (Tensor, Set, Mapping, str)):
         _fail(f"a list of tensors in {name}", type(xs).__name__)
     if count != table.n_tensors:
         _fail(f"{table.n_tensors} tensors in {name}, as in the table", str(count))
@@ -193,8 +202,11 @@ def _check_tensors(
     if dtypes is not None and dtype not in dtypes:
         _fail(f"{name} of dtype {', '.join(str(d) for d in dtypes)}", str(dtype))
     for i, (x, (shape, strides)) in enumerate(zip(xs, table.layouts)):  # noqa: B905 (length checked above)
-        if not isinstance(x, Tensor) or x.layout is not torch.strided:
-            _fail(f"{name}[{i}] to be a strided tensor", str(getattr(x, "layout", type(x).__name__)))
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
+            odd = isinstance(x, Tensor) and x.layout is not torch.strided
+            _fail(f"{name}[{i}] to be a strided tensor", str(x.layout) if odd else type(x).__name__)
+        if eager and is_lazy(x):
+            _fail(f"{name}[{i}] to have its shape", "a lazy parameter", "run a forward first")
         if x.shape != shape or x.stride() != strides:
             _fail(
                 f"{name}[{i}] of shape {shape} and strides {strides}, as in the table",
@@ -262,26 +274,24 @@ def _check_apart(
     """
     if torch.compiler.is_compiling() or not len(written) or isinstance(written[0], FakeTensor):
         return
-    if not _surely_apart(written, read, vector, table):
-        check_apart(name, written, [*read, vector])
-
-
-def _surely_apart(written: Sequence[Tensor], read: Sequence[Tensor], vector: Tensor, table: TileTable) -> bool:
-    """Whether tensors do not even reach into one another; gradients may have new addresses at every step."""
     addresses = list(map(Tensor.data_ptr, (*written, *read, vector)))
     own, more = written[0].element_size(), vector.numel() * vector.element_size()
     key = (own, more, len(read), *addresses)
     if key == table.apart:
-        return True
+        return
     bytes_each = table.extents * own
-    sizes = np.concatenate([bytes_each, bytes_each[: len(read)], [more]])
+    # Gradients may have new addresses at every step, but hardly ever reach into one another.
+    if not _surely_apart(addresses, np.concatenate([bytes_each, bytes_each[: len(read)], [more]])):
+        check_apart(name, written, [*read, vector])
+    table.apart = key
+
+
+def _surely_apart(addresses: list[int], sizes: NDArray[np.int64]) -> bool:
+    """Whether tensors of so many bytes do not even reach into one another."""
     starts = np.array(addresses, np.int64)
     order = starts.argsort(kind="stable")
     order = order[sizes[order] > 0]
-    found = bool(((starts + sizes)[order[:-1]] <= starts[order[1:]]).all())
-    if found:
-        table.apart = key
-    return found
+    return bool(((starts + sizes)[order[:-1]] <= starts[order[1:]]).all())
 
 
 def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, index: Tensor) -> None:
@@ -297,7 +307,6 @@ def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, i
         check_memory("index", [index])
     if len(table) != len(out_table):
         _fail(f"{len(table)} output tiles, one for each tile", str(len(out_table)))
-    seen: set[tuple[int, int, int]] = set()
     pairs = zip(table.rows, out_table.rows, strict=True)
     for number, (source, target) in enumerate(pairs):
         if source[K] != target[K]:
@@ -308,16 +317,5 @@ def _check_index(xs: Sequence[Tensor], table: TileTable, out_table: TileTable, i
                     f"output tile {number} to keep {source[size]} entries, as its list is -1",
                     str(target[size]),
                 )
-            if target[start] >= 0:
-                seen.add((target[start], target[size], source[size]))
-    if torch.compiler.is_compiling() or index.is_meta or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    # Waits for a GPU: a compaction is rare, and an index out of bounds would end the process.
-    values = index.cpu().numpy()
-    for start, size, bound in seen:
-        kept = values[start : start + size]
-        if size and (kept[0] < 0 or kept[-1] >= bound or (kept[1:] <= kept[:-1]).any()):
-            _fail(
-                f"ascending indices in [0, {bound}) at index[{start}:{start + size}]",
-                f"{kept[:8].tolist()}{'...' if size > 8 else ''}",
-            )
+    if not torch.compiler.is_compiling():
+        check_lists(table.rows, out_table.rows, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,9 +28,11 @@ def clash(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int, int] 
     """
     spans = []
     for number, x in enumerate((*written, *read)):
-        if x.numel() and not x.is_meta:
+        reach = x.numel()
+        if reach and not x.is_meta:
             start = x.data_ptr()
-            reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+            if not x.is_contiguous():
+                reach = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
             spans.append((start, start + reach * x.element_size(), number))
     spans.sort()
     tensors = [*written, *read]
@@ -60,13 +63,15 @@ def _clusters(spans: list[Span]) -> Iterator[list[Span]]:
 
 def _first_clash(cluster: list[Span], tensors: list[Tensor], n_written: int) -> tuple[int, int] | None:
     start = cluster[0][0]
-    marks = torch.full((max(end for _, end, _ in cluster) - start,), -1, dtype=torch.int32)
+    unit = math.gcd(*(tensors[number].element_size() for _, _, number in cluster), *(s - start for s, _, _ in cluster))
+    length = (max(end for _, end, _ in cluster) - start) // unit
+    marks = torch.full((length,), -1, dtype=torch.int32, device="cpu")
     # Those written first, so that each meets the marks of all others that are written.
     for first, _, number in sorted(cluster, key=lambda span: span[2]):
         x = tensors[number]
-        size = x.element_size()
+        size = x.element_size() // unit
         strides = [s * size for s in x.stride()]
-        view = marks.as_strided([*x.shape, size], [*strides, 1], first - start)
+        view = marks.as_strided([*x.shape, size], [*strides, 1], (first - start) // unit)
         taken = int(view.amax())
         if taken >= 0:
             return taken, number

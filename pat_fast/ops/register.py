@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pat_fast.backends import ANY, DEVICES, override, runner
 from pat_fast.errors import BackendError
+from pat_fast.ops import at_run
 from pat_fast.ops.schema import LIB, OPS
 
 _WRITES = ("channel_axpy_", "channel_scale_", "channel_compact")
@@ -36,7 +37,7 @@ def register() -> None:
     for device in DEVICES:
         key = "CompositeExplicitAutograd" if device == ANY else device.upper()
         for op in OPS:
-            LIB.impl(op, implementation(op, device), key)
+            LIB.impl(op, _looking(op, implementation(op, device)), key)
 
 
 def _by_command() -> bool:
@@ -47,9 +48,21 @@ def _by_command() -> bool:
     return Path(sys.argv[0] if sys.argv else "").stem == "pat-fast"
 
 
+def _looking(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an op for the dispatcher, which graphs call that were traced before there were tensors to look at."""
+    look = at_run.CHECKS[op]
+
+    def look_and_run(*arguments: Any, checked: bool = False) -> Any:
+        if not checked:
+            look(*arguments)
+        return run(*arguments)
+
+    return look_and_run
+
+
 @cache
 def implementation(op: str, device: str) -> Callable[..., Any]:
-    """What the dispatcher calls for ``op`` on a device type; to call it at once saves what lies between."""
+    """What the dispatcher leads to for ``op`` on a device type; to call it at once saves what lies between."""
     run = runner(op, device)
     return _bumping(run) if op in _WRITES else run
 

@@ -1,6 +1,7 @@
 """The four ops as ``torch.library`` knows them: for each its schema, then its fake.
 
-The contract of each op stands in :mod:`pat_fast.ops.functional`; nothing here validates.
+The contract of each op stands in :mod:`pat_fast.ops.functional`; nothing here validates. ``checked`` says that whoever
+calls has looked at all that :mod:`pat_fast.ops.at_run` would look at.
 """
 
 from __future__ import annotations
@@ -20,40 +21,49 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 LIB.define(
-    "channel_reduce(Tensor[] xs, Tensor[] ys, Tensor tiles, int slots, str f, float p) -> Tensor", tags=_TAGS
+    "channel_reduce(Tensor[] xs, Tensor[] ys, Tensor tiles, int slots, str f, float p, *, bool checked=False) "
+    "-> Tensor",
+    tags=_TAGS,
 )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::channel_reduce", lib=LIB)
-def _(xs: list[Tensor], ys: list[Tensor], tiles: Tensor, slots: int, f: str, p: float) -> Tensor:
+def _(
+    xs: list[Tensor], ys: list[Tensor], tiles: Tensor, slots: int, f: str, p: float, *, checked: bool = False
+) -> Tensor:
     like = xs[0] if xs else tiles
     return like.new_empty(slots, dtype=accumulator(like.dtype))
 
 
-LIB.define("channel_axpy_(Tensor(a!)[] ys, Tensor[] xs, Tensor tiles, Tensor coef) -> ()", tags=_TAGS)
+LIB.define(
+    "channel_axpy_(Tensor(a!)[] ys, Tensor[] xs, Tensor tiles, Tensor coef, *, bool checked=False) -> ()", tags=_TAGS
+)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::channel_axpy_", lib=LIB)
-def _(ys: list[Tensor], xs: list[Tensor], tiles: Tensor, coef: Tensor) -> None:
+def _(ys: list[Tensor], xs: list[Tensor], tiles: Tensor, coef: Tensor, *, checked: bool = False) -> None:
     return None
 
 
-LIB.define("channel_scale_(Tensor(a!)[] xs, Tensor tiles, Tensor scale) -> ()", tags=_TAGS)
+LIB.define("channel_scale_(Tensor(a!)[] xs, Tensor tiles, Tensor scale, *, bool checked=False) -> ()", tags=_TAGS)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::channel_scale_", lib=LIB)
-def _(xs: list[Tensor], tiles: Tensor, scale: Tensor) -> None:
+def _(xs: list[Tensor], tiles: Tensor, scale: Tensor, *, checked: bool = False) -> None:
     return None
 
 
 LIB.define(
-    "channel_compact(Tensor(a!)[] outs, Tensor[] xs, Tensor tiles, Tensor out_tiles, Tensor index) -> ()",
+    "channel_compact(Tensor(a!)[] outs, Tensor[] xs, Tensor tiles, Tensor out_tiles, Tensor index, *, "
+    "bool checked=False) -> ()",
     tags=_TAGS,
 )
 
 
 @torch.library.register_fake(f"{NAMESPACE}::channel_compact", lib=LIB)
-def _(outs: list[Tensor], xs: list[Tensor], tiles: Tensor, out_tiles: Tensor, index: Tensor) -> None:
+def _(
+    outs: list[Tensor], xs: list[Tensor], tiles: Tensor, out_tiles: Tensor, index: Tensor, *, checked: bool = False
+) -> None:
     return None
 
 

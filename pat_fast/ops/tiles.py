@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from operator import index
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from pat_fast.backends.known import Known
 from pat_fast.errors import OpError
@@ -105,19 +107,26 @@ class TileTable:
         """
         if not isinstance(table, Tensor):
             raise OpError(f"expected a tile table of shape [T, {WIDTH}], int64, on the CPU; got {type(table).__name__}")
-        if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != WIDTH or not table.is_cpu:
+        plain = table.is_cpu and table.layout is torch.strided
+        if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != WIDTH or not plain:
             raise OpError(
                 f"expected a tile table of shape [T, {WIDTH}], int64, on the CPU; got {list(table.shape)} "
                 f"{table.dtype} on {table.device}"
             )
-        if slots < 0:
+        try:
+            self.slots = index(slots)
+            self.n_tensors = len(tensors)
+        except TypeError:
+            raise OpError(f"expected slots and a list of tensors; got {slots!r} and {type(tensors).__name__}") from None
+        if self.slots < 0:
             raise OpError(f"expected slots >= 0; got {slots}")
         for number, tensor in enumerate(tensors):
-            if tensor.layout is not torch.strided:
-                raise OpError(f"expected tensor {number} to be strided; got {tensor.layout}")
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+                got = getattr(tensor, "layout", type(tensor).__name__)
+                raise OpError(f"expected tensor {number} to be strided; got {got}")
+            if is_lazy(tensor):
+                raise OpError(f"expected tensor {number} to have its shape; got a lazy parameter; run a forward first")
         self.table = table.clone(memory_format=torch.contiguous_format)
-        self.slots = slots
-        self.n_tensors = len(tensors)
         self.layouts: tuple[Layout, ...] = tuple((tuple(t.shape), tuple(t.stride())) for t in tensors)
         self.shapes = tuple(shape for shape, _ in self.layouts)
         self.strides = tuple(strides for _, strides in self.layouts)
@@ -153,10 +162,10 @@ class TileTable:
             OpError: as the constructor.
         """
         try:
-            entries = [tile.entry() for tile in tiles]
+            entries = [tuple(map(index, tile.entry())) for tile in tiles]
             farthest = max(map(abs, chain.from_iterable(entries)), default=0)
         except (AttributeError, TypeError):
-            raise OpError(f"expected tiles, made of whole numbers; got {tiles!r}") from None
+            raise OpError(f"expected tiles, made of whole numbers; got {tiles!r:.200}") from None
         if any(len(entry) != WIDTH for entry in entries):
             raise OpError(f"expected three sizes and three strides for each tile; got {tiles!r}")
         if farthest > REACH:
@@ -293,7 +302,7 @@ def _are_injective(sizes: Columns, strides: Columns) -> NDArray[np.bool_]:
 
 
 def _are_apart(tiles: list[list[int]], extent: int) -> bool:
-    marks = torch.zeros(extent, dtype=torch.bool)
+    marks = torch.zeros(extent, dtype=torch.bool, device="cpu")
     for row in tiles:
         view = marks.as_strided(row[R : K + 1], row[SR : SK + 1], row[OFFSET])
         if view.any():

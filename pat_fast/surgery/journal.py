@@ -190,7 +190,7 @@ class Copy:
             return
         check_memory("tensors that are moved", xs)
         deque(making, maxlen=0)  # no name here for what is made: the traceback of an error would keep it
-        torch.ops.pat_fast.channel_compact.default(self._outs, xs, *tables)
+        torch.ops.pat_fast.channel_compact.default(self._outs, xs, *tables, checked=True)
         if meanwhile is not None:
             meanwhile()
 

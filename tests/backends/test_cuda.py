@@ -10,12 +10,15 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from pat_fast.backends import cuda, kept, reference
 from pat_fast.backends.known import Known, UnknownError
@@ -103,6 +106,34 @@ def test_tensors_of_another_device_are_not_given_to_a_kernel() -> None:
         cuda.channel_totals(case.xs, known, groups, 2.0, False)
     with pytest.raises(UnknownError):
         cuda.group_push(lambda: (case.xs, range(3)), case.xs, known, groups, 2.0, 16.0, 1.0, None)
+
+
+def test_gradients_are_held_until_the_kernels_are_launched(
+    on_host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may let go of them meanwhile, and the allocator give their memory to others."""
+    case = cases.Grouped.of(torch.float32, "cpu")
+    groups, known = case.native(cuda.SHORTCUTS), Known(case.xs)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[list[bool]] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(on_host, name)
+
+        def push(self, *arguments: Any) -> None:
+            alive.append([ref() is not None for ref in made])
+            on_host.push(*arguments)
+
+    def gradients() -> tuple[list[Tensor], range]:
+        ys = [torch.zeros_like(x) for x in case.xs]
+        made.extend(map(weakref.ref, ys))
+        return ys, range(len(ys))
+
+    monkeypatch.setattr(cuda, "_CUDA", Watched())
+    cuda.group_push(gradients, case.xs, known, groups, 2.0, 16.0, 1.0, None)
+    assert alive == [[True] * len(case.xs)]
+    assert len(made) > 1
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [1.0], [0.0], [0.5, 0.0], [float("inf"), 0.0], [float("nan"), 0.0]])

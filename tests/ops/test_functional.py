@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from pat_fast import ops
 from pat_fast.backends import reference
@@ -168,6 +170,16 @@ COEF = torch.ones(7)
         (lambda: ops.channel_reduce([BASE.x], TABLE, ["y"], f="mul"), r"ys\[0\] to be a strided tensor; got str"),
         (lambda: ops.channel_reduce([BASE.x], TABLE.table), "a TileTable; got Tensor"),
         (lambda: ops.channel_reduce([BASE.x], TABLE, p="two"), "p to be a number; got 'two'"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE, p=10**400), "p to be a number"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE, p=torch.ones((), device="meta")), "p to be a number"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE, f=np.array(["pow"])), "f to be one of"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE, 5), "no ys"),
+        (lambda: ops.channel_reduce([BASE.x], TABLE, 5, f="mul"), "a list of tensors in ys; got int"),
+        (lambda: ops.channel_reduce({BASE.x}, TABLE), "a list of tensors in xs; got set"),
+        (lambda: ops.channel_reduce({0: BASE.x}, TABLE), "a list of tensors in xs; got dict"),
+        (lambda: ops.channel_reduce(BASE.x[None], TABLE), "a list of tensors in xs; got Tensor"),
+        (lambda: ops.channel_reduce([UninitializedParameter()], TABLE), r"xs\[0\] to have its shape"),
+        (lambda: ops.channel_reduce([torch.nested.nested_tensor([BASE.x])], TABLE), r"xs\[0\] to be a strided tensor"),
         (lambda: ops.channel_scale_([BASE.x], TABLE, 2.0), r"scale a tensor of shape \[7\]; got float"),
     ],
 )

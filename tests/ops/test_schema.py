@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pat_fast import ops
+from pat_fast.errors import OpError
 from pat_fast.ops import Tile, TileTable
 from tests.ops.layouts import make
 
@@ -77,6 +83,78 @@ def test_a_compiled_forward_that_contains_the_ops_has_no_graph_break(backend: st
         loss.backward()
         results.append([loss.detach(), *rest, w.grad])
     torch.testing.assert_close(*results)
+
+
+SOURCE, TARGET = torch.arange(48.0).view(8, 6), torch.zeros(2, 6)
+WHOLE = TileTable.from_tiles([SOURCE], [Tile(0, 0, (8, 6, 1), (6, 1, 1), 0, 8)])
+PICKED = TileTable.from_tiles([TARGET], [Tile(0, 0, (2, 6, 1), (6, 1, 1), 0)], 2, shared_slots=True)
+
+
+def freed(*shape: int) -> Tensor:
+    x = torch.ones(shape)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def one_inside_another() -> tuple[Tensor, Tensor]:
+    memory = torch.arange(60.0)
+    return memory[1:49].view(8, 6), memory[:48].view(8, 6)
+
+
+def compact(out: Tensor, x: Tensor, index: Tensor) -> None:
+    ops.channel_compact([out], [x], WHOLE, PICKED, index)
+
+
+def picking(*index: int) -> tuple[Tensor, Tensor, Tensor]:
+    return TARGET.clone(), SOURCE.clone(), torch.tensor(index, dtype=torch.int32)
+
+
+def axpy(y: Tensor, x: Tensor) -> None:
+    ops.channel_axpy_([y], [x], WHOLE, torch.ones(14))
+
+
+def scaled(x: Tensor, scale: Tensor) -> None:
+    ops.channel_scale_([x], WHOLE, scale)
+
+
+BAD_CALLS: dict[str, tuple[Any, Callable[[], tuple[Tensor, ...]], str]] = {
+    "rows past the end": (compact, lambda: picking(3, 2**31 - 1), "ascending indices in"),
+    "rows before the start": (compact, lambda: picking(-5, 3), "ascending indices in"),
+    "a row twice": (compact, lambda: picking(3, 3), "ascending indices in"),
+    "an output inside its source": (
+        compact,
+        lambda: ((x := SOURCE.clone())[1:3], x, torch.tensor([0, 1], dtype=torch.int32)),
+        "share no (memory|storage)|storage of their own",
+    ),
+    "written inside what is read": (axpy, one_inside_another, "share no memory"),
+    "freed, read": (lambda x: ops.channel_reduce([x], WHOLE), lambda: (freed(8, 6),), r"xs(\[0\])? to have memory"),
+    "freed, written": (scaled, lambda: (freed(8, 6), torch.ones(14)), "to have memory"),
+    "freed, a vector": (scaled, lambda: (SOURCE.clone(), freed(14)), "scale to have memory"),
+}
+
+
+# There the op works on copies, and is right, or PyTorch refuses the tensor itself.
+NOT_BY_AOT = ("an output inside its source", "written inside what is read", "freed, written")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(n, b) for b in (None, "eager", "aot_eager") for n in BAD_CALLS if b != "aot_eager" or n not in NOT_BY_AOT],
+)
+def test_bad_calls_are_refused_compiled_or_not(name: str, backend: str | None) -> None:
+    call, arguments, message = BAD_CALLS[name]
+    run = call if backend is None else torch.compile(call, backend=backend, fullgraph=True)
+    with pytest.raises(OpError, match=message):
+        run(*arguments())
+
+
+def test_what_was_traced_by_make_fx_looks_at_its_arguments() -> None:
+    graph = make_fx(compact)(*picking(1, 3))
+    out, x, index = picking(0, 2)
+    graph(out, x, index)
+    assert torch.equal(out, x[[0, 2]])
+    with pytest.raises(OpError, match="ascending"):
+        graph(*picking(1, 9))
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 from pat_fast.errors import OpError
 from pat_fast.ops import Tile, TileTable
@@ -61,6 +63,8 @@ def test_slots_of_two_tiles_may_be_shared_only_when_asked() -> None:
         (None, "made of whole numbers; got None"),
         ([(0, 0, 6, 4, 9)], "made of whole numbers"),
         ([weight(offset="a")], "made of whole numbers"),
+        ([weight(sizes=(6, 4.5, 9))], "made of whole numbers"),
+        ([weight(row=math.nan)], "made of whole numbers"),
         ([weight(sizes=(6, 4))], "three sizes and three strides"),
     ],
 )
@@ -76,6 +80,28 @@ def test_a_table_of_another_kind_is_refused() -> None:
         TileTable(torch.zeros(1, 9, dtype=torch.int64), [W], 1)
     with pytest.raises(OpError, match="int64"):
         TileTable(torch.zeros(1, 10), [W], 1)
+    with pytest.raises(OpError, match=r"shape \[T, 10\]"):
+        TileTable(torch.zeros(1, 10, dtype=torch.int64).to_sparse(), [W], 1)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "slots", "message"),
+    [
+        ([W], 7.5, "slots and a list of tensors; got 7.5"),
+        ([W], None, "slots and a list of tensors; got None"),
+        (None, 1, "got 1 and NoneType"),
+        ([1], 1, "tensor 0 to be strided; got int"),
+        ([UninitializedParameter()], 1, "tensor 0 to have its shape"),
+    ],
+)
+def test_a_table_over_what_is_no_list_of_tensors_is_refused(tensors: Any, slots: Any, message: str) -> None:
+    with pytest.raises(OpError, match=message):
+        TileTable(torch.zeros(0, 10, dtype=torch.int64), tensors, slots)
+
+
+def test_a_table_lies_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        assert TileTable.from_tiles([W], [weight()], 31).table.device.type == "cpu"
 
 
 def test_an_empty_tile_needs_no_tensor_elements() -> None:

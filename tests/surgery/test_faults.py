@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -214,6 +215,56 @@ def test_memory_that_ends_at_any_allocation_of_a_prune(optimizer: str) -> None:
             break  # the prune is done and counted; this came after it
         assert digest(twin) == before, number
     assert number > 50
+    goes_on(twin)
+
+
+@pytest.mark.parametrize("by_shortcut", [True, False])
+def test_what_a_copy_made_before_it_failed_is_gone_when_others_are_undone(
+    by_shortcut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To undo a batch is to make its tensors again, on a device that has just run out of memory."""
+    monkeypatch.setattr(journal, "ROOM", 1)
+    if not by_shortcut:  # the way of a GPU
+        monkeypatch.setattr(journal, "shortcut", lambda *_: None)
+    made: list[list[weakref.ref[Tensor]]] = []  # by each copy
+    alive: list[int] = []
+    run, back, fresh = journal.Copy.run, journal.Copy.back, journal.fresh
+
+    def watched_run(copy: journal.Copy, *arguments: Any) -> None:
+        made.append([])
+        run(copy, *arguments)
+
+    def watched_back(copy: journal.Copy) -> None:
+        if any(copy._moves.olds[place] is None for place in copy._places):  # it will make them again
+            alive.append(sum(ref() is not None for ref in made[-1]))
+        back(copy)
+
+    def watched_fresh(xs: Any, shapes: Any, strides: Any, outs: list[Tensor], *, watched: bool) -> Iterator[Any]:
+        for part in fresh(xs, shapes, strides, outs, watched=watched):
+            made[-1] += map(weakref.ref, part[0])
+            yield part
+            del part  # the traceback would keep it
+        if len(made) == fails:
+            raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(journal.Copy, "run", watched_run)
+    monkeypatch.setattr(journal.Copy, "back", watched_back)
+    monkeypatch.setattr(journal, "fresh", watched_fresh)
+    fails = 0
+    other, twin = make(), make()
+    made.clear()
+    other.pruner.step()
+    last = len(made)
+    made.clear()
+    before = digest(twin)
+    fails = last
+    with pytest.raises(pat.SurgeryError, match="injected"):
+        twin.pruner.step()
+    assert digest(twin) == before
+    assert len(made) == fails
+    assert made[-1]
+    assert alive == [0] * len(alive)
+    assert alive or len(made) <= 3, "none of several batches was undone"
     goes_on(twin)
 
 
