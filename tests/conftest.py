@@ -18,6 +18,7 @@ from tests.helpers import Case, zoo_names
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    # As --json=FILE: before pytest has read this, it would take a FILE that stands alone for tests to run.
     parser.addoption("--json", type=Path, metavar="FILE", help="write each test's outcome, and the machine, to FILE")
 
 

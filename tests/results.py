@@ -1,4 +1,4 @@
-"""The outcome of a run of tests as JSON, for whoever was not there: ``pytest --json FILE``."""
+"""The outcome of a run of tests as JSON, for whoever was not there: ``pytest --json=FILE``."""
 
 from __future__ import annotations
 

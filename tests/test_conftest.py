@@ -49,7 +49,7 @@ def test_outcomes_are_written(
     arguments: list[str], exit_code: int, expected: dict[str, tuple[str, str | None]], tmp_path: Path
 ) -> None:
     (tmp_path / "test_it.py").write_text(TESTS)
-    done = run("-p", "tests.conftest", "-c", os.devnull, "--rootdir=.", "--json", "out.json", *arguments, cwd=tmp_path)
+    done = run("-p", "tests.conftest", "-c", os.devnull, "--rootdir=.", "--json=out.json", *arguments, cwd=tmp_path)
     assert done.returncode == exit_code, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["exit_code"] == exit_code
@@ -84,11 +84,12 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 
 @pytest.mark.slow
-def test_what_needs_a_gpu_is_collected_where_little_is_installed() -> None:
+def test_what_needs_a_gpu_is_collected_where_little_is_installed(tmp_path: Path) -> None:
     """One module that cannot be imported would end ``make test-gpu`` before its first test."""
     arguments = "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-m", "gpu", "--collect-only", "-qq"
-    bare, full = run(*arguments, code=WITHOUT), run(*arguments)
+    bare, full = run(*arguments, code=WITHOUT), run(*arguments, f"--json={tmp_path / 'out.json'}")
     counted = [{line for line in done.stdout.splitlines() if line.startswith("tests/")} for done in (bare, full)]
     assert bare.returncode == full.returncode == 0, bare.stdout + bare.stderr
     assert counted[0] == counted[1]
     assert len(counted[0]) > 4
+    assert json.loads((tmp_path / "out.json").read_text())["exit_code"] == 0
