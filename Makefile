@@ -87,7 +87,7 @@ gpu:
 	@PAT_FAST_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
 
 test-gpu: gpu
-	@$(PYTHON) -m pytest -m gpu -n 8 --dist worksteal --junitxml=$(OUT)/test-gpu.xml
+	@$(PYTHON) -m pytest -m gpu -n 8 --dist worksteal --json=$(OUT)/test-gpu.json
 
 bench-gpu: gpu
 	@$(PYTHON) -m pat_fast bench --device cuda --ops all --layouts contiguous,channels_last \

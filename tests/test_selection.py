@@ -9,6 +9,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -20,9 +23,6 @@ from pat_fast.measure import count_macs, count_params, evaluating, measure_laten
 from pat_fast.models import resnet20
 from pat_fast.plotting import plot_run
 from pat_fast.runlog import Record, RunLog, human, run_directory
-
-pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
 
 TINY: dict[str, Any] = {
     "name": "tiny",

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from pat_fast.bench.machine import describe
 from pat_fast.style import INK, MUTED, plain
@@ -114,6 +112,9 @@ def fewer(ratio: float) -> str:
 
 def plot(table: Sequence[Record], path: Path) -> None:
     """Accuracy over MACs, a panel for each task, a line for each method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     tasks = list(dict.fromkeys(row["task"] for row in table))
     methods = list(dict.fromkeys(row["method"] for row in table if row["method"] != "dense"))
     figure = Figure(figsize=(4.4 * len(tasks) + 1.6, 3.8), dpi=150, facecolor="white", layout="constrained")

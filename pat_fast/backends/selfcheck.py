@@ -35,9 +35,13 @@ TILES = (
     ((37, 1, 1), (1, 1, 1)),
 )
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Dtypes to try, and what the rounding of a written element may differ by."""
+"""Dtypes to try, and what the rounding of a written element may differ by.
+
+Half precision and double are not tried: to compile the Triton kernels for a dtype takes seconds, of every process.
+"""
 SUMS = 1e-4
 """What sums in float32 may differ by: the order of their terms is free."""
+SUMMING = ("channel_reduce", "channel_totals")
 
 
 class _Unwatched(Known):
@@ -123,24 +127,51 @@ def _compact(ops: Ops, case: _Case) -> list[Tensor]:
     return outs
 
 
+@dataclass(frozen=True)
+class _Channels:
+    """Slots four apart make up a channel, half of the channels a group; the last slots are of none, ``count``."""
+
+    count: int
+    sizes: Tensor  # which a native grouping may point at, as at the runs
+    runs: Tensor
+    of_slot: Tensor
+
+    @classmethod
+    def of(cls, case: _Case) -> _Channels:
+        apart = case.slots // 4
+        count = apart // 2 * 2
+        of_slot = (torch.arange(case.slots) % apart).clamp_max(count)
+        runs = torch.stack([torch.arange(case.slots), of_slot, torch.ones_like(of_slot)], 1)[of_slot < count]
+        return cls(count, torch.full((2,), count // 2), runs, of_slot)
+
+    def native(self, ops: Ops, case: _Case) -> Any:
+        return ops["grouping"](case.tiles, self.runs, case.slots, self.sizes, self.count, case.values.device)
+
+    def totals(self, ops: Ops, case: _Case) -> Tensor:
+        """``[groups, channels]``."""
+        sums = ops["channel_reduce"](case.xs, [], case.tiles, case.slots, "pow", 2.0)
+        return sums.new_zeros(self.count + 1).index_add_(0, self.of_slot.to(sums.device), sums)[:-1].reshape(2, -1)
+
+
+def _totals(ops: Ops, case: _Case) -> list[Tensor]:
+    channels = _Channels.of(case)
+    if "channel_totals" in ops and is_reliable():  # else nothing calls it
+        grouping, known = channels.native(ops, case), _Unwatched(case.xs)
+        return [ops["channel_totals"](case.xs, known, grouping, 2.0, divided) for divided in (False, True)]
+    found = channels.totals(ops, case)
+    return [found.flatten(), (found / found.mean(1, keepdim=True)).flatten()]
+
+
 def _push(ops: Ops, case: _Case) -> list[Tensor]:
-    """Slots four apart make up a channel; the last three belong to none."""
-    ys, groups, strength, alpha = _clones(case.ys), 2, 0.5, 16.0
-    channels = case.slots // 4 // groups * groups
-    channel = torch.arange(case.slots) % (case.slots // 4)
-    sizes = torch.full((groups,), channels // groups)
+    channels, ys, strength, alpha = _Channels.of(case), _clones(case.ys), 0.5, 16.0
     if "group_push" in ops and is_reliable():  # else nothing calls it
-        of = torch.stack([torch.arange(case.slots), channel, torch.ones_like(channel)], 1)[channel < channels]
-        grouping = ops["grouping"](case.tiles, of, case.slots, sizes, channels, case.values.device)
-        arguments = case.xs, _Unwatched(case.xs), grouping, 2.0, alpha, strength, None
+        arguments = case.xs, _Unwatched(case.xs), channels.native(ops, case), 2.0, alpha, strength, None
         ops["group_push"](lambda: (ys, range(len(ys))), *arguments)
         return ys
-    sums = ops["channel_reduce"](case.xs, [], case.tiles, case.slots, "pow", 2.0)
-    channel = channel.clamp_max(channels).to(sums.device)
-    norms = sums.new_zeros(channels + 1).index_add_(0, channel, sums)[:-1].sqrt().reshape(groups, -1)
+    norms = channels.totals(ops, case).sqrt()
     low, high = norms.amin(1, keepdim=True), norms.amax(1, keepdim=True)
     gamma = torch.nn.functional.pad(strength * alpha ** ((high - norms) / (high - low)).flatten(), (0, 1))
-    ops["channel_axpy_"](ys, case.xs, case.tiles, gamma[channel])
+    ops["channel_axpy_"](ys, case.xs, case.tiles, gamma[channels.of_slot.to(gamma.device)])
     return ys
 
 
@@ -149,6 +180,7 @@ STEPS: tuple[tuple[str, Callable[[Ops, _Case], list[Tensor]]], ...] = (
     ("channel_axpy_", _axpy),
     ("channel_scale_", _scale),
     ("channel_compact", _compact),
+    ("channel_totals", _totals),
     ("group_push", _push),
 )
 
@@ -173,7 +205,7 @@ def _difference(ops: Ops, device: torch.device) -> str | None:
             case = _Case.of(dtype, device)
             for name, step in STEPS:
                 if name in ops:
-                    problem = _compare(name, step, ops, case, SUMS if name == "channel_reduce" else rounding)
+                    problem = _compare(name, step, ops, case, SUMS if name in SUMMING else rounding)
                     if problem is not None:
                         return f"{name} of {str(dtype).removeprefix('torch.')} {problem}"
     return None

@@ -68,6 +68,7 @@ class GrowingRegularizer(Penalty):
         n = binding.plan.n_channels
         if self._grown is None:
             self._grown = torch.full((n,), float(self.strength), device=binding.device)
+        self._grown = self._grown.to(binding.device)  # the model may have moved since, or they are from a file
         if len(self._grown) != n:
             raise PlanError(
                 f"the grown strengths are those of {len(self._grown)} channels, the plan has {n}; call shrink(plan, "

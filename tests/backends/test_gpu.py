@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import pat_fast as pat
+import pat_fast.torch_pruning as tp
 from pat_fast import backends, ops
-from pat_fast.backends import reference, selfcheck
+from pat_fast.backends import cuda, reference, selfcheck
+from pat_fast.backends.known import is_reliable
 from pat_fast.criteria import GroupNorm, is_scored
 from pat_fast.ops import Tile, TileTable, accumulator
 from pat_fast.plan import Binding, bind, build_plan
-from pat_fast.regularizers import GroupNormRegularizer
+from pat_fast.regularizers import (
+    BNScaleRegularizer,
+    GroupNormRegularizer,
+    GrowingRegularizer,
+    Penalty,
+    ProximalGroupLasso,
+)
 from tests.backends import cases
 from tests.backends.cases import Ops
-from tests.helpers import Case
+from tests.helpers import Case, Small, small_inputs
 from tests.ops.layouts import DTYPES, ORDERS, make
 
 NAMES = [backend.name for backend in backends.BACKENDS if "cuda" in backend.devices]
 HALVES = (torch.float16, torch.bfloat16)
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.device_count(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
+unforced = pytest.mark.skipif(backends.ENV in os.environ, reason="a backend is forced")
+
+
+def is_here(name: str) -> bool:
+    """Whether a backend was built, or installed; then it must run."""
+    return importlib.util.find_spec({"cuda": "pat_fast._CUDA"}.get(name, name)) is not None
+
+
+BEST = next(filter(is_here, NAMES), "reference")
 
 
 @pytest.fixture(params=NAMES)
 def kernels(request: pytest.FixtureRequest) -> Ops:
     backend = next(b for b in backends.BACKENDS if b.name == request.param)
-    why = backend.probe("cuda")
-    if why is not None:
-        pytest.skip(f"{backend.name}: {why}")
+    if not is_here(backend.name):
+        pytest.skip(f"{backend.name} is not here")
+    assert backend.probe("cuda") is None
     return backend.ops()
 
 
 @pytest.fixture
 def shortcuts() -> Ops:
-    found = {name: backends.shortcut(name, "cuda") for name in ("grouping", "channel_totals", "group_push")}
-    if None in found.values():
-        pytest.skip("the backend in use has no shortcuts")
-    return {name: run for name, run in found.items() if run is not None}
+    """Whether the self-check let them pass or not."""
+    if not is_here("cuda"):
+        pytest.skip("the CUDA extension is not built")
+    return cuda.SHORTCUTS
 
 
 @contextmanager
@@ -125,6 +145,7 @@ def test_the_penalty_of_norms(dtype: torch.dtype, p: float, shortcuts: Ops) -> N
     cases.push(shortcuts, dtype, p, device="cuda")
 
 
+@unforced
 @pytest.mark.parametrize("name", ["resnet50", "densenet121", "vit_s16", "mobilenet_v2"])
 def test_networks_are_scored_and_pushed_as_with_the_four_ops(
     name: str, shortcuts: Ops, monkeypatch: pytest.MonkeyPatch
@@ -152,10 +173,23 @@ def test_networks_are_scored_and_pushed_as_with_the_four_ops(
         torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("checked", ["ops", "shortcuts"])
-def test_the_self_check_agrees(checked: str, kernels: Ops, shortcuts: Ops) -> None:
-    ops = kernels if checked == "ops" else {**reference.OPS, **shortcuts}
-    assert selfcheck.difference(ops, torch.device("cuda")) is None
+def test_the_self_check_agrees(kernels: Ops) -> None:
+    assert selfcheck.difference(kernels, torch.device("cuda")) is None
+
+
+def test_the_self_check_agrees_with_the_shortcuts(shortcuts: Ops) -> None:
+    assert is_reliable()  # else they are not looked at
+    assert selfcheck.difference({**reference.OPS, **shortcuts}, torch.device("cuda")) is None
+
+
+@unforced
+def test_the_best_backend_that_is_here_runs_every_op() -> None:
+    """What the self-check passes over would not be missed anywhere else."""
+    found = backends.select("cuda")
+    assert {c.op: c.backend for c in found} == dict.fromkeys(reference.OPS, BEST), {c.why for c in found}
+    assert {name: backends.shortcut(name, "cuda") for name in cuda.SHORTCUTS} == (
+        cuda.SHORTCUTS if BEST == "cuda" else dict.fromkeys(cuda.SHORTCUTS)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -286,4 +320,84 @@ def test_the_public_wrappers_choose_a_backend_and_run_without_waiting() -> None:
     with no_waiting():
         found = ops.channel_reduce(tensors, table)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
-    assert {row["backend"] for row in backends.describe() if row["device"] == "cuda"} <= {*NAMES, "reference"}
+
+
+FIRST_OP = """
+import torch
+from pat_fast import backends
+from pat_fast.ops import Tile, TileTable, channel_reduce
+
+{before}
+x = torch.ones(4, 3, device="cuda")
+table = TileTable.from_tiles([x], [Tile(0, 0, (4, 3, 1), (3, 1, 1), 0, 4)])
+assert channel_reduce([x], table).tolist() == [3] * 4 + [4] * 3
+{after}
+print(*{{choice.backend for choice in backends.select("cuda")}})
+"""
+
+
+@unforced
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("profiler = torch.profiler.profile(); profiler.start()", "profiler.stop()"),
+        ("torch.set_default_device('cuda')", ""),
+    ],
+    ids=["profiler", "default device"],
+)
+def test_what_surrounds_the_first_op_of_a_process_does_not_change_the_choice(before: str, after: str) -> None:
+    line = [sys.executable, "-c", FIRST_OP.format(before=before, after=after)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
+    assert done.stdout.splitlines()[-1:] == [BEST], done.stderr
+
+
+REGULARIZERS: dict[str, Callable[[], Penalty]] = {
+    "group norm": GroupNormRegularizer,
+    "group norm, decoupled": lambda: GroupNormRegularizer(decoupled=True),
+    "batch norm": BNScaleRegularizer,
+    "batch norm, decoupled": lambda: BNScaleRegularizer(decoupled=True),
+    "batch norm, group lasso": lambda: BNScaleRegularizer(group_lasso=True),
+    "growing": GrowingRegularizer,
+    "proximal": ProximalGroupLasso,
+}
+
+
+@pytest.mark.parametrize("rates", [(0.1,), (0.1, 0.2)], ids=["one rate", "two rates"])
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_a_step_with_a_regularizer_does_not_wait(name: str, rates: tuple[float, ...]) -> None:
+    model, x = Small().to("cuda"), small_inputs().to("cuda")
+    parameters = list(model.parameters())
+    groups = [{"params": parameters[i :: len(rates)], "lr": rate} for i, rate in enumerate(rates)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    own = REGULARIZERS[name]()
+    pruner = pat.Pruner(model, 0.5, end_epoch=9, example_inputs=x, optimizer=optimizer, regularizer=own)
+    model(x).square().mean().backward()
+    pruner.regularize()
+    optimizer.step()
+    with no_waiting():
+        pruner.regularize()
+        optimizer.step()
+    assert own.steps == 4
+    assert all(p.isfinite().all() for p in parameters)
+
+
+@pytest.mark.parametrize("kind", ["GroupNormPruner", "BNScalePruner", "GrowingRegPruner"])
+def test_a_drop_in_pruner_of_a_model_that_moves_to_the_gpu(kind: str) -> None:
+    """Without buffers nothing but the parameters tells that it moved, and these are the same objects."""
+    norm = nn.BatchNorm2d(12, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), norm, nn.ReLU(), nn.Conv2d(12, 16, 3), nn.Flatten(), nn.Linear(256, 5))
+    x = small_inputs()
+    pruner: Any = getattr(tp.pruner, kind)(
+        model, x, tp.importance.GroupMagnitudeImportance(), reg=1e-2, pruning_ratio=0.5, ignored_layers=[model[-1]]
+    )
+    if kind == "GrowingRegPruner":
+        pruner.update_reg()  # its strengths have to follow
+    model.to("cuda")
+    pruner.update_regularizer()
+    model(x.to("cuda")).square().mean().backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    pruner.regularize(model)
+    assert any(not torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    pruner.step()
+    assert model[0].out_channels == 6
+    assert model(x.to("cuda")).shape == (4, 5)

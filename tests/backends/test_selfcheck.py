@@ -83,16 +83,34 @@ def test_right_backends_pass() -> None:
     assert selfcheck.difference({}, CPU) is None
 
 
-@pytest.mark.skipif(not cpu.SHORTCUTS, reason="the C++ kernels are not there")
-def test_shortcuts_are_checked_too() -> None:
-    def for_other_columns(ys: Any, *rest: Any) -> None:
-        cpu.group_push(ys, *rest)
-        changed = ys()[0][3]
-        changed[:, 1] = changed[:, 0]
+def for_other_columns(ys: Any, *rest: Any) -> None:
+    cpu.group_push(ys, *rest)
+    changed = ys()[0][3]
+    changed[:, 1] = changed[:, 0]
 
-    found = selfcheck.difference(cpu.OPS | cpu.SHORTCUTS | {"group_push": for_other_columns}, CPU)
+
+def twice(*arguments: Any) -> Tensor:
+    return cpu.channel_totals(*arguments) * 2
+
+
+def never_divided(xs: Any, known: Any, groups: Any, p: float, divided: bool) -> Tensor:
+    return cpu.channel_totals(xs, known, groups, p, False)
+
+
+@pytest.mark.skipif(not cpu.SHORTCUTS, reason="the C++ kernels are not there")
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("group_push", for_other_columns, "group_push of float32 differs from the reference ((40, 528, 1)"),
+        ("channel_totals", twice, "channel_totals of float32 differs from the reference (sums: off by up to"),
+        ("channel_totals", never_divided, "channel_totals of float32 differs from the reference (sums: off by up to"),
+        ("channel_totals", broken, "channel_totals of float32 failed (OSError: no compiler)"),
+    ],
+)
+def test_shortcuts_are_checked_too(name: str, wrong: Any, message: str) -> None:
+    found = selfcheck.difference(cpu.OPS | cpu.SHORTCUTS | {name: wrong}, CPU)
     assert found is not None
-    assert found.startswith("group_push of float32 differs from the reference ((40, 528, 1)")
+    assert found.startswith(message)
 
 
 def test_random_numbers_are_left_alone() -> None:
@@ -142,4 +160,5 @@ def test_what_surrounds_the_first_use_says_nothing_of_a_backend(name: str) -> No
 
 def test_a_shortcut_that_nothing_would_call_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "is_reliable", lambda: False)
-    assert selfcheck.difference(cpu.OPS | {"group_push": broken, "grouping": broken}, CPU) is None
+    untried = dict.fromkeys(("grouping", "channel_totals", "group_push"), broken)
+    assert selfcheck.difference(cpu.OPS | untried, CPU) is None

@@ -8,9 +8,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import pytest
 import torch
+
+pytest.importorskip("lightning")
+import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 

@@ -125,6 +125,14 @@ def test_strengths_are_saved() -> None:
     assert not torch.equal(first.strengths(binding), second.strengths(binding))
 
 
+def test_strengths_follow_the_model_to_another_device() -> None:
+    _, binding = small()
+    regularizer = GrowingRegularizer(**HOW)
+    assert regularizer.strengths(binding).device.type == "cpu"
+    binding.device = torch.device("meta")
+    assert regularizer.strengths(binding).device.type == "meta"
+
+
 def test_groups_without_scores_do_not_grow() -> None:
     class Blind:
         def score(self, binding: Binding) -> Tensor:
