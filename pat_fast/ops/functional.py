@@ -1,8 +1,9 @@
 """The public ops: one pass over all tiles of a list of tensors.
 
-Each wrapper checks its arguments once against the tile table and calls ``torch.ops.pat_fast``. They
-run without autograd: a leaf that requires grad is modified in place, and its version counter moves as
-with any in-place op, so a backward that needs the old values fails instead of using the new ones.
+Each wrapper checks its arguments once against the tile table and calls ``torch.ops.pat_fast``; what cannot be seen
+while a graph is traced is checked whenever the graph runs. They run without autograd: a leaf that requires grad is
+modified in place, and its version counter moves as with any in-place op, so a backward that needs the old values fails
+instead of using the new ones.
 
 All tensors of a call share one device and one of the dtypes float32, float64, bfloat16, float16.
 Sums, coefficients and scales are float32 (float64 for float64 tensors): the *accumulator dtype*.
