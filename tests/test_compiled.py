@@ -39,7 +39,6 @@ def _nothing_compiled() -> Iterator[None]:
 def test_every_version_of_a_compiled_model_is_compiled(pruned: str) -> None:
     """Each prune costs one frame; after eight versions PyTorch would go on in eager mode."""
     assert torch._dynamo.config.recompile_limit < PRUNES
-    counters.clear()  # which count what other tests compile, too
     backend = CompileCounterWithBackend("eager")
     model = Small(width=24).double()
     run: Any = model
