@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,13 @@ from torch import nn
 from benchmarks import moments
 from pat_fast import ConfigError, backends
 from pat_fast.backends import Backend, cpu, reference
-from pat_fast.bench import Result, Row, Settings, machine, render, run, steps, table
+from pat_fast.bench import Mismatch, Result, Row, Settings, machine, render, run, steps, table
 from pat_fast.bench.bandwidth import Bandwidth
 from pat_fast.bench.clock import Clock
 from pat_fast.bench.figure import draw
 from pat_fast.bench.kernels import VARIANTS, Kernels
 from pat_fast.bench.models import SHAPES, find, vary_
-from pat_fast.bench.run import names
+from pat_fast.bench.run import DTYPES, names
 from pat_fast.bench.steps import STEPS
 from pat_fast.bench.subject import Subject, at_most
 from tests.helpers import Small
@@ -112,29 +113,107 @@ def test_a_prune_copies_what_is_small_meanwhile(monkeypatch: pytest.MonkeyPatch)
     assert min(large, small) > 0
 
 
-@pytest.mark.parametrize("op", ["channel_reduce", "channel_scale_", "channel_compact"])
-def test_a_wrong_kernel_gets_no_number(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference.OPS[op]
+Op = Callable[..., Any]
 
+
+def one_element_off(right: Op) -> Op:
     def wrong(*arguments: Any) -> Any:
         result = right(*arguments)
         (result if result is not None else arguments[0][0]).view(-1)[3:4].add_(1)
         return result
 
-    monkeypatch.setitem(sys.modules, "broken_backend", SimpleNamespace(OPS={**reference.OPS, op: wrong}))
+    return wrong
+
+
+def nothing_done(right: Op) -> Op:
+    return lambda *arguments: torch.zeros(arguments[3]) if right is reference.channel_reduce else None
+
+
+def with_tiles(change: Callable[[torch.Tensor], object]) -> Callable[[Op], Op]:
+    def make(right: Op) -> Op:
+        def wrong(*arguments: Any) -> Any:
+            changed = list(arguments)
+            for at, given in enumerate(changed):
+                if isinstance(given, torch.Tensor) and given.shape[1:] == (10,):
+                    changed[at] = given.clone()
+                    change(changed[at])
+            return right(*changed)
+
+        return wrong
+
+    return make
+
+
+def with_factors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Op], Op]:
+    return lambda right: lambda *arguments: right(*arguments[:-1], change(arguments[-1]))
+
+
+WRONG: dict[str, Callable[[Op], Op]] = {
+    "one element": one_element_off,
+    "nothing": nothing_done,
+    "all columns but the last": with_tiles(lambda tiles: tiles[:, 3].sub_(1)),
+    "rows alone": with_tiles(lambda tiles: tiles[:, 9].fill_(-1)),
+    "columns alone": with_tiles(lambda tiles: tiles[:, 8].fill_(-1)),
+    "factors of others": with_factors(lambda factors: factors.flip(0)),
+    "a tenth too much": with_factors(lambda factors: factors * 1.1),
+}
+FOR_FACTORS = ("factors of others", "a tenth too much")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("op", list(VARIANTS))
+def test_a_wrong_kernel_gets_no_number(op: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In no dtype."""
+    if wrong in FOR_FACTORS and op not in ("channel_axpy_", "channel_scale_"):
+        pytest.skip("it has none")
+    ops = {**reference.OPS, op: WRONG[wrong](reference.OPS[op])}
+    monkeypatch.setitem(sys.modules, "broken_backend", SimpleNamespace(OPS=ops))
     monkeypatch.setattr(
         backends, "BACKENDS", (Backend("broken", "broken_backend", ("cpu",), lambda device: None),)
     )
-    result = run(QUICK)
+    result = run(replace(QUICK, dtypes=tuple(DTYPES)))
     assert not result.is_right
     bad = [row for row in result.rows if row.op.startswith(op)]
-    assert bad
+    assert {row.dtype for row in bad} == set(DTYPES)
     for row in bad:
-        assert "differs from the reference by up to 1.0e+00" in row.problem
+        assert row.problem
         assert row.ms is None
         assert row.gbps is None
     assert all(row.ms is not None for row in result.rows if row not in bad)
-    assert "no numbers: differs from the reference" in render(result)
+    assert "no numbers: " in render(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_kernel_says_by_how_much(dtype: str) -> None:
+    case = Kernels(SHAPES["tiny"](), DTYPES[dtype], torch.device("cpu"), False)
+    for op in VARIANTS:
+        broken = {op: one_element_off(reference.OPS[op])}
+        with pytest.raises(Mismatch, match=r"differs from the reference by up to (1\.0e\+00|9\.\de-01)"):
+            case.check(op, broken)
+    with pytest.raises(Mismatch, match="returned 0 tensors, the reference 1"):
+        case.check("channel_reduce", {"channel_reduce": lambda *_: None})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_stay_in_range_while_they_are_timed(dtype: str) -> None:
+    case = Kernels([(4, 3), (5,)], DTYPES[dtype], torch.device("cpu"), False)
+    before = [y.abs().amax() for y in case.ys]
+    for _ in range(1000):
+        case.call("channel_axpy_", reference.OPS).run()
+        case.call("channel_scale_", reference.OPS).run()
+    for y, was in zip(case.ys, before, strict=True):
+        assert bool(y.isfinite().all())
+        assert was / 10 < y.abs().amax() < 10 * was
+
+
+def test_what_an_earlier_call_left_in_memory_is_no_result() -> None:
+    """What a compaction makes may lie where the reference's was, and is right if nothing writes it."""
+    case = Kernels(SHAPES["tiny"](), torch.float32, torch.device("cpu"), False)
+    kept = reference.OPS["channel_compact"]
+    for _ in range(3):
+        case.call("channel_compact fresh", {"channel_compact": kept}).run()
+        with pytest.raises(Mismatch, match="by up to nan"):
+            case.check("channel_compact fresh", {"channel_compact": lambda *_: None})
 
 
 def test_operations_are_compared_with_torch_pruning() -> None:
