@@ -339,11 +339,12 @@ def load(
 
 
 @app.command()
-def env() -> None:
+def env(debug: Debug = False) -> None:
     """Show the versions, the devices and the kernel backends in use."""
-    from .env import render
+    with _errors(debug):
+        from .env import render
 
-    typer.echo(render())
+        typer.echo(render())
 
 
 def _examples(inputs: list[str] | None) -> tuple[torch.Tensor, ...]:
