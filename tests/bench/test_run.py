@@ -43,6 +43,24 @@ def small_model() -> nn.Module:
     return Small()
 
 
+def model_with_a_scalar() -> nn.Module:
+    model = Small()
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    return model
+
+
+def bare_model() -> nn.Module:
+    return nn.Sequential(nn.ReLU())
+
+
+def lazy_model() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(5))
+
+
+def meta_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2, device="meta"))
+
+
 FACTORY = f"{__name__}:small_model"
 INPUTS = (torch.randn(2, 3, 8, 8),)
 
@@ -296,6 +314,31 @@ def test_layouts_are_for_convolutions() -> None:
     rows = [(row.model, row.layout) for row in found.rows if row.backend == "reference"]
     assert rows == [("resnet18", "contiguous"), ("resnet18", "channels_last"), ("vit_s16", "contiguous")]
     assert not find("vit_l", (), {}).is_convolutional()
+    why = "most of its parameters are no weights of 2-d convolutions"
+    assert f"not measured: channels_last of vit_s16, but contiguous: {why}" in found.notes
+    assert not any("resnet18" in note for note in found.notes)
+
+
+def test_a_single_number_is_measured_as_a_vector_of_one() -> None:
+    result = run(replace(QUICK, models=(f"{__name__}:model_with_a_scalar",), inputs=INPUTS))
+    assert result.is_right
+    assert {row.op for row in result.rows} == set(CALLS)
+
+
+def test_what_cannot_be_made_is_a_row_beside_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(shapes: Any, dtype: torch.dtype, *arguments: Any) -> Kernels:
+        if dtype == torch.float64:
+            raise MemoryError("no more of it")
+        return Kernels(shapes, dtype, *arguments)
+
+    monkeypatch.setattr(sys.modules["pat_fast.bench.run"], "Kernels", made)
+    one = replace(QUICK, ops=("channel_scale_",), backends=("reference",), dtypes=("float32", "float64", "float16"))
+    result = run(one)
+    assert not result.is_right
+    told = [(row.dtype, row.op, row.problem) for row in result.rows]
+    op = "channel_scale_"
+    assert told == [("float32", op, ""), ("float64", op, "MemoryError: no more of it"), ("float16", op, "")]
+    assert "no numbers: MemoryError" in render(result)
 
 
 def test_what_is_not_measured_is_said() -> None:
@@ -317,10 +360,15 @@ def test_what_is_not_measured_is_said() -> None:
         ({"backends": ("gpu",)}, "--backends: expected names out of cuda, cpu, triton, reference; got 'gpu'"),
         ({"backends": ("cuda",)}, "--backends: expected backends that run on cpu, got cuda: it does not serve cpu"),
         ({"device": "cuda:99"}, "--device: expected a device that PyTorch can use, got 'cuda:99'"),
+        ({"device": "cpu:1"}, "got 'cpu:1' and one CPU, which is cpu"),
         ({"device": "tpu"}, "--device: expected cpu, cuda or cuda:0, got 'tpu'"),
         ({"device": "meta"}, "--device: expected cpu or cuda, got 'meta'"),
         ({"rounds": 0}, "--rounds: expected an integer >= 1, got 0"),
         ({"batch": 0}, "--batch: expected an integer >= 1, got 0"),
+        ({"batch": 4}, "--batch: expected training in --ops beside it, or --deploy, got neither"),
+        ({"models": (f"{__name__}:bare_model",)}, "expected a network with parameters, got "),
+        ({"models": (f"{__name__}:lazy_model",)}, "whose 0.weight has no shape yet (a lazy layer); run one forward"),
+        ({"models": (f"{__name__}:meta_model",)}, "whose 0.weight is on the meta device"),
         ({"models": ("resnet51",)}, "did you mean 'resnet50'"),
         ({"models": ("tests.bench.test_run:smal_model",)}, "did you mean 'small_model'"),
         ({"models": ("transformers:vitt",)}, "expected a model type of Transformers, got 'vitt'; did you mean 'vit'"),
@@ -353,7 +401,10 @@ def test_constant_parameters_get_noise_and_others_stay() -> None:
 
 
 def test_names_come_apart_or_with_commas() -> None:
-    assert names(["a,b", "c", "a, d", ""]) == ("a", "b", "c", "d")
+    assert names(["a,b", "c", "a, d", ""], "--ops") == ("a", "b", "c", "d")
+    assert names([], "--ops") == ()
+    with pytest.raises(ConfigError, match="--ops: expected names, got ',' ''"):
+        names([",", ""], "--ops")
 
 
 def clocks(*seconds: tuple[float, ...]) -> Any:
@@ -425,6 +476,7 @@ def result() -> Result:
         replace(like, op="channel_reduce"),
         replace(like, op="importance", tp_ms=30.0, tp_spread=0.5, ratio=20.0, groups="3/3"),
         replace(like, op="step", no_ratio="differs by 1e-3", differs=True, graph_ms=1.0, graph_share=0.75),
+        replace(like, op="training", extra={"share_of_step": 0.25}),
         Row("net", "channel_axpy_", "float32", "triton", problem="RuntimeError: it broke"),
     )
     where = {"cpu": "a processor", "cores": 2, "threads": 2, "isa": "avx2", "gpu": None, "versions": {"torch": "2.13"}}
@@ -442,6 +494,7 @@ def test_the_table(result: Result) -> None:
     assert next(line for line in lines if "channel_axpy_" in line).endswith("no numbers: RuntimeError: it broke")
     assert "no ratio for step of net (float32): differs by 1e-3" in text
     assert "note: a note" in text
+    assert "training of net (float32, cpu): share of step 0.25" in text
     assert "1.000    75%" in text
 
 
