@@ -193,7 +193,9 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    macs: Annotated[float, typer.Option(help="Of --deploy: the share of MACs that the pruned model keeps.")] = 0.5,
+    macs: Annotated[
+        float | None, typer.Option(help="Of --deploy: the share of MACs that the pruned model keeps; by default 0.5.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="3 rounds: a glance, not a result.")] = False,
     small: Annotated[bool, typer.Option("--small", help="The zoo's small models: does it all run?")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
@@ -205,17 +207,20 @@ def bench(
     Nothing gets a ratio before its result was found equal. Exit code 1: a result differed, or something failed.
     """
     with _errors(debug):
-        from .bench import Settings, check_writable, render
+        from .bench import Settings, check_writable, render, writing
         from .bench.run import QUICK_ROUNDS, check_models, names
         from .bench.run import run as measure
 
-        check_models(names(models or ()))
-        if (inputs or args != "{}") and not any(":" in name for name in names(models or ())):
+        chosen = names(models or (), "MODEL")
+        check_models(chosen)
+        if (inputs or args != "{}") and not any(":" in name for name in chosen):
             given = "--input" if inputs else "--args"
             raise ConfigError(f"{given}: expected PACKAGE.MODULE:FACTORY beside it; other models have their own inputs")
         if json_file is not None:
             check_writable(json_file, "--json")
         if plot is not None:
+            if json_file is not None and plot.resolve() == json_file.resolve():
+                raise ConfigError(f"--plot: expected another file than --json writes, got {str(plot)!r} for both")
             from .bench.figure import check_plot, draw
 
             check_plot(plot)
@@ -227,11 +232,13 @@ def bench(
             kernels = {"--ops": ops, "--backends": backends, "--dtypes": dtypes, "--layouts": layouts}
             if unread := [option for option, given in kernels.items() if given]:
                 raise ConfigError(f"{unread[0]}: expected none with --deploy, which has --runtimes")
+            if device != "cpu":
+                raise ConfigError(f"--device: expected cpu with --deploy, which measures there alone, got {device!r}")
             wanted = deploy.DeploySettings(
-                models=names(models or ()),
-                runtimes=names(runtimes or deploy.RUNTIMES),
+                models=chosen,
+                runtimes=names(runtimes or deploy.RUNTIMES, "--runtimes"),
                 batches=tuple(dict.fromkeys((1, 8 if batch is None else batch))),
-                macs=macs,
+                macs=0.5 if macs is None else macs,
                 inputs=_examples(inputs),
                 args=_json_object(args, "--args"),
                 rounds=QUICK_ROUNDS if quick else rounds,
@@ -240,17 +247,19 @@ def bench(
             measured = deploy.deploy(wanted, lambda line: typer.echo(line, err=True))
             typer.echo(deploy.render(measured))
             if json_file is not None:
-                measured.write(json_file)
+                with writing("--json"):
+                    measured.write(json_file)
             raise typer.Exit(0 if measured.is_right else 1)
-        if runtimes:
-            raise ConfigError("--runtimes: expected --deploy beside it, got none")
+        if runtimes or macs is not None:
+            option = "--runtimes" if runtimes else "--macs"
+            raise ConfigError(f"{option}: expected --deploy beside it, got none")
         settings = Settings(
-            models=names(models or ()),
-            ops=names(ops or ()),
-            backends=names(backends or ()),
-            dtypes=names(dtypes or ()),
+            models=chosen,
+            ops=names(ops or (), "--ops"),
+            backends=names(backends or (), "--backends"),
+            dtypes=names(dtypes or (), "--dtypes"),
             device=device,
-            layouts=names(layouts or ("contiguous",)),
+            layouts=names(layouts or ("contiguous",), "--layouts"),
             inputs=_examples(inputs),
             args=_json_object(args, "--args"),
             rounds=QUICK_ROUNDS if quick else rounds,
@@ -260,9 +269,11 @@ def bench(
         result = measure(settings, lambda line: typer.echo(line, err=True))
         typer.echo(render(result))
         if json_file is not None:
-            result.write(json_file)
+            with writing("--json"):
+                result.write(json_file)
         if plot is not None:
-            draw(result, plot)
+            with writing("--plot"):
+                draw(result, plot)
     if not result.is_right:
         raise typer.Exit(1)
 
@@ -339,11 +350,12 @@ def load(
 
 
 @app.command()
-def env() -> None:
+def env(debug: Debug = False) -> None:
     """Show the versions, the devices and the kernel backends in use."""
-    from .env import render
+    with _errors(debug):
+        from .env import render
 
-    typer.echo(render())
+        typer.echo(render())
 
 
 def _examples(inputs: list[str] | None) -> tuple[torch.Tensor, ...]:

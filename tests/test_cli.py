@@ -145,6 +145,17 @@ def test_an_interrupt_ends_quietly_and_keeps_the_log(config: Path, tmp_path: Pat
         (["bench", "tiny", "--deploy", "--ops", "step"], "--ops: expected none with --deploy"),
         (["bench", "tiny", "--input", "1,3,8,8"], "--input: expected PACKAGE.MODULE:FACTORY beside it"),
         (["bench", "tiny", "--runtimes", "eager"], "--runtimes: expected --deploy beside it"),
+        (["bench", "tiny", "--macs", "0.4"], "--macs: expected --deploy beside it"),
+        (["bench", "tiny", "--batch", "4"], "--batch: expected training in --ops beside it, or --deploy, got neither"),
+        (["bench", "tiny", "--deploy", "--device", "bogus"], "--device: expected cpu with --deploy"),
+        (["bench", ""], "MODEL: expected names, got ''"),
+        (["bench", ","], "MODEL: expected names, got ','"),
+        (["bench", "tiny", "--ops", ","], "--ops: expected names, got ','"),
+        (["bench", "tiny", "--backends", ","], "--backends: expected names, got ','"),
+        (["bench", "tiny", "--dtypes", ","], "--dtypes: expected names, got ','"),
+        (["bench", "tiny", "--layouts", ","], "--layouts: expected names, got ','"),
+        (["bench", "tiny", "--deploy", "--runtimes", ","], "--runtimes: expected names, got ','"),
+        (["bench", "tiny", "--json", "x.png", "--plot", "./x.png"], "--plot: expected another file than --json"),
         (["bench", "tiny", "--plot", "plot.txt"], "--plot: expected a file name that ends in"),
         (["bench", "tiny", "--ops", "step"], "expected something to measure, got nothing"),
     ],
@@ -315,6 +326,35 @@ def test_bench_prints_a_table_and_writes_what_it_found(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "new" / "found.json").read_text())
     assert {row["op"] for row in found["rows"]} == {"channel_reduce", "channel_reduce mul", "channel_scale_"}
     assert (tmp_path / "new" / "found.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_bench_says_in_one_line_that_a_disk_is_full(option: str, tmp_path: Path) -> None:
+    """After the table: the measurements are not lost."""
+    full = tmp_path / "full.png"
+    full.symlink_to("/dev/full")
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    result = invoke("bench", "tiny", "--ops", "channel_scale_", "--quick", "--backends", "reference", option, full)
+    assert result.exit_code == 2, result.output
+    assert "share of bandwidth" in result.stdout
+    assert f"error: {option}: expected a file that can be written, got [Errno 28]" in result.stderr.splitlines()[-1]
+
+
+def test_bench_tries_matplotlib_before_it_measures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = subprocess.run(
+        command("bench", "tiny", "--plot", tmp_path / "p.pdf"),
+        capture_output=True,
+        text=True,
+        env=environment() | {"MPLBACKEND": "bogus"},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --plot: expected Matplotlib to draw, got ValueError: ")
+    assert done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_bench_ends_with_1_if_a_result_differs(monkeypatch: pytest.MonkeyPatch) -> None:

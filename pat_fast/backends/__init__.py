@@ -133,12 +133,14 @@ def select(device: str) -> tuple[Choice, ...]:
         BackendError: ``PAT_FAST_BACKEND`` names a backend that is unknown, cannot run here or fails its check.
     """
     named = override()
-    # Devices that the named backend does not serve still need the reference.
-    candidates = [b for b in BACKENDS if named is None or b in (named, BACKENDS[-1])]
     choices: dict[str, Choice] = {}
     passed_over: list[str] = []
-    for backend in candidates:
+    for backend in BACKENDS:
         if not backend.serves(device, backend is named):
+            continue
+        # Devices that the named backend does not serve still need the reference.
+        if named is not None and backend not in (named, BACKENDS[-1]):
+            passed_over.append(f"not {backend.name}: {ENV}={named.name}")
             continue
         reason = backend.probe(device) or _check(backend, device, backend is named)
         if reason is not None:

@@ -1,9 +1,11 @@
 """Glue to the CUDA kernels: cuts tables into blocks once, then hands over addresses.
 
-Arguments are those of the op schemas; they were checked by the public wrappers. A call starts a fixed
-number of kernels on the current stream, waits for nothing, and takes its working memory from PyTorch's
-allocator, so it can be captured in a CUDA graph. The one thing that a capture cannot do is to bring a
-table to the device: each table needs one call before.
+Arguments are those of the op schemas; they were checked by the public wrappers. A call starts kernels on the
+current stream, waits for nothing, and takes its working memory from PyTorch's allocator, so it can be captured
+in a CUDA graph. One or two kernels do the work of an op, a few more that of a shortcut. Addresses go along with
+them; if there are more than 480, a kernel for every 4000 brings them before (for every 480 if the extension was
+built with a CUDA older than 12.1). The one thing that a capture cannot do is to bring a table to the device:
+each table needs one call before.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ with its oracle before it is timed. Nothing here is imported by the rest of the 
 
 from __future__ import annotations
 
-from .results import Mismatch, Result, Row, check_writable, render, table
+from .results import Mismatch, Result, Row, check_writable, render, table, writing
 from .run import OPS, Settings, run
 
-__all__ = ["OPS", "Mismatch", "Result", "Row", "Settings", "check_writable", "render", "run", "table"]
+__all__ = ["OPS", "Mismatch", "Result", "Row", "Settings", "check_writable", "render", "run", "table", "writing"]

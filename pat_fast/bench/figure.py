@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_a_line
 from ..style import INK, MUTED, plain
 from .results import Result, Row, check_writable
 
@@ -22,12 +23,18 @@ def check_plot(path: Path) -> None:
     """Look whether the figure can be drawn and written; before an hour of measuring, not after.
 
     Raises:
-        ConfigError: Matplotlib is missing, or the file cannot be written.
+        ConfigError: Matplotlib is missing or does not draw, or the file cannot be written.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot: expected Matplotlib to be installed, got none; pip install 'pat-fast[demo]'")
     if path.suffix not in KINDS:
         raise ConfigError(f"--plot: expected a file name that ends in {', '.join(KINDS)}, got {str(path)!r}")
+    try:
+        from matplotlib.figure import Figure
+
+        Figure().savefig(BytesIO(), format=path.suffix[1:])
+    except Exception as error:  # MPLBACKEND names none that there is, an installation is broken
+        raise ConfigError(f"--plot: expected Matplotlib to draw, got {in_a_line(error)}") from None
     check_writable(path, "--plot")
 
 

@@ -60,6 +60,13 @@ class Call:
     rival: tuple[str, Callable[[], list[Tensor]]] | None = None
 
 
+class Factors(NamedTuple):
+    """What a call adds and multiplies by, a number for each slot."""
+
+    coef: Tensor
+    scale: Tensor
+
+
 class Copied(NamedTuple):
     """Tensors, the shapes and strides of what they become, and the two tables."""
 
@@ -68,30 +75,41 @@ class Copied(NamedTuple):
     strides: list[Shape]
     tables: tuple[Tensor, Tensor]
 
-    def fresh(self, outs: list[Tensor]) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
-        """Make what they become, some at a time."""
-        return fresh(self.xs, self.shapes, self.strides, outs, watched=False)
+    def fresh(self, outs: list[Tensor], poisoned: bool) -> Iterator[tuple[list[Tensor], Sequence[Tensor]]]:
+        """Make what they become, some at a time; ``poisoned``: filled with NaN."""
+        parts = fresh(self.xs, self.shapes, self.strides, outs, watched=False)
+        return ((_poisoned(made), xs) for made, xs in parts) if poisoned else parts
+
+
+def _poisoned(tensors: list[Tensor]) -> list[Tensor]:
+    """``tensors``, all NaN: what has just been made may lie where an earlier call left the right values."""
+    for tensor in tensors:
+        tensor.fill_(math.nan)
+    return tensors
 
 
 class Kernels:
     """Tensors of a model's shapes, their tables, and the calls to time.
 
     Args:
+        shapes: one that is empty, of a single number, is taken for a vector of one.
         channels_last: lay out convolutions so.
     """
 
     def __init__(self, shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device, channels_last: bool) -> None:
         self.channels_last = channels_last
         self.generator = torch.Generator(device).manual_seed(0)
-        self.xs = [self._new(shape, dtype, device) for shape in shapes]
+        self.xs = [self._new(shape or (1,), dtype, device) for shape in shapes]
         self.ys = [torch.empty_like(x).normal_(generator=self.generator) for x in self.xs]
         self.bytes = sum(x.numel() * x.element_size() for x in self.xs)
         self._more: list[list[Tensor]] = []
         tiles, slots = tiles_of(self.xs)
         self.table = TileTable.from_tiles(self.xs, tiles, slots)
-        self.coef = torch.rand(slots, device=device, generator=self.generator, dtype=accumulator(dtype)) * 1e-3
-        # Near 1, so that values stay in range over thousands of calls; not 1, which would not be work.
-        self.scale = 1 + (self.coef - 5e-4) * 0.2
+        random = torch.rand(slots, device=device, generator=self.generator, dtype=accumulator(dtype))
+        # Near 0 and 1, so that values stay in range over thousands of calls; not 0 and 1, which would not be work.
+        self.timed = Factors(random * 1e-3, 1 + (random - 0.5) * 2e-4)
+        # Far from them and from one another: with those above, halves are as they should be where nothing was done.
+        self.compared = Factors(0.5 + 1.5 * random, 1.25 + 0.75 * random)
         self._cut(device)
 
     def _new(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -126,20 +144,25 @@ class Kernels:
         self.index = torch.cat([kept for lists in self.lists for kept in lists]).to(torch.int32)
         self.out_table = TileTable.from_tiles(self.outs, tiles, at, shared_slots=True)
 
-    def call(self, name: str, ops: Ops) -> Call:
-        """The call ``name``, one of ``VARIANTS``, of a backend's ``ops``."""
+    def call(self, name: str, ops: Ops, compared: bool = False) -> Call:
+        """The call ``name``, one of ``VARIANTS``, of a backend's ``ops``.
+
+        Args:
+            compared: it is not for timing: it changes values by much, and poisons what it makes.
+        """
         tiles, slots = self.table.table, self.table.slots
+        coef, scale = self.compared if compared else self.timed
         op = ops[name.split()[0]]
         if name == "channel_reduce":
             return Call("read", self.bytes, lambda: op(self.xs, [], tiles, slots, "pow", 2.0), [])
         if name == "channel_reduce mul":
             return Call("read", 2 * self.bytes, lambda: op(self.xs, self.ys, tiles, slots, "mul", 2.0), [])
         if name == "channel_axpy_":
-            return Call("axpy", 3 * self.bytes, lambda: op(self.ys, self.xs, tiles, self.coef), self.ys)
+            return Call("axpy", 3 * self.bytes, lambda: op(self.ys, self.xs, tiles, coef), self.ys)
         if name == "channel_scale_":
-            return Call("scale", 2 * self.bytes, lambda: op(self.ys, tiles, self.scale), self.ys)
+            return Call("scale", 2 * self.bytes, lambda: op(self.ys, tiles, scale), self.ys)
         if name == "channel_compact fresh":
-            return self._fresh(op)
+            return self._fresh(op, compared)
         targets = self.out_table.table
         return Call(
             "copy", 2 * self.kept, lambda: op(self.outs, self.xs, tiles, targets, self.index), self.outs, self.along
@@ -159,7 +182,7 @@ class Kernels:
             read += int(lines.any(1).sum()) * LINE
         return read - self.kept
 
-    def _fresh(self, op: Callable[..., Any]) -> Call:
+    def _fresh(self, op: Callable[..., Any], poisoned: bool) -> Call:
         """A prune's copies: of every tensor four, into memory that is new; beside it one dimension after the other.
 
         As in a prune, the backend that can copies the small tensors, with those that have most of the bytes under way.
@@ -174,15 +197,15 @@ class Kernels:
 
         def ours() -> list[Tensor]:
             if beside is None:
-                outs = [out for part, _ in large.fresh([]) for out in part]
+                outs = [out for part, _ in large.fresh([], poisoned) for out in part]
                 op(outs, large.xs, *large.tables, self.index)
                 return outs
             bytes_, outs, others = xs[0].element_size(), list[Tensor](), list[Tensor]()
 
             def meanwhile() -> None:
-                beside(small.fresh(others), *small.tables, self.index, bytes_)
+                beside(small.fresh(others, poisoned), *small.tables, self.index, bytes_)
 
-            beside(large.fresh(outs), *large.tables, self.index, bytes_, meanwhile)
+            beside(large.fresh(outs, poisoned), *large.tables, self.index, bytes_, meanwhile)
             return outs + others
 
         def rival() -> list[Tensor]:
@@ -211,7 +234,7 @@ class Kernels:
         return self._more
 
     def check(self, name: str, ops: Ops) -> None:
-        """Compare the call with the reference's on the same tensors.
+        """Compare the call with the reference's on the tensors that are timed.
 
         Raises:
             Mismatch: they differ; it says by how much, and where.
@@ -220,9 +243,8 @@ class Kernels:
         results: list[list[Tensor]] = []
         oracle: Any = reference.OPS
         for these in (ops, oracle):
-            call = self.call(name, these)
-            for out in self.outs:
-                out.fill_(float("nan"))
+            call = self.call(name, these, compared=True)
+            _poisoned(self.outs)
             returned = call.run()
             if isinstance(returned, Tensor):
                 results.append([returned])
@@ -233,6 +255,8 @@ class Kernels:
         if call.rival is not None:
             results.append(call.rival[1]())
         for wanted in results[1:]:
+            if len(results[0]) != len(wanted):
+                raise Mismatch(f"returned {len(results[0])} tensors, the reference {len(wanted)}")
             for got, want in zip(results[0], wanted, strict=True):
                 problem = self._difference(name, got, want)
                 if problem:

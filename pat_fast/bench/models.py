@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, did_you_mean
 from ..factory import build_model, default_inputs
@@ -82,10 +83,12 @@ def find(name: str, inputs: Sequence[Tensor], args: Mapping[str, Any], small: bo
         small: take the zoo's small version.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or it has no values to measure with.
     """
     if ":" in name:
-        model = vary_(build_model(name, args, "MODEL"))
+        model = build_model(name, args, "MODEL")
+        _check(name, model)
+        vary_(model)
         given = tuple(inputs) or default_inputs(model)
         return Model(name, lambda: _shapes(model), lambda: (copy.deepcopy(model), given))
     if name in SHAPES:
@@ -106,6 +109,17 @@ def find(name: str, inputs: Sequence[Tensor], args: Mapping[str, Any], small: bo
     with torch.device("meta"):
         shapes = _shapes(entry.small() if small else entry.build())
     return Model(name, lambda: shapes, build)
+
+
+def _check(name: str, model: nn.Module) -> None:
+    """Raise ConfigError unless there are values to measure with."""
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        why = "has no shape yet (a lazy layer); run one forward first" if is_lazy(tensor) else ""
+        if why or tensor.is_meta:
+            why = why or "is on the meta device"
+            raise ConfigError(f"MODEL: expected a network whose tensors have values, got {name}, whose {key} {why}")
+    if not any(p.numel() for p in model.parameters()):
+        raise ConfigError(f"MODEL: expected a network with parameters, got {name}, which has none")
 
 
 def _shapes(model: nn.Module) -> list[Shape]:

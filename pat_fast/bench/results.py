@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,20 +131,27 @@ class Result:
         path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
 
 
+@contextmanager
+def writing(option: str) -> Iterator[None]:
+    """Raise ConfigError where the file that ``option`` names cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: expected a file that can be written, got {error}") from None
+
+
 def check_writable(path: Path, option: str) -> None:
     """Make the file's folder; before an hour of measuring, not after.
 
     Raises:
         ConfigError: no file can be written there.
     """
-    try:
+    with writing(option):
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
         path.open("a").close()
         if new:
             path.unlink()
-    except OSError as error:
-        raise ConfigError(f"{option}: expected a file that can be written, got {error}") from None
 
 
 HEADER = ("model", "operation", "dtype", "backend", "ms", "spread", "GB/s", "share of bandwidth", "TP ms", "ratio")
@@ -217,7 +225,7 @@ def table(rows: Iterable[Row]) -> str:
             out.append(f"no ratio for {row.op} of {row.name} ({row.dtype}): {row.no_ratio}")
         if row.extra:
             numbers = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.extra.items())
-            out.append(f"{row.op} of {row.name}: {numbers}")
+            out.append(f"{row.op} of {row.name} ({row.dtype}, {row.backend}): {numbers}")
     if any(row.is_noisy for row in rows):
         out.append(f"!  noise: quartiles more than {NOISY:.0%} of the median apart (at a ratio: Torch-Pruning's)")
     return "\n".join(out)

@@ -83,10 +83,13 @@ class Settings:
                     raise ConfigError(f"{option}: expected names out of {', '.join(known)}; got {name!r}{near}")
         check("--rounds", self.rounds, lambda v: v >= 1, "an integer >= 1")
         check("--batch", self.batch, lambda v: v is None or v >= 1, "an integer >= 1")
+        ops = OPS if ALL in self.ops else self.ops or tuple(op for op in OPS if op != TRAINING)
+        if self.batch is not None and TRAINING not in ops:
+            raise ConfigError(f"--batch: expected {TRAINING} in --ops beside it, or --deploy, got neither")
         return replace(
             self,
             models=self.models or usual(kind),
-            ops=OPS if ALL in self.ops else self.ops or tuple(op for op in OPS if op != TRAINING),
+            ops=ops,
             dtypes=self.dtypes or (("float32", "bfloat16") if kind == "cuda" else ("float32",)),
         )
 
@@ -111,7 +114,8 @@ def device_of(name: str) -> torch.device:
         raise ConfigError(f"--device: expected cpu or cuda, got {name!r}")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= count:
-        raise ConfigError(f"--device: expected a device that PyTorch can use, got {name!r} and {count} CUDA devices")
+        here = f"{count} CUDA devices" if device.type == "cuda" else "one CPU, which is cpu"
+        raise ConfigError(f"--device: expected a device that PyTorch can use, got {name!r} and {here}")
     return device
 
 
@@ -172,7 +176,12 @@ class Bench:
         return Result(self.machine, self.settings.as_json(), rates, tuple(rows), tuple(disturbed), notes)
 
     def _model(self, model: Model) -> Iterator[Row]:
-        for layout in self.settings.layouts if model.is_convolutional() else LAYOUTS[:1]:
+        layouts = self.settings.layouts if model.is_convolutional() else LAYOUTS[:1]
+        left = set(self.settings.layouts) - set(layouts)
+        if left:
+            why = "most of its parameters are no weights of 2-d convolutions"
+            self.notes.append(f"not measured: {', '.join(left)} of {model.name}, but {LAYOUTS[0]}: {why}")
+        for layout in layouts:
             for dtype in self.settings.dtypes:
                 row = Row(model.name, "", dtype, "", layout)
                 yield from self._kernels(model, row)
@@ -182,7 +191,11 @@ class Bench:
         calls = [call for op in self.settings.ops for call in VARIANTS.get(op, ())]
         if not calls:
             return
-        case = Kernels(model.shapes(), DTYPES[like.dtype], self.device, like.layout == "channels_last")
+        try:
+            case = Kernels(model.shapes(), DTYPES[like.dtype], self.device, like.layout == "channels_last")
+        except Exception as error:  # too little memory, say
+            yield self._told(replace(like, op=calls[0], problem=f"{type(error).__name__}: {error}"))
+            return
         if "channel_compact fresh" in calls and COPIES * case.bytes > MOST:
             size = f"{COPIES * case.bytes / 1e9:.1f} GB"
             self.notes.append(f"not measured: channel_compact fresh of {model.name}: four copies are {size}")
@@ -238,8 +251,6 @@ class Bench:
             network, inputs = model.build()
             last = like.layout == "channels_last"
             subject = Subject(model.name, network, inputs, self.device, DTYPES[like.dtype], channels_last=last)
-        except ConfigError:
-            raise
         except Exception as error:
             yield self._told(replace(like, op=wanted[0], problem=f"{type(error).__name__}: {error}"))
             return
@@ -316,9 +327,16 @@ def run(settings: Settings, tell: Tell = lambda line: None) -> Result:
     return Bench(settings, tell).run()
 
 
-def names(given: Sequence[str]) -> tuple[str, ...]:
-    """Names given apart or with commas between them, each once."""
-    return tuple(dict.fromkeys(part.strip() for text in given for part in text.split(",") if part.strip()))
+def names(given: Sequence[str], option: str) -> tuple[str, ...]:
+    """Names given apart or with commas between them, each once.
+
+    Raises:
+        ConfigError: something was given, but no name.
+    """
+    found = tuple(dict.fromkeys(part.strip() for text in given for part in text.split(",") if part.strip()))
+    if given and not found:
+        raise ConfigError(f"{option}: expected names, got {' '.join(map(repr, given))}")
+    return found
 
 
 def check_models(given: Sequence[str]) -> None:

@@ -8,13 +8,16 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from pat_fast import backends, env
 from pat_fast.backends import Backend, cpu, cuda, reference, triton
+from pat_fast.cli import app
 from pat_fast.errors import BackendError
 
 WITHOUT_EXTENSION = "import sys; sys.modules['pat_fast._C'] = None; "
@@ -50,11 +53,35 @@ def test_the_override_forces_the_reference() -> None:
     assert found.stdout.strip() == "{'reference'}", found.stderr
 
 
+@pytest.mark.parametrize(("named", "device"), [("cpu", "cuda"), ("triton", "cpu"), ("cuda", "cpu")])
+def test_what_an_override_leaves_to_the_reference_says_so(
+    named: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [replace(b, probe=lambda device: None, checked=False, named_devices=()) for b in backends.BACKENDS]
+    monkeypatch.setattr(backends, "BACKENDS", tuple(runs))
+    monkeypatch.setenv(backends.ENV, named)
+    select = backends.select.__wrapped__  # what is chosen so is not to be kept
+    why = {"cuda": "not cuda: {0}; not triton: {0}", "cpu": "not cpu: {0}"}[device].format(f"{backends.ENV}={named}")
+    assert {(choice.backend, choice.why) for choice in select(device)} == {("reference", why)}
+    assert {choice.why for choice in select(backends.ANY)} == {"first that serves this device"}
+
+
 def test_an_unknown_override_is_refused_with_a_suggestion() -> None:
     found = run(SHOW, "cpuu")
     assert found.returncode != 0
     assert "BackendError: expected PAT_FAST_BACKEND to be one of cuda, cpu, " in found.stderr
     assert "did you mean 'cpu'" in found.stderr
+
+
+def test_env_says_in_one_line_that_an_override_fails_its_check(
+    fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(channel_scale_=lambda xs, tiles, scale: None)
+    monkeypatch.setenv(backends.ENV, "fake")
+    found = CliRunner().invoke(app, ["env"])
+    assert found.exit_code == 2
+    assert found.stderr.startswith("error: expected PAT_FAST_BACKEND=fake to agree with the reference on cpu; got: ")
+    assert found.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("start", ["-m pat_fast", "-Bm pat_fast", "-mpat_fast", "-m pat_fast.cli"])

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,13 +19,13 @@ from torch import nn
 from benchmarks import moments
 from pat_fast import ConfigError, backends
 from pat_fast.backends import Backend, cpu, reference
-from pat_fast.bench import Result, Row, Settings, machine, render, run, steps, table
+from pat_fast.bench import Mismatch, Result, Row, Settings, machine, render, run, steps, table
 from pat_fast.bench.bandwidth import Bandwidth
 from pat_fast.bench.clock import Clock
 from pat_fast.bench.figure import draw
 from pat_fast.bench.kernels import VARIANTS, Kernels
 from pat_fast.bench.models import SHAPES, find, vary_
-from pat_fast.bench.run import names
+from pat_fast.bench.run import DTYPES, names
 from pat_fast.bench.steps import STEPS
 from pat_fast.bench.subject import Subject, at_most
 from tests.helpers import Small
@@ -40,6 +41,24 @@ def _one_thread() -> None:
 
 def small_model() -> nn.Module:
     return Small()
+
+
+def model_with_a_scalar() -> nn.Module:
+    model = Small()
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    return model
+
+
+def bare_model() -> nn.Module:
+    return nn.Sequential(nn.ReLU())
+
+
+def lazy_model() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(5))
+
+
+def meta_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 2, device="meta"))
 
 
 FACTORY = f"{__name__}:small_model"
@@ -112,29 +131,107 @@ def test_a_prune_copies_what_is_small_meanwhile(monkeypatch: pytest.MonkeyPatch)
     assert min(large, small) > 0
 
 
-@pytest.mark.parametrize("op", ["channel_reduce", "channel_scale_", "channel_compact"])
-def test_a_wrong_kernel_gets_no_number(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference.OPS[op]
+Op = Callable[..., Any]
 
+
+def one_element_off(right: Op) -> Op:
     def wrong(*arguments: Any) -> Any:
         result = right(*arguments)
         (result if result is not None else arguments[0][0]).view(-1)[3:4].add_(1)
         return result
 
-    monkeypatch.setitem(sys.modules, "broken_backend", SimpleNamespace(OPS={**reference.OPS, op: wrong}))
+    return wrong
+
+
+def nothing_done(right: Op) -> Op:
+    return lambda *arguments: torch.zeros(arguments[3]) if right is reference.channel_reduce else None
+
+
+def with_tiles(change: Callable[[torch.Tensor], object]) -> Callable[[Op], Op]:
+    def make(right: Op) -> Op:
+        def wrong(*arguments: Any) -> Any:
+            changed = list(arguments)
+            for at, given in enumerate(changed):
+                if isinstance(given, torch.Tensor) and given.shape[1:] == (10,):
+                    changed[at] = given.clone()
+                    change(changed[at])
+            return right(*changed)
+
+        return wrong
+
+    return make
+
+
+def with_factors(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Op], Op]:
+    return lambda right: lambda *arguments: right(*arguments[:-1], change(arguments[-1]))
+
+
+WRONG: dict[str, Callable[[Op], Op]] = {
+    "one element": one_element_off,
+    "nothing": nothing_done,
+    "all columns but the last": with_tiles(lambda tiles: tiles[:, 3].sub_(1)),
+    "rows alone": with_tiles(lambda tiles: tiles[:, 9].fill_(-1)),
+    "columns alone": with_tiles(lambda tiles: tiles[:, 8].fill_(-1)),
+    "factors of others": with_factors(lambda factors: factors.flip(0)),
+    "a tenth too much": with_factors(lambda factors: factors * 1.1),
+}
+FOR_FACTORS = ("factors of others", "a tenth too much")
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("op", list(VARIANTS))
+def test_a_wrong_kernel_gets_no_number(op: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In no dtype."""
+    if wrong in FOR_FACTORS and op not in ("channel_axpy_", "channel_scale_"):
+        pytest.skip("it has none")
+    ops = {**reference.OPS, op: WRONG[wrong](reference.OPS[op])}
+    monkeypatch.setitem(sys.modules, "broken_backend", SimpleNamespace(OPS=ops))
     monkeypatch.setattr(
         backends, "BACKENDS", (Backend("broken", "broken_backend", ("cpu",), lambda device: None),)
     )
-    result = run(QUICK)
+    result = run(replace(QUICK, dtypes=tuple(DTYPES)))
     assert not result.is_right
     bad = [row for row in result.rows if row.op.startswith(op)]
-    assert bad
+    assert {row.dtype for row in bad} == set(DTYPES)
     for row in bad:
-        assert "differs from the reference by up to 1.0e+00" in row.problem
+        assert row.problem
         assert row.ms is None
         assert row.gbps is None
     assert all(row.ms is not None for row in result.rows if row not in bad)
-    assert "no numbers: differs from the reference" in render(result)
+    assert "no numbers: " in render(result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_kernel_says_by_how_much(dtype: str) -> None:
+    case = Kernels(SHAPES["tiny"](), DTYPES[dtype], torch.device("cpu"), False)
+    for op in VARIANTS:
+        broken = {op: one_element_off(reference.OPS[op])}
+        with pytest.raises(Mismatch, match=r"differs from the reference by up to (1\.0e\+00|9\.\de-01)"):
+            case.check(op, broken)
+    with pytest.raises(Mismatch, match="returned 0 tensors, the reference 1"):
+        case.check("channel_reduce", {"channel_reduce": lambda *_: None})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_stay_in_range_while_they_are_timed(dtype: str) -> None:
+    case = Kernels([(4, 3), (5,)], DTYPES[dtype], torch.device("cpu"), False)
+    before = [y.abs().amax() for y in case.ys]
+    for _ in range(1000):
+        case.call("channel_axpy_", reference.OPS).run()
+        case.call("channel_scale_", reference.OPS).run()
+    for y, was in zip(case.ys, before, strict=True):
+        assert bool(y.isfinite().all())
+        assert was / 10 < y.abs().amax() < 10 * was
+
+
+def test_what_an_earlier_call_left_in_memory_is_no_result() -> None:
+    """What a compaction makes may lie where the reference's was, and is right if nothing writes it."""
+    case = Kernels(SHAPES["tiny"](), torch.float32, torch.device("cpu"), False)
+    kept = reference.OPS["channel_compact"]
+    for _ in range(3):
+        case.call("channel_compact fresh", {"channel_compact": kept}).run()
+        with pytest.raises(Mismatch, match="by up to nan"):
+            case.check("channel_compact fresh", {"channel_compact": lambda *_: None})
 
 
 def test_operations_are_compared_with_torch_pruning() -> None:
@@ -217,6 +314,31 @@ def test_layouts_are_for_convolutions() -> None:
     rows = [(row.model, row.layout) for row in found.rows if row.backend == "reference"]
     assert rows == [("resnet18", "contiguous"), ("resnet18", "channels_last"), ("vit_s16", "contiguous")]
     assert not find("vit_l", (), {}).is_convolutional()
+    why = "most of its parameters are no weights of 2-d convolutions"
+    assert f"not measured: channels_last of vit_s16, but contiguous: {why}" in found.notes
+    assert not any("resnet18" in note for note in found.notes)
+
+
+def test_a_single_number_is_measured_as_a_vector_of_one() -> None:
+    result = run(replace(QUICK, models=(f"{__name__}:model_with_a_scalar",), inputs=INPUTS))
+    assert result.is_right
+    assert {row.op for row in result.rows} == set(CALLS)
+
+
+def test_what_cannot_be_made_is_a_row_beside_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(shapes: Any, dtype: torch.dtype, *arguments: Any) -> Kernels:
+        if dtype == torch.float64:
+            raise MemoryError("no more of it")
+        return Kernels(shapes, dtype, *arguments)
+
+    monkeypatch.setattr(sys.modules["pat_fast.bench.run"], "Kernels", made)
+    one = replace(QUICK, ops=("channel_scale_",), backends=("reference",), dtypes=("float32", "float64", "float16"))
+    result = run(one)
+    assert not result.is_right
+    told = [(row.dtype, row.op, row.problem) for row in result.rows]
+    op = "channel_scale_"
+    assert told == [("float32", op, ""), ("float64", op, "MemoryError: no more of it"), ("float16", op, "")]
+    assert "no numbers: MemoryError" in render(result)
 
 
 def test_what_is_not_measured_is_said() -> None:
@@ -238,10 +360,15 @@ def test_what_is_not_measured_is_said() -> None:
         ({"backends": ("gpu",)}, "--backends: expected names out of cuda, cpu, triton, reference; got 'gpu'"),
         ({"backends": ("cuda",)}, "--backends: expected backends that run on cpu, got cuda: it does not serve cpu"),
         ({"device": "cuda:99"}, "--device: expected a device that PyTorch can use, got 'cuda:99'"),
+        ({"device": "cpu:1"}, "got 'cpu:1' and one CPU, which is cpu"),
         ({"device": "tpu"}, "--device: expected cpu, cuda or cuda:0, got 'tpu'"),
         ({"device": "meta"}, "--device: expected cpu or cuda, got 'meta'"),
         ({"rounds": 0}, "--rounds: expected an integer >= 1, got 0"),
         ({"batch": 0}, "--batch: expected an integer >= 1, got 0"),
+        ({"batch": 4}, "--batch: expected training in --ops beside it, or --deploy, got neither"),
+        ({"models": (f"{__name__}:bare_model",)}, "expected a network with parameters, got "),
+        ({"models": (f"{__name__}:lazy_model",)}, "whose 0.weight has no shape yet (a lazy layer); run one forward"),
+        ({"models": (f"{__name__}:meta_model",)}, "whose 0.weight is on the meta device"),
         ({"models": ("resnet51",)}, "did you mean 'resnet50'"),
         ({"models": ("tests.bench.test_run:smal_model",)}, "did you mean 'small_model'"),
         ({"models": ("transformers:vitt",)}, "expected a model type of Transformers, got 'vitt'; did you mean 'vit'"),
@@ -274,7 +401,10 @@ def test_constant_parameters_get_noise_and_others_stay() -> None:
 
 
 def test_names_come_apart_or_with_commas() -> None:
-    assert names(["a,b", "c", "a, d", ""]) == ("a", "b", "c", "d")
+    assert names(["a,b", "c", "a, d", ""], "--ops") == ("a", "b", "c", "d")
+    assert names([], "--ops") == ()
+    with pytest.raises(ConfigError, match="--ops: expected names, got ',' ''"):
+        names([",", ""], "--ops")
 
 
 def clocks(*seconds: tuple[float, ...]) -> Any:
@@ -346,6 +476,7 @@ def result() -> Result:
         replace(like, op="channel_reduce"),
         replace(like, op="importance", tp_ms=30.0, tp_spread=0.5, ratio=20.0, groups="3/3"),
         replace(like, op="step", no_ratio="differs by 1e-3", differs=True, graph_ms=1.0, graph_share=0.75),
+        replace(like, op="training", extra={"share_of_step": 0.25}),
         Row("net", "channel_axpy_", "float32", "triton", problem="RuntimeError: it broke"),
     )
     where = {"cpu": "a processor", "cores": 2, "threads": 2, "isa": "avx2", "gpu": None, "versions": {"torch": "2.13"}}
@@ -363,6 +494,7 @@ def test_the_table(result: Result) -> None:
     assert next(line for line in lines if "channel_axpy_" in line).endswith("no numbers: RuntimeError: it broke")
     assert "no ratio for step of net (float32): differs by 1e-3" in text
     assert "note: a note" in text
+    assert "training of net (float32, cpu): share of step 0.25" in text
     assert "1.000    75%" in text
 
 
