@@ -174,7 +174,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:0.")] = "cpu",
     inputs: Inputs = None,
     args: FactoryArgs = "{}",
-    rounds: Annotated[int, typer.Option(help="Timed calls of each function.")] = 15,
+    rounds: Annotated[int | None, typer.Option(help="Timed calls of each function; by default 15.")] = None,
     batch: Annotated[
         int | None, typer.Option(help="Examples of the training step; by default 32, on a GPU 256.")
     ] = None,
@@ -211,6 +211,9 @@ def bench(
         from .bench.run import QUICK_ROUNDS, check_models, names
         from .bench.run import run as measure
 
+        if quick and rounds is not None:
+            raise ConfigError(f"--quick: expected no --rounds beside it, got {rounds}")
+        rounds = QUICK_ROUNDS if quick else 15 if rounds is None else rounds
         chosen = names(models or (), "MODEL")
         check_models(chosen)
         if (inputs or args != "{}") and not any(":" in name for name in chosen):
@@ -241,7 +244,7 @@ def bench(
                 macs=0.5 if macs is None else macs,
                 inputs=_examples(inputs),
                 args=_json_object(args, "--args"),
-                rounds=QUICK_ROUNDS if quick else rounds,
+                rounds=rounds,
                 small=small,
             )
             measured = deploy.deploy(wanted, lambda line: typer.echo(line, err=True))
@@ -262,7 +265,7 @@ def bench(
             layouts=names(layouts or ("contiguous",), "--layouts"),
             inputs=_examples(inputs),
             args=_json_object(args, "--args"),
-            rounds=QUICK_ROUNDS if quick else rounds,
+            rounds=rounds,
             small=small,
             batch=batch,
         )

@@ -141,6 +141,7 @@ def test_an_interrupt_ends_quietly_and_keeps_the_log(config: Path, tmp_path: Pat
         (["bench", "tiny", "--dtypes", "float31"], "--dtypes: expected names out of"),
         (["bench", "tiny", "--device", "gpu"], "--device: expected cpu, cuda or cuda:0, got 'gpu'"),
         (["bench", "tiny", "--rounds", "0"], "--rounds: expected an integer >= 1"),
+        (["bench", "tiny", "--rounds", "9", "--quick"], "--quick: expected no --rounds beside it, got 9"),
         (["bench", "tiny", "--json", "tiny.json/a.json"], "--json: expected a file that can be written"),
         (["bench", "tiny", "--deploy", "--ops", "step"], "--ops: expected none with --deploy"),
         (["bench", "tiny", "--input", "1,3,8,8"], "--input: expected PACKAGE.MODULE:FACTORY beside it"),
