@@ -317,6 +317,7 @@ def test_examples_run(script: str, expected: str) -> None:
     assert expected in done.stdout
 
 
+@pytest.mark.usefixtures("_light_garbage")
 def test_bench_prints_a_table_and_writes_what_it_found(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     files = "--json", tmp_path / "new" / "found.json", "--plot", tmp_path / "new" / "found.png"
@@ -329,6 +330,7 @@ def test_bench_prints_a_table_and_writes_what_it_found(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "found.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.usefixtures("_light_garbage")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_bench_says_in_one_line_that_a_disk_is_full(option: str, tmp_path: Path) -> None:
@@ -358,6 +360,7 @@ def test_bench_tries_matplotlib_before_it_measures(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("_light_garbage")
 def test_bench_ends_with_1_if_a_result_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     from pat_fast.backends import reference
 
