@@ -213,7 +213,7 @@ def bench(
 
         if quick and rounds is not None:
             raise ConfigError(f"--quick: expected no --rounds beside it, got {rounds}")
-        rounds = QUICK_ROUNDS if quick else 15 if rounds is None else rounds
+        rounds = QUICK_ROUNDS if quick else Settings.rounds if rounds is None else rounds
         chosen = names(models or (), "MODEL")
         check_models(chosen)
         if (inputs or args != "{}") and not any(":" in name for name in chosen):
@@ -241,7 +241,7 @@ def bench(
                 models=chosen,
                 runtimes=names(runtimes or deploy.RUNTIMES, "--runtimes"),
                 batches=tuple(dict.fromkeys((1, 8 if batch is None else batch))),
-                macs=0.5 if macs is None else macs,
+                macs=deploy.DeploySettings.macs if macs is None else macs,
                 inputs=_examples(inputs),
                 args=_json_object(args, "--args"),
                 rounds=rounds,

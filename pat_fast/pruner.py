@@ -314,8 +314,7 @@ class Pruner:
         """Count, and prune or mask if that is due."""
         binding, epoch, stage = self._ready(), self.epoch + 1, self.stage
         before: Counts = self._counts() if self._callbacks else (0, 0, 0, None)
-        if not self.goal.checked:  # a GPU would be waited for at each step
-            self.goal.check(binding.plan, self._eligible.cpu().numpy())
+        self.goal.check(binding.plan, self._eligible)
         now, keep, fraction = self._mode.left(), None, self._fraction
         if not self.done and self._due(epoch):
             fraction = self.schedule.risen(epoch, fraction)
@@ -381,8 +380,7 @@ class Pruner:
         binding = self._ready()
         self._regularized = True
         self._steady.rewinder.record(self.epoch, self._optimizers.current)
-        if not self.goal.checked:  # a GPU would be waited for at each step
-            self.goal.check(binding.plan, self._eligible.cpu().numpy())
+        self.goal.check(binding.plan, self._eligible)
         self._upkeep.before_step(binding, scale, optimizer, self._eligible, self.stage, self.done)
 
     @in_turn

@@ -13,8 +13,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError, PlanError, check, check_count, did_you_mean
 from .latency import LatencyModel
@@ -132,7 +133,7 @@ class Goal:
         self._shared = False
         self._model: Callable[[], nn.Module | None] = lambda: None
         self.notes: tuple[str, ...] = ()
-        self.checked = False
+        self._checked = False
 
     def start(self, binding: Binding, eligible: BoolArray, example_inputs: Any = None) -> None:
         """Take ``binding`` for the dense model's; the channels ``eligible [N]`` may be removed.
@@ -193,16 +194,20 @@ class Goal:
             self.latency = LatencyModel.from_state(shared, model)
             self.dense = (*self.dense[:3], self.latency.dense)
 
-    def check(self, plan: Plan, eligible: BoolArray) -> None:
+    def check(self, plan: Plan, eligible: BoolArray | Tensor) -> None:
         """Once, before training: refuse what cannot be reached, or asks for nothing.
+
+        Args:
+            eligible: bool ``[N]``, on any device, which is waited for that once alone.
 
         Raises:
             ConfigError: with everything gone that may go, the model is still too large; or it has fewer parameters or
                 MACs already.
         """
-        if self.checked:
+        if self._checked:
             return
-        self.checked = True
+        self._checked = True
+        eligible = torch.as_tensor(eligible).cpu().numpy()
         if self.target.kind == "channels":
             self._check_channels(plan, eligible)
             return

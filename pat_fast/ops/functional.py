@@ -29,7 +29,7 @@ from pat_fast.ops.at_run import check_lists
 from pat_fast.ops.memory import check_apart
 from pat_fast.ops.register import implementation
 from pat_fast.ops.schema import accumulator
-from pat_fast.ops.tiles import COL, ROW, C, K, R, TileTable
+from pat_fast.ops.tiles import COL, ROW, C, K, R, TileTable, not_strided
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FUNCTIONS = ("pow", "mul", "absmul", "sqmul")
@@ -203,9 +203,9 @@ def _check_tensors(
     if dtypes is not None and dtype not in dtypes:
         _fail(f"{name} of dtype {', '.join(str(d) for d in dtypes)}", str(dtype))
     for i, (x, (shape, strides)) in enumerate(zip(xs, table.layouts)):  # noqa: B905 (length checked above)
-        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
-            odd = isinstance(x, Tensor) and x.layout is not torch.strided
-            _fail(f"{name}[{i}] to be a strided tensor", str(x.layout) if odd else type(x).__name__)
+        odd = not_strided(x)
+        if odd is not None:
+            _fail(f"{name}[{i}] to be a strided tensor", odd)
         if eager and is_lazy(x):
             _fail(f"{name}[{i}] to have its shape", "a lazy parameter", "run a forward first")
         if x.shape != shape or x.stride() != strides:

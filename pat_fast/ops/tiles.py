@@ -35,6 +35,15 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]
 Columns = NDArray[np.int64]  # a table, transposed, or some of its columns
 
 
+def not_strided(x: object) -> str | None:
+    """What ``x`` is, if it is no tensor that has sizes and strides."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    if x.layout is not torch.strided:
+        return str(x.layout)
+    return "a nested tensor" if x.is_nested else None
+
+
 @dataclass(frozen=True)
 class Tile:
     """One view ``[R, C, K]`` of one tensor.
@@ -121,9 +130,9 @@ class TileTable:
         if self.slots < 0:
             raise OpError(f"expected slots >= 0; got {slots}")
         for number, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
-                got = getattr(tensor, "layout", type(tensor).__name__)
-                raise OpError(f"expected tensor {number} to be strided; got {got}")
+            odd = not_strided(tensor)
+            if odd is not None:
+                raise OpError(f"expected tensor {number} to be strided; got {odd}")
             if is_lazy(tensor):
                 raise OpError(f"expected tensor {number} to have its shape; got a lazy parameter; run a forward first")
         self.table = table.clone(memory_format=torch.contiguous_format)
